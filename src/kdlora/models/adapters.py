@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +58,12 @@ TRAINED_COPY = ".modules_to_save."
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How large a model is, in parameters: `total` of the *deployed* model, `trainable` by the optimiser.
+    """How large a model is, in parameters."""
 
-    `adapter` counts LoRA's matrices (and DoRA's magnitudes), `head` what is trained in full beside them; of a model
-    without adapter, all that is not encoder.
-    """
-
-    total: int
-    trainable: int
-    adapter: int
-    head: int
+    total: int  # of the *deployed* model
+    trainable: int  # by the optimiser
+    adapter: int  # LoRA's matrices (and DoRA's magnitudes)
+    head: int  # what is trained in full beside them; of a model without adapter, all that is not encoder
 
 
 def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh: Sequence[str]) -> list[str]:
@@ -83,7 +79,13 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
         matched = [layer for layer in linear if _ends_with(layer, name)]
         found = {other: type(module).__name__ for other, module in model.named_modules() if _ends_with(other, name)}
         if not matched:
-            raise ModelError(_no_match(model, name, found, linear, fresh))
+            problem = f"{name!r} matches no module of this {model.config.model_type!r} model."
+            if any(_ends_with(part, own) or part.startswith(f"{own}.") for part in found for own in fresh):
+                problem = f"{name!r} is a new module; it is trained in full and takes no adapter."
+            elif found:
+                problem = f"{name!r} is a {next(iter(found.values()))}; adapters go on linear layers."
+            near = did_you_mean(name, {part for one in linear for part in (_within_layer(one), one.rpartition(".")[2])})
+            raise ModelError(f"lora.targets: {problem}{near} Its linear layers are {_candidates(linear)}")
         # The name alone, if PEFT would find just the matched layers by it; else their full names.
         chosen += [name] if found.keys() <= set(linear) else matched
     return list(dict.fromkeys(chosen))
@@ -124,13 +126,9 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save adapter and fresh modules so that `PeftModel.from_pretrained` restores them on the *original* base.
-
-    PiSSA and OLoRA change the base weights; their difference to it is a plain LoRA of twice the rank,
-    `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, and that is what is saved.
-    """
+    """Save adapter and fresh modules so that `PeftModel.from_pretrained` restores them on the *original* base."""
     weights, config = _weights(model), copy.deepcopy(model.peft_config["default"])
-    initial = getattr(model, "initial_adapter", {})
+    initial = getattr(model, "initial_adapter", {})  # of a changed base: `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`
     for key, start in initial.items():
         down = ".lora_A." in key
         weights[key] = torch.cat([weights[key], start.to(weights[key]) * (1 if down else -1)], dim=0 if down else 1)
@@ -247,18 +245,6 @@ def _query_value(model: PreTrainedModel, linear: Sequence[str]) -> tuple[str, ..
 
 def _ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith("." + name)
-
-
-def _no_match(
-    model: PreTrainedModel, name: str, found: Mapping[str, str], linear: Sequence[str], fresh: Sequence[str]
-) -> str:
-    problem = f"lora.targets: {name!r} matches no module of this {model.config.model_type!r} model."
-    if any(_ends_with(part, own) or part.startswith(f"{own}.") for part in found for own in fresh):
-        problem = f"lora.targets: {name!r} is a new module; it is trained in full and takes no adapter."
-    elif found:
-        problem = f"lora.targets: {name!r} is a {next(iter(found.values()))}; adapters go on linear layers."
-    parts = {part for layer in linear for part in (_within_layer(layer), layer.rpartition(".")[2])}
-    return f"{problem}{did_you_mean(name, parts)} Its linear layers are {_candidates(linear)}"
 
 
 def _within_layer(layer: str) -> str:

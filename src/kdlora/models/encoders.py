@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +51,6 @@ class Encoder:
     trained and saved in full beside any adapter."""
     source: str  # folder (absolute) or Hub id
     revision: str | None = None  # commit, tag or branch on the Hub
-    layers: tuple[int, ...] | None = None  # layers of `source` that the model was cut from; None: all of them
 
     @property
     def width(self) -> int:
@@ -98,7 +97,7 @@ def load_encoder(
     config.id2label, config.label2id = task.id2label, task.label2id
     config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     loaded = read_weights(place, config)
-    _start_afresh(loaded.model, _random_parameters(loaded), seed)
+    _start_afresh(loaded, seed)
     return _encoder(place, loaded)
 
 
@@ -159,14 +158,20 @@ def student_from_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Make a student from some layers of a pretrained encoder (arXiv 2305.15032), its embeddings, pooler and tokenizer.
-
-    It is built from a configuration, so that what is saved loads again as the same function: ModernBERT's first layer,
-    for one, lacks the norm that the others have.
-    """
+    """Make a student from some layers of a pretrained encoder (arXiv 2305.15032), its embeddings and pooler."""
     whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
     stack, depth = find_layers(whole.model)
-    _check_layers(layers, depth, whole.model.name_or_path or "the teacher")
+    if outside := [layer for layer in layers if not 0 <= layer < depth]:
+        raise ModelError(
+            f"student.from_teacher_layers names layer {outside[0]}, but {whole.source} has {depth} layers: "
+            f"0 to {depth - 1}"
+        )
+    if list(layers) != sorted(set(layers)):
+        raise ModelError(
+            f"student.from_teacher_layers is {list(layers)}; expected increasing indices without repetition, "
+            f"such as {sorted(set(layers))}"
+        )
+    # From a config, so that what is saved loads again as itself: ModernBERT's first layer lacks a norm of the others.
     config = copy.deepcopy(whole.model.config)
     for key in _PER_LAYER:
         values = getattr(config, key, None)
@@ -182,7 +187,7 @@ def student_from_layers(
         origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if key.startswith(stack + ".") else key
     small.load_state_dict({key: given[old] for key, old in origin.items()})
     small.name_or_path = small.config._name_or_path = ""
-    return dataclasses.replace(whole, model=small.eval(), layers=tuple(layers))
+    return dataclasses.replace(whole, model=small.eval())
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, int]:
@@ -203,20 +208,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, int]:
     return ("" if model.base_model is model else model.base_model_prefix + ".") + outer[0], depth
 
 
-def _check_layers(layers: Sequence[int], depth: int, where: str) -> None:
-    if outside := [layer for layer in layers if not 0 <= layer < depth]:
-        raise ModelError(
-            f"student.from_teacher_layers names layer {outside[0]}, but {where} has {depth} layers: 0 to {depth - 1}"
-        )
-    if list(layers) != sorted(set(layers)):
-        raise ModelError(
-            f"student.from_teacher_layers is {list(layers)}; expected increasing indices without repetition, "
-            f"such as {sorted(set(layers))}"
-        )
-
-
 def save_encoder(encoder: Encoder, folder: Path) -> None:
-    """Save model (safetensors) and tokenizer as a plain transformers folder."""
     encoder.model.save_pretrained(folder)
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # else the last call's padding and truncation are saved with it
@@ -226,10 +218,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
 
 
 def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
-    """Name the modules to be trained in full: what the checkpoint lacks, and everything beside the encoder.
-
-    A part of the head is named by its outermost module (`classifier`), one of the encoder by its own.
-    """
+    """Name what is trained in full: what the checkpoint lacks, and, by its outermost module, all beside the encoder."""
     model = loaded.model
     head = [name for name, child in model.named_children() if child is not model.base_model]
     names = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
@@ -238,21 +227,17 @@ def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in inner or name in names)
 
 
-def _random_parameters(loaded: Loaded) -> set[str]:
-    random = set(loaded.missing | loaded.mismatched)
-    trained_as = getattr(loaded.model.config, "architectures", None) or [""]
-    if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):
-        prefix = loaded.model.base_model_prefix + "."
-        random |= {name for name, _ in loaded.model.named_parameters() if not name.startswith(prefix)}
-    return random
-
-
 @torch.no_grad()
-def _start_afresh(model: PreTrainedModel, names: Collection[str], seed: int) -> None:
-    """Initialise some parameters as the architecture does, from a seed of their own; leave all others alone."""
+def _start_afresh(loaded: Loaded, seed: int) -> None:
+    """Initialise what is missing, and another task's head, as the architecture does, from a seed of their own."""
+    model, random = loaded.model, set(loaded.missing | loaded.mismatched)
+    trained_as = getattr(model.config, "architectures", None) or [""]
+    if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):
+        prefix = model.base_model_prefix + "."
+        random |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
-        tensor._is_hf_initialized = name not in names  # transformers' guard, see its initialization.py
+        tensor._is_hf_initialized = name not in random  # transformers' guard, see its initialization.py
     for module in model.modules():
         module._is_hf_initialized = False
     with torch.random.fork_rng(devices=[]):
@@ -360,15 +345,18 @@ def read_task(
     if noted is not None and label_names is None:
         return Task.from_dict(noted)
     found = _label_names(place, config)
-    problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
+    names = tuple(label_names or found)
     if classifies_words(place, config):
-        return _token_task(source, tuple(label_names or found), tuple(text))
+        types = sorted({name[2:] for name in names if name.startswith(("B-", "I-"))})
+        remedy = "Label with a model whose tags are in IOB2: `O`, and `B-TYPE` and `I-TYPE` of each type"
+        match_labels(names, tag_names(types), source, remedy, ModelError)
+        return Task("tokens", tuple(text), ("tags",), tag_names(types), DEFAULT_METRICS["tokens"])
+    problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
     kind = next((kind for kind, name in PROBLEM_TYPES.items() if name == problem), None)
     if kind is None:
         raise ModelError(
             f"{source} has the problem_type {problem!r:.80}; expected one of {', '.join(PROBLEM_TYPES.values())}"
         )
-    names = tuple(label_names or found)
     if kind != "regression" and any(GENERIC_LABEL.fullmatch(name) for name in names):
         raise ModelError(
             f"{source} calls its labels {', '.join(names)}, which are no real names; give them in the order of its "
@@ -379,11 +367,3 @@ def read_task(
     if len(names) != len(found):
         raise ModelError(f"{source} has {len(found)} outputs ({', '.join(found)}), but {len(names)} names were given")
     return Task(kind, tuple(text), ("label",), names, DEFAULT_METRICS[kind])
-
-
-def _token_task(source: str, names: tuple[str, ...], text: tuple[str, ...]) -> Task:
-    """Give the task of a token classifier, whose tags are in IOB2, in any order."""
-    types = sorted({name[2:] for name in names if name.startswith(("B-", "I-"))})
-    remedy = "Label with a model whose tags are in IOB2: `O`, and `B-TYPE` and `I-TYPE` of each type"
-    match_labels(names, tag_names(types), source, remedy, ModelError)
-    return Task("tokens", text, ("tags",), tag_names(types), DEFAULT_METRICS["tokens"])

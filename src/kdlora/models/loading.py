@@ -71,16 +71,13 @@ def _compile_patterns() -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a folder or a Hub id; `local` reads only what lies on this machine.
-
-    `words` says whether it is to classify words or texts; None leaves that to the model's own config.
-    """
+    """Where a model comes from: a folder or a Hub id."""
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
-    local: bool = False
-    words: bool | None = None
+    local: bool = False  # read only what lies on this machine
+    words: bool | None = None  # whether it is to classify words or texts; None: as its own config says
 
     @property
     def is_folder(self) -> bool:
@@ -97,11 +94,30 @@ class Loaded:
 
 
 def open_source(name: str, revision: str | None, trust_remote_code: bool, words: bool | None = None) -> Source:
-    """Check what can be checked before anything is loaded."""
+    """Refuse a place that holds no model which we would open, or files that lie elsewhere; nothing is loaded yet."""
     path = expand_home(name)
     if path.is_dir():
-        _check_folder(path)
-        return Source(str(path.resolve()), None, trust_remote_code, words=words)
+        names = sorted(entry.name for entry in path.iterdir())
+        held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
+        if "config.json" not in names:
+            if ADAPTER in names:
+                raise ModelError(
+                    f"{path} holds an adapter, not a model; give the merged model (the `student` folder of an "
+                    "experiment), or merge it into its base first"
+                )
+            raise ModelError(f"{path} is not a model folder: expected config.json, it holds {held}")
+        refuse_links_out(path)
+        if any(file.endswith(SAFE) and not file.startswith("adapter_") for file in names):
+            return Source(str(path.resolve()), None, trust_remote_code, words=words)
+        if pickled := [file for file in names if file.endswith(PICKLED) and not file.startswith(NOT_WEIGHTS)]:
+            raise ModelError(
+                f"{path} has its weights only in {', '.join(pickled)}, and kdlora unpickles nothing. If you trust the "
+                "file, write safetensors beside it once, with the transformers class that config.json names under "
+                "architectures: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        foreign = [file for file in names if file.endswith(FOREIGN)]
+        kind = f"only weights that PyTorch does not read ({', '.join(foreign)})" if foreign else "no weights"
+        raise ModelError(f"{path} has {kind}: expected model.safetensors, it holds {held}")
     if path.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, or the id of a Hub model")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -111,32 +127,6 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool, words:
             "the folder of the config file"
         )
     return Source(name, revision, trust_remote_code, words=words)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model which we would open, or files that lie elsewhere."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
-    if "config.json" not in names:
-        if ADAPTER in names:
-            raise ModelError(
-                f"{folder} holds an adapter, not a model; give the merged model (the `student` folder of an "
-                "experiment), or merge it into its base first"
-            )
-        raise ModelError(f"{folder} is not a model folder: expected config.json, it holds {held}")
-    refuse_links_out(folder)
-    if any(name.endswith(SAFE) and not name.startswith("adapter_") for name in names):
-        return
-    pickled = [name for name in names if name.endswith(PICKLED) and not name.startswith(NOT_WEIGHTS)]
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights only in {', '.join(pickled)}, and kdlora unpickles nothing. If you trust the "
-            "file, write safetensors beside it once, with the transformers class that config.json names under "
-            "architectures: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    foreign = [name for name in names if name.endswith(FOREIGN)]
-    kind = f"only weights that PyTorch does not read ({', '.join(foreign)})" if foreign else "no weights"
-    raise ModelError(f"{folder} has {kind}: expected model.safetensors, it holds {held}")
 
 
 def read_config(source: Source) -> PretrainedConfig:
@@ -222,7 +212,17 @@ def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
 def load_config(source: Source) -> PretrainedConfig:
     """Load a model's configuration; all loads of one go through here, and no code runs that the user did not trust."""
     with _loading_of("configuration", source):
-        _inspect(source)
+        # The files that transformers would follow are read before it does.
+        if _find(source, ADAPTER) is not None:
+            raise ModelError(
+                f"{source.name} holds an adapter ({ADAPTER}) beside a whole model, and it is unclear which one is "
+                f"meant. Remove {ADAPTER}, or merge the adapter into the model and give the result"
+            )
+        if (path := _find(source, "config.json")) is not None:
+            check_types(values := read_json(path), CONFIG, path)
+            refuse_detours(values, path, trusted=source.trust_remote_code)
+        if (path := _find(source, INDEX)) is not None:
+            check_index(path)
         config = AutoConfig.from_pretrained(source.name, **_options(source))
     if not source.trust_remote_code and hasattr(config, "auto_map"):
         del config.auto_map  # else it is saved with the student, and whoever trusts that runs this code
@@ -269,21 +269,6 @@ def _options(source: Source) -> dict[str, Any]:
     }
 
 
-def _inspect(source: Source) -> None:
-    """Read the files that transformers would follow, before it does."""
-    if _find(source, ADAPTER) is not None:
-        raise ModelError(
-            f"{source.name} holds an adapter ({ADAPTER}) beside a whole model, and it is unclear which one is meant. "
-            f"Remove {ADAPTER}, or merge the adapter into the model and give the result"
-        )
-    if (path := _find(source, "config.json")) is not None:
-        values = read_json(path)
-        check_types(values, CONFIG, path)
-        refuse_detours(values, path, trusted=source.trust_remote_code)
-    if (path := _find(source, INDEX)) is not None:
-        check_index(path)
-
-
 def _find(source: Source, name: str) -> Path | None:
     """Find a file of a model here, in the Hub's cache or on the Hub."""
     if source.is_folder:
@@ -303,12 +288,9 @@ def _find(source: Source, name: str) -> Path | None:
 
 @contextmanager
 def _loading_of(what: str, source: Source) -> Iterator[None]:
-    """Silence transformers while it loads, and turn faults that the user can mend into a `ModelError` that says how.
-
-    One thread at a time: transformers exchanges functions of torch and of its own classes while it loads.
-    """
+    """Silence transformers while it loads, and turn faults that the user can mend into a `ModelError` that says how."""
     log = transformers.utils.logging
-    with _loading:
+    with _loading:  # one thread at a time: it exchanges functions of torch and of its own classes
         verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
         log.set_verbosity_error()
         if source.is_folder:  # what comes from the Hub has bars

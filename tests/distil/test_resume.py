@@ -10,16 +10,14 @@ from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, asser
 
 from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
+from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError
 from kdlora.system.ownership import owned_name
 
 CASES = {
-    "regression": {"kind": "regression"},
+    "regression": {"kind": "regression", "epochs": 2.5, "head_learning_rate": 2e-2},
     "tokens": {"kind": "tokens", "micro_batch_tokens": 100, "unlabelled": 8},
     "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
-    "fraction": {"epochs": 2.5},
-    "rate of the head": {"head_learning_rate": 2e-2},
-    "bf16": {"precision": "bf16"},
     "every part": {
         "dropout": 0.1,
         "epochs": 3,
@@ -33,7 +31,7 @@ CASES = {
 def test_resumed_equals_undisturbed(make_setup, tmp_path, case):
     """Dropout, row order, optimiser, schedule, loss sums, best weights or a base that start anew change a little."""
     settings = dict(CASES[case])
-    options = {key: settings.pop(key) for key in ("precision", "distil") if key in settings}
+    options = {"distil": settings.pop("distil", DistilConfig())}
     own = settings.pop("of the training", {})
 
     def make():
@@ -41,12 +39,11 @@ def test_resumed_equals_undisturbed(make_setup, tmp_path, case):
         setup.settings = setup.settings.model_copy(update=own)
         return setup
 
-    between_epochs = case in ("best", "fraction", "tokens", "every part")
-    assert_resumes(make, tmp_path, *((9, 6) if between_epochs else (9,)), **options)
+    assert_resumes(make, tmp_path, *((9, 6) if case in ("best", "every part") else (9,)), **options)
 
 
 def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):
-    """`auto` is timed: a second timing that comes out otherwise would refuse the training's own checkpoint."""
+    """`auto` is timed: a second timing that comes out otherwise would refuse the training's own checkpoint, of bf16."""
     timings = iter([2.0, 2.0, 1.0])  # of the undisturbed, the cut, and the resumed one
     monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
     monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
@@ -58,7 +55,7 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
     for case in ({"epochs": 2.5}, {"epochs": 9, "learning_rate": 1e-9, "select": "best", "early_stopping_patience": 2}):
         folder = tmp_path / str(case["epochs"])
         first, again = make_setup(**case), make_setup(**case)
-        expected = first.run(folder, checkpoint_seconds=0.0)
+        expected = first.run(folder, callbacks=[SaveAt(3)])
         assert len(expected.history) == 3, "patience counts from the best epoch, here the first"
         seen: list[int] = []
         outcome = again.run(folder, callbacks=[CutAfter(-1, seen)])
@@ -70,11 +67,12 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
 
 def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
     """A half-written checkpoint taken for whole resumes from garbage, or crashes for good."""
-    undisturbed = make_setup()
+    undisturbed, resumed, seen = make_setup(), make_setup(), []
     expected = undisturbed.run(tmp_path / "undisturbed")
     with pytest.raises(PowerCutError):
         make_setup().run(tmp_path / "cut", callbacks=[SaveAt(3, 9), CutAfter(11)], keep_checkpoints=2)
     (tmp_path / "cut" / f".step-000000010.tmp-{owned_name().split('-')[0]}-999999999-0-0123abcd").mkdir()
+    manifest = json.loads((tmp_path / "cut" / "step-000000003" / "manifest.json").read_text())
     for number, (file, damage) in enumerate(
         [
             ("manifest.json", None),
@@ -89,15 +87,15 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
         spoilt.unlink()
         if damage is not None:
             spoilt.write_bytes(damage(content))
-        resumed, seen = make_setup(), []
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
+            assert CheckpointFolder(folder, manifest["ingredients"]).latest().folder == folder / "step-000000003"
         assert "step-000000009 is unfinished or damaged" in caplog.text
         assert list(folder.glob(".step*")) == []
-        assert seen[0] == 4
-        assert_same_bits(weights(undisturbed.model), weights(resumed.model))
-        assert outcome.history == expected.history
+    outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
+    assert seen[0] == 4
+    assert_same_bits(weights(undisturbed.model), weights(resumed.model))
+    assert outcome.history == expected.history
 
 
 def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path):

@@ -61,18 +61,15 @@ def made_up(ids, width: int = 2) -> TeacherLogits:
 
 def test_attached_by_id_and_never_missing():
     """A teacher table in another order taught every row some other row's answer."""
-    teacher = made_up(["c", "a", "d", "b"])
-    dataset = Dataset.from_dict({"id": ["a", "b", "c"], "text": ["x", "y", "z"]})
-    attached = teacher.attach(dataset)
+    attached = made_up(["c", "a", "d", "b"]).attach(Dataset.from_dict({"id": ["a", "b", "c"], "text": ["x", "y", "z"]}))
     assert attached["teacher_logits"][:] == [[2.0, 3.0], [6.0, 7.0], [0.0, 1.0]]
-    assert attached["text"][:] == dataset["text"][:]
+    assert attached["text"][:] == ["x", "y", "z"]
     again = made_up(["a", "b", "c"], width=3).attach(attached)
     assert again["teacher_logits"][0] == [0.0, 1.0, 2.0], "an older column stays in force"
 
     # Rows without a teacher, filled with zeros or dropped, make a student that nobody asked for.
-    dataset = Dataset.from_dict({"id": [str(row) for row in range(10)]})
     with pytest.raises(DataError, match=r"8 of 10 examples have no teacher logits, first ids '0', '1', '2', '3', '6'"):
-        made_up(["4", "5"]).attach(dataset)
+        made_up(["4", "5"]).attach(Dataset.from_dict({"id": [str(row) for row in range(10)]}))
     for shape in ((1, 2), (2, 3)):  # other faults: `test_teacher_table.py`
         with pytest.raises(DataError, match=rf"expected logits of shape \(2, 2\), got \({shape[0]}, {shape[1]}\)"):
             TeacherLogits(pa.array(["a", "b"]), np.zeros(shape, np.float32), ("x", "y"), "")
@@ -98,20 +95,13 @@ def test_rows_in_any_order_get_their_own_logits(order):
     assert teacher.count_extra(chosen) == 60_000 - len(wanted)
 
 
-def test_logits_are_those_of_the_teacher(label, make_encoder, rows):
-    """Logits in the order of the batches, or padded by another tokenizer, look plausible."""
-    found = label()
-    encoder = make_encoder()
-    expected = predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
-    np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-6)
-    assert found.ids.to_pylist() == rows["id"][:]
-    assert found.label_names == ("negative", "positive")
-
-
 def test_pairs_are_read_whole_and_outputs_must_be_there(label, tmp_path, make_examples):
     """The second text left out, or cuts that are not counted, only show as a worse teacher."""
     with pytest.raises(ModelError, match="has 2 outputs; expected 3 at least"):
         label(columns=[0, 2], folder=tmp_path / "third")
+    with pytest.raises(ConfigError, match=r"got 'bf61'\. Did you mean 'bf16'"):
+        label(precision="bf61")
+    assert not (tmp_path / "logits").exists(), "the right number format would be refused as stale"
     rows = make_examples("single-label", 6)
     pairs = rows.add_column("text_pair", ["a wonderful film"] * 6)
     alone = label(dataset=rows, folder=tmp_path / "alone")
@@ -133,14 +123,6 @@ def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forw
     assert told[0][-1:] == told[1] == [(23, 23)]
 
 
-def test_a_number_format_is_settled_before_anything_is_written(label, tmp_path):
-    """A misspelt one left a folder that refused the right one as stale."""
-    with pytest.raises(ConfigError, match=r"got 'bf61'\. Did you mean 'bf16'"):
-        label(precision="bf61")
-    assert not (tmp_path / "logits").exists()
-    assert len(label(precision="auto").logits) == 23
-
-
 def test_an_interrupted_labelling_goes_on(label, forwards):
     """A teacher that starts anew after every crash never gets through a large data set."""
 
@@ -154,35 +136,26 @@ def test_an_interrupted_labelling_goes_on(label, forwards):
     assert forwards == [10, 10, 10, 3]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("weights", "the teacher's weights"),
-        ("texts", "ids or texts of the examples"),
-        ("ids", "ids or texts of the examples"),
-        ("max_length", "the longest input"),
-        ("precision", "the number format"),
-        ("columns", "the order of the teacher's outputs"),
-        ("tokenizer", "the teacher's tokenizer"),
-        ("labels", "the labels or their order"),
-    ],
-)
-def test_stale_logits_are_refused(label, make_encoder, rows, tasks, change, named):
+def test_stale_logits_are_refused(label, make_encoder, rows, tasks):
     """A cache keyed by its folder alone teaches this student with last week's teacher."""
     label()
-    encoder, columns = make_encoder(), rows.to_dict()
-    if change == "weights":
-        with torch.no_grad():
-            encoder.model.classifier.bias.add_(1e-3)
-    elif change == "tokenizer":
-        encoder.tokenizer.add_tokens(["extraordinary"])
-    columns["text" if change == "texts" else "id"][5] += "!" * (change in ("texts", "ids"))
-    values = {"max_length": 47, "precision": "bf16", "columns": [1, 0]}
-    values["task"] = replace(tasks["single-label"], label_names=("positive", "negative"))
-    key = "task" if change == "labels" else change
-    changes = {key: values[key]} if key in values else {}
-    with pytest.raises(ArtifactError, match=f"are stale: {named}.* changed. Delete the folder"):
-        label(encoder=encoder, dataset=Dataset.from_dict(columns), **changes)
+    moved, reads_otherwise = make_encoder(), make_encoder()
+    with torch.no_grad():
+        moved.model.classifier.bias.add_(1e-3)
+    reads_otherwise.tokenizer.add_tokens(["extraordinary"])
+    texts, ids = (Dataset.from_dict(rows.to_dict() | {name: ["other", *rows[name][1:]]}) for name in ("text", "id"))
+    for change, named in (
+        ({"encoder": moved}, "the teacher's weights"),
+        ({"encoder": reads_otherwise}, "the teacher's tokenizer"),
+        ({"dataset": texts}, "ids or texts of the examples"),
+        ({"dataset": ids}, "ids or texts of the examples"),
+        ({"max_length": 47}, "the longest input"),
+        ({"precision": "bf16"}, "the number format"),
+        ({"columns": [1, 0]}, "the order of the teacher's outputs"),
+        ({"task": replace(tasks["single-label"], label_names=("positive", "negative"))}, "the labels or their order"),
+    ):
+        with pytest.raises(ArtifactError, match=f"are stale: {named}.* changed. Delete the folder"):
+            label(**change)
 
 
 def test_fingerprints_are_of_content(make_encoder, rows):
@@ -245,11 +218,14 @@ def test_a_teacher_that_is_not_finite(label, make_encoder):
         label(encoder=encoder)
 
 
-def test_stored_logits_are_read_without_the_teacher(label, tasks, tmp_path):
-    """The teacher must be out of memory while the student trains."""
-    first = label()
+def test_stored_logits_are_read_without_the_teacher_and_are_its_own(label, make_encoder, rows, tasks, tmp_path):
+    """The teacher must be out of memory while the student trains; logits in the order of batches look plausible."""
+    first, encoder = label(), make_encoder()
     again = read_stored_logits(tmp_path / "logits", tasks["single-label"])
     np.testing.assert_array_equal(first.logits, again.logits)
+    expected = predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
+    np.testing.assert_allclose(again.logits, expected, rtol=1e-4, atol=1e-6)
+    assert again.ids.to_pylist() == rows["id"][:]
     assert (again.fingerprint, again.truncated, again.label_names) == (first.fingerprint, 0, first.label_names)
     with pytest.raises(ArtifactError, match="are of the labels negative, positive; expected a, b, c"):
         read_stored_logits(tmp_path / "logits", tasks["multi-label"])

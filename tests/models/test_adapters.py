@@ -50,7 +50,8 @@ VARIANTS = {
     "embeddings": LoraSettings(targets="all-linear", embedding_rank=3),
     "embeddings, pissa, rslora and dora": LoraSettings(embedding_rank=3, init="pissa", rslora=True, dora=True),
 }
-CASES = [(family, variant) for family in FAMILIES for variant in ("plain", "embeddings")]
+CASES = [(family, "plain") for family in FAMILIES]
+CASES += [(family, "embeddings") for family in ("bert", "deberta-v2", "modernbert", "llama", "gpt2")]
 OTHERS = [variant for variant in VARIANTS if variant not in ("plain", "embeddings")]
 CASES += [(family, variant) for family in ("bert", "modernbert") for variant in OTHERS]
 
@@ -90,21 +91,15 @@ def adapted(tiny_model_folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_query_and_value_are_found_in_every_family(tiny_model_folder, family, caplog):
-    """PEFT knows no targets for DistilBERT and ModernBERT, and no other library's names fit MPNet."""
+@pytest.mark.parametrize("variant", ["dora", "embeddings"])
+def test_exactly_adapter_and_fresh_modules_are_trained(tiny_model_folder, family, variant, caplog):
+    """A head that stays frozen and random costs accuracy and shows nowhere; PEFT knows no targets for some families."""
     encoder = encoder_of(tiny_model_folder(family))
     with caplog.at_level("INFO", logger="kdlora"):
         assert resolve_targets(encoder.model, "query-value", encoder.fresh) == TARGETS[family]
     fused = "Wqkv makes query, key and value in one projection" in caplog.text
     assert fused == (family == "modernbert")
     assert ("c_attn makes query, key and value in one projection" in caplog.text) == (family == "gpt2")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", ["plain", "dora", "embeddings"])
-def test_exactly_adapter_and_fresh_modules_are_trained(tiny_model_folder, family, variant):
-    """A head that stays frozen and random costs accuracy and shows nowhere."""
-    encoder = encoder_of(tiny_model_folder(family))
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     fresh_size = sum(
         parameter.numel() for name in encoder.fresh for parameter in encoder.model.get_submodule(name).parameters()
@@ -182,19 +177,13 @@ def test_a_saved_adapter_names_its_base(tiny_model_folder, tmp_path):
     """An adapter on the `main` of tomorrow is another model; `experiment/test_finished.py` loads one."""
     encoder = encoder_of(tiny_model_folder("bert"))
     encoder.revision = "abc123"
+    # A label is a cell of somebody's data, and the card is shown on the Hub.
+    encoder.model.config.id2label = {0: "<img src=x>\n# owned", 1: "a`b", 2: "c"}
     save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model_folder("bert").resolve())
     assert config["revision"] == "abc123"
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}, "no pickle"
-    assert "`bad`, `so-so`, `good`" in (tmp_path / "README.md").read_text()
-
-
-def test_a_name_in_an_adapters_card_is_no_markup(tiny_model_folder, tmp_path):
-    """A label is a cell of somebody's data, and the card is shown on the Hub."""
-    encoder = encoder_of(tiny_model_folder("bert"))
-    encoder.model.config.id2label = {0: "<img src=x>\n# owned", 1: "a`b", 2: "c"}
-    save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path)
     assert "`<img src=x> # owned`, `` a`b ``, `c`." in (tmp_path / "README.md").read_text()
 
 
@@ -214,15 +203,12 @@ def test_an_adapter_is_read_from_its_safetensors(tiny_model_folder, tmp_path, mo
 
 
 def test_half_precision_is_merged_in_fp32(adapted):
-    """A merge in bf16 rounds the adapter away."""
+    """A merge in bf16 rounds the adapter away, and NaN weights ship as a model that always says the first label."""
     model, tokenizer = adapted("bert")
     half = copy.deepcopy(model).to(torch.bfloat16)
     merged = merge_student(half)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
     assert torch.allclose(tiny.logits(merged, tokenizer), tiny.logits(half.float(), tokenizer), atol=1e-4)
-
-    # NaN weights would ship as a model that always answers the first label.
-    model, _ = adapted("bert")
     with torch.no_grad():
         next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).fill_(float("nan"))
     with pytest.raises(ModelError, match="the training diverged"):

@@ -120,7 +120,8 @@ def _load(
 ) -> ModelProcess:
     stack.enter_context(contextlib.closing(model))
     say(f"{model.name}: loading")
-    model.load(max_length)
+    way = [str(model.way.folder), model.way.runtime, model.way.precision]
+    model.figures |= model.ask("load", way=way, threads=model.threads, max_length=max_length)
     return model
 
 
@@ -159,14 +160,14 @@ def _time_models(
 
 def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text | Words]) -> float | None:
     """Score a model by label name; one whose labels are others (an untrained base) has no score."""
-    task, names = given.task, model.facts["label_names"]
-    if given.labels is None or task is None or model.facts["kind"] != task.kind:
+    task, folder = given.task, model.way.describe()
+    if given.labels is None or task is None or folder.kind != task.kind:
         return None
-    if task.kind != "regression" and sorted(names) != sorted(task.label_names):
+    if task.kind != "regression" and sorted(folder.label_names) != sorted(task.label_names):
         return None
     logits = np.asarray(model.ask("logits", texts=texts))
     if task.kind != "regression":
-        logits = logits[:, [names.index(name) for name in task.label_names]]
+        logits = logits[:, [folder.label_names.index(name) for name in task.label_names]]
     return given.score(task, logits)
 
 
@@ -176,7 +177,6 @@ class ModelProcess:
     def __init__(self, name: str, way: Way, threads: int) -> None:
         self.name, self.way, self.threads = name, way, threads
         self.figures: dict[str, Any] = {"name": name, "folder": str(way.folder)}
-        self.facts: dict[str, Any] = {}
         self.latencies: list[float] = []  # seconds of single texts
         self.pace = 0.0  # seconds a text, roughly
         self.seconds: dict[int, list[float]] = {}  # of a pass over the texts in batches of each size
@@ -188,12 +188,6 @@ class ModelProcess:
             text=True,
             env={**os.environ, **limits, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-
-    def load(self, max_length: int | None) -> None:
-        """Have the model loaded, and hear what it is."""
-        way = [str(self.way.folder), self.way.runtime, self.way.precision]
-        figures, self.facts = self.ask("load", way=way, threads=self.threads, max_length=max_length)
-        self.figures |= figures
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Send one request and wait for its answer."""
@@ -241,7 +235,7 @@ class _Worker:
     model: Classifier | Tagger
     level = 0
 
-    def load(self, way: list[Any], threads: int, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def load(self, way: list[Any], threads: int, max_length: int | None) -> dict[str, Any]:
         """Import what runs the model, then load it; time and memory count from after the imports."""
         importlib.import_module("tokenizers")
         chosen = Way(Path(way[0]), *way[1:])
@@ -249,21 +243,20 @@ class _Worker:
         forget_peak()
         memory = read_memory()
         self.level = memory.resident if memory else 0
-
-        def load() -> None:
-            self.model = load_model(chosen, threads=threads, max_length=max_length)
-            self.logits([self.model.folder.example("a")])
-
-        seconds = _seconds(load)
-        loaded = self.model.folder
-        figures = {name: getattr(loaded, name) for name in ("backend", "precision", "size_bytes")}
-        figures["thresholds"] = dict(self.model.decisions.thresholds)
-        facts = {name: getattr(loaded, name) for name in ("label_names", "kind")}
-        return figures | {"load_seconds": seconds}, facts
+        start = time.perf_counter()
+        self.model = load_model(chosen, threads=threads, max_length=max_length)
+        self.logits([self.model.folder.example("a")])
+        figures = {"load_seconds": time.perf_counter() - start, "thresholds": dict(self.model.decisions.thresholds)}
+        return figures | {name: getattr(self.model.folder, name) for name in ("backend", "precision", "size_bytes")}
 
     def time(self, batches: Sequence[Sequence[Any]], batch_size: int = 1, repeats: int = 1) -> list[float]:
         """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
-        return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in [*batches] * repeats]
+        seconds = []
+        for texts in [*batches] * repeats:
+            start = time.perf_counter()
+            self.model.predict_logits(texts, batch_size=batch_size)
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
         """Give logits whose usual decision is the one by the fitted thresholds."""
@@ -278,9 +271,3 @@ class _Worker:
     def memory(self) -> int | None:
         memory = read_memory()
         return memory.high_water - self.level if memory else None
-
-
-def _seconds(call: Callable[..., object], *arguments: Any, **settings: Any) -> float:
-    start = time.perf_counter()
-    call(*arguments, **settings)
-    return time.perf_counter() - start

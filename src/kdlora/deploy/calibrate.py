@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TEMPERATURE_KEY
-from kdlora.errors import DataError, ModelError
+from kdlora.deploy.folder import CONFIG_FILE, TEMPERATURE_KEY
+from kdlora.errors import DataError
 from kdlora.evidence.metrics import probabilities, reliability
 from kdlora.foreign import read_json
 from kdlora.report.shipped import Calibration
-from kdlora.system.integrity import hash_file, seal
 from kdlora.system.storage import write_json_atomic
 
 _RANGE = (0.05, 20.0)
@@ -72,20 +71,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
     return Calibration(temperature, len(logits), loss(0.0), loss(best), ece_before=before, ece_after=after)
 
 
-def save_temperature(folder: str | Path, temperature: float) -> None:
-    """Write a temperature into a folder's config.json, where `Classifier` finds it and an export takes it over."""
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise ModelError(f"the temperature must be a positive number, got {temperature}.")
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise ModelError(f"{folder}: not a model folder, config.json is missing.")
+def save_temperature(folder: Path, temperature: float) -> None:
+    """Write a temperature into a PyTorch folder's config.json, where `Classifier` and an export find it."""
+    path = folder / CONFIG_FILE
     config = {key: value for key, value in read_json(path).items() if key != TEMPERATURE_KEY}
     if temperature != 1:
         config[TEMPERATURE_KEY] = float(temperature)
     write_json_atomic(path, config)
-    record = Path(folder) / EXPORT_RECORD
-    if record.is_file():
-        content = read_json(record) | {"temperature": float(temperature)}
-        if CONFIG_FILE in content["sha256"]:
-            content["sha256"][CONFIG_FILE] = hash_file(path)
-        write_json_atomic(record, seal(content))

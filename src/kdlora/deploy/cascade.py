@@ -55,14 +55,15 @@ class Cascade:
         sureness: Sureness = "probability",
     ) -> None:
         """Join two loaded models; most callers want `load`, which says what they are."""
-        for model in (student, teacher):
-            if isinstance(model, Classifier) and model.folder.kind != "single-label":
+        models = [model for model in (student, teacher) if isinstance(model, Classifier)]
+        for model in models:
+            if model.folder.kind != "single-label":
                 raise ModelError(f"{model.folder.path}: a cascade wants single-label models, got {model.folder.kind}.")
-        if isinstance(teacher, Classifier) and (odd := set(student.label_names) ^ set(teacher.label_names)):
+        if odd := set(student.label_names) ^ set(models[-1].label_names):
             raise ModelError(
                 f"student and teacher must have the same labels; only one of them has {', '.join(sorted(odd)):.200}."
             )
-        read = [model.folder.texts for model in (student, teacher) if isinstance(model, Classifier)]
+        read = [model.folder.texts for model in models]
         if len({texts for texts in read if texts}) > 1:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
         if sureness not in SURENESS:

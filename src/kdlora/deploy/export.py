@@ -160,9 +160,8 @@ def _write(
         # A failed stage leaves the one before it, asked for or not.
         kept = {name: graphs[name] for name in formats if name in graphs} or graphs
         keep = {_FILES[name]: file for name, file in kept.items()}
-        keep |= {
-            file.with_suffix(".bin").name: file.with_suffix(".bin") for file in keep.values() if file.suffix == ".xml"
-        }
+        if weights := [file.with_suffix(".bin") for file in kept.values() if file.suffix == ".xml"]:
+            keep[weights[0].name] = weights[0]
         finish_package(work, folder, checks.task, keep, asdict(how))
     files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
     sizes = {name: sum(part.stat().st_size for part in target.glob(f"{path.stem}.*")) for name, path in files.items()}
@@ -252,15 +251,15 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ModelError(
             f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
         )
-    target = to.absolute()
-    source = folder.path.absolute()
+    target, source = to.absolute(), folder.path.absolute()
     if target == source or target in source.parents:
         raise ArtifactError(f"{to}: the export would replace the model {folder.path}; give another folder.")
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{to}: expected a folder to write, got a file.")
-    if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
+    entries = [*target.iterdir()] if target.exists() else []
+    if entries and not (target / EXPORT_RECORD).is_file():
         raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
-    for entry in target.iterdir() if target.is_dir() else ():
+    for entry in entries:
         is_exported = is_model_file(entry) and not entry.name.startswith(_NOT_EXPORTED)
         if not is_exported and entry.name != MEASURED:
             raise ArtifactError(f"{to}: {entry.name} is no file of an export, and would be lost; give a new folder.")

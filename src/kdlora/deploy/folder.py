@@ -52,12 +52,15 @@ _ENDLESS = 1_000_000
 _DEFAULT_MAX_LENGTH = 512
 _SHORTEST = 3
 """Tokens of the shortest input: two special ones and one of text."""
-_LEAST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-6, 1e6
 
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export|kdlora_decisions)\.json"
     r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?|openvino_model_quantized\.(xml|bin)"
     r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
+)
+_TEMPERATURE: Check = (
+    "a positive number, 1e-06 to 1e+06",
+    lambda value: isinstance(value, int | float) and 1e-6 <= value <= 1e6,
 )
 _RECORD: Mapping[str, Check] = {"max_length": TOKENS, "sha256": NAMES, "task": TASK}
 
@@ -92,10 +95,7 @@ class ModelFolder:
 
     @property
     def windows(self) -> WindowSettings | None:
-        """How texts longer than `max_length` are read in windows; None where they are cut, and where words have labels.
-
-        As the student was trained.
-        """
+        """How longer texts than `max_length` are read in windows; None where they are cut, or words have labels."""
         found = (self.task or {}).get("windows")
         return None if found is None or self.kind == "tokens" else WindowSettings(**found)
 
@@ -115,7 +115,7 @@ class ModelFolder:
     @property
     def size_bytes(self) -> int:
         """Bytes of the weights: the ONNX file with its external data, or the safetensors files."""
-        pattern = "*.safetensors" if self.file is None else f"{self.file.name}*data"
+        pattern = "*.safetensors" if self.file is None else f"{self.file.name}[._]data*"
         if self.file is not None and self.file.suffix == ".xml":
             pattern = self.file.with_suffix(".bin").name
         beside = sum(part.stat().st_size for part in self.path.glob(pattern))
@@ -155,7 +155,7 @@ def read_model_folder(
     folder = _with_config(place if named is None else place.parent)
     refuse_links_out(folder)
     digests: dict[str, str] = {}
-    config = _read(folder / CONFIG_FILE, CONFIG, digests)
+    config = _read(folder / CONFIG_FILE, {**CONFIG, TEMPERATURE_KEY: _TEMPERATURE}, digests)
     file = named or _exported_file(folder, precision, runtime)
     if file is None and runtime == "openvino":
         raise ModelError(f"{folder}: OpenVINO runs the files of an export; run `kdlora export` first.")
@@ -173,12 +173,6 @@ def read_model_folder(
     if wanted is None and stated is not None and _SHORTEST <= stated < _ENDLESS:
         wanted = int(stated)
     limit = _position_limit(folder, config)
-    temperature = config.get(TEMPERATURE_KEY, 1.0)
-    if not isinstance(temperature, int | float) or not _LEAST_TEMPERATURE <= temperature <= _HIGHEST_TEMPERATURE:
-        raise ModelError(
-            f"{folder / CONFIG_FILE}: {TEMPERATURE_KEY} must be a positive number, {_LEAST_TEMPERATURE:g} to "
-            f"{_HIGHEST_TEMPERATURE:g}, got {temperature!r:.80}."
-        )
     trained_on = config.get("kdlora_task") or {}  # an export's record may have default columns
     return ModelFolder(
         path=folder,
@@ -186,7 +180,7 @@ def read_model_folder(
         kind=kind,
         label_names=label_names,
         max_length=min(wanted or limit or _DEFAULT_MAX_LENGTH, limit or _ENDLESS),
-        temperature=float(temperature),
+        temperature=float(config.get(TEMPERATURE_KEY) or 1),
         task=record.get("task") or config.get("kdlora_task"),
         record=record if EXPORT_RECORD in digests else None,
         pad_token=content_of_token(tokenizer.get("pad_token")),

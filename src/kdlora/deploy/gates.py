@@ -128,8 +128,7 @@ class Checks:
         model = join_network(described, open_backend(described, verify=False))
         after = model.predict_logits(self.texts)
         parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
-        reasons = [parity.reason] if parity.reason else []
-        parity = replace(parity, reason="; ".join([*reasons, *faults]), recall=recall)
+        parity = replace(parity, reason="; ".join(filter(None, (parity.reason, *faults))), recall=recall)
         (self.stages if parity.passed else self.attempts).append(parity)
         if parity.passed and gate.largest_difference is not None:
             self.stage, self.model, self.logits, self.score = stage, model, after, parity.score
@@ -178,10 +177,7 @@ class Checks:
 
 
 def count_spans(given: LabelledTexts, tagger: Tagger) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Count by type the labelled spans that a tagger finds, all labelled ones, and all that it marks.
-
-    By characters, and the tagger reads plain texts: where it is served, nobody tells it the words.
-    """
+    """Count by type the labelled spans that a tagger finds in the plain texts, all labelled ones, and all it marks."""
     words = [text for text in given.texts if isinstance(text, Words)]
     right, wanted, marked = Counter[str](), Counter[str](), Counter[str]()
     rows = np.split(np.asarray(given.labels), word_offsets(words)[1:-1])
@@ -201,10 +197,7 @@ def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> l
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray, offsets: np.ndarray | None = None) -> float:
-    """Give the share of decisions, on texts or on words, that are the same.
-
-    Of several labels a text, the share of those given that both give (Dice): most cells are empty in both.
-    """
+    """Give the share of equal decisions, on texts or on words; of several labels, of those that are given (Dice)."""
     first, second = (predict_labels(task, logits, offsets) for logits in (before, after))
     if task.kind == "regression":
         # A constant reference leaves no spread to measure by; then only fp32's last digits may differ.

@@ -113,10 +113,7 @@ def _gelu(value: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:
-    """Pass the padding mask on as it is; any other pattern (ModernBERT's window) becomes an additive mask.
-
-    The arguments are those of transformers' mask functions.
-    """
+    """Pass the padding mask on as it is; any other pattern (ModernBERT's window) becomes an additive mask."""
     if arguments["mask_function"] is bidirectional_mask_function:
         padding: torch.Tensor | None = arguments["attention_mask"]
         return padding
@@ -167,11 +164,7 @@ def _operator(
 
 
 def _attention_forward(module: nn.Module, names: Sequence[str], heads: int) -> Callable[..., tuple[torch.Tensor, None]]:
-    """Make attention of hidden states (batch, length, width) write one node, its three projections included.
-
-    These are packed into one product, but not where the scores get a bias (MPNet): the quantised form of the packed
-    node takes none.
-    """
+    """Make attention of hidden states (batch, length, width) write one node, its three projections included."""
     layers = [getattr(module, name) for name in names]
     last = next((getattr(module, name) for name in ("o", "out_lin") if hasattr(module, name)), nn.Identity())
     scale = (layers[0].out_features // heads) ** -0.5
@@ -186,7 +179,7 @@ def _attention_forward(module: nn.Module, names: Sequence[str], heads: int) -> C
             weight = torch.cat([layer.weight.T for layer in layers], dim=1)
             arrays = [hidden_states, weight, torch.cat([layer.bias for layer in layers])]
             return last(_operator(arrays, attention_mask, None, heads, scale, packed=True)), None
-        # The bias is the same for every row; the model repeats it, the operator broadcasts it.
+        # Not packed: the quantised form takes no bias. It is the same for every row; the operator broadcasts it.
         arrays = [layer(hidden_states) for layer in layers]
         return last(_operator(arrays, attention_mask, position_bias[:1], heads, scale)), None
 

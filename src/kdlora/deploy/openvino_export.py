@@ -15,6 +15,7 @@ from kdlora.deploy.folder import ONNX_FP32, OPENVINO_INT8
 from kdlora.deploy.gates import Checks, Gate, measure_agreement
 from kdlora.deploy.graph import quiet
 from kdlora.deploy.openvino_backend import has_bf16, import_untracked, openvino
+from kdlora.deploy.quantise import join_rows
 from kdlora.system.ownership import remove
 
 nncf = import_untracked("nncf")
@@ -49,10 +50,10 @@ def _quantise(source: Path, to: Path, recipe: str, checks: Checks, least: float)
     """Write an int8 file; the second recipe keeps operators in fp32 until so many decisions are those of fp32."""
     batches = [batch for text in checks.calibration for batch in checks.model.batches([text])]
     rows: list[Inputs] = [arrays for _, arrays in batches]
-    exact = _join(checks.model.run(arrays) for arrays in rows)
+    exact = join_rows(checks.model.run(arrays) for arrays in rows)
 
     def validate(compiled: Any, items: Iterable[Inputs]) -> float:
-        found = _join(compiled(item)[0] for item in items)
+        found = join_rows(compiled(item)[0] for item in items)
         if checks.task.kind == "tokens":
             return float((found.argmax(axis=1) == exact.argmax(axis=1)).mean())
         return measure_agreement(checks.task, exact, found)
@@ -66,7 +67,3 @@ def _quantise(source: Path, to: Path, recipe: str, checks: Checks, least: float)
             settings["max_drop"] = 1 - least
             found = nncf.quantize_with_accuracy_control(model, data, data, validation_fn=validate, **settings)
     openvino.save_model(found, to, compress_to_fp16=False)
-
-
-def _join(outputs: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])

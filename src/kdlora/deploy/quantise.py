@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,11 +42,7 @@ BASE = Recipe("int8 weights per channel, embeddings per row")
 
 
 def recipes(rank: Callable[[], Sequence[str]]) -> Iterator[Recipe]:
-    """Give the recipes in the order in which they are tried.
-
-    The last ones let ever more of the most sensitive products, up to half of them, multiply in fp32; `rank`, which
-    names these in order, is called only when the first ones have failed.
-    """
+    """Give the recipes in their order; `rank`, which names the most sensitive products, is called for the last ones."""
     yield BASE
     yield replace(BASE, name="uint8 weights", signed=False)
     yield replace(BASE, name="int8 weights of reduced range", reduce_range=True)
@@ -94,11 +90,7 @@ def quantise(source: Path, to: Path, recipe: Recipe) -> None:
 
 
 def _quantise_embeddings(graph: ir.Graph) -> None:
-    """Store embedding tables as int8 with one scale a row.
-
-    The quantiser's own form has one scale for a whole table, which its largest value decides: rows of rare words,
-    with small values, would keep a few levels only.
-    """
+    """Store embedding tables as int8 with one scale a row; of one for all, rare words with small values keep little."""
     for node in [node for node in graph if node.op_type == "Gather"]:
         table = _weight(node.inputs[0])
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < _LEAST_ROWS:
@@ -116,11 +108,7 @@ def _quantise_embeddings(graph: ir.Graph) -> None:
 
 
 def _store_as_levels(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Store the weights of products that multiply in fp32 as int8 with one scale an output channel.
-
-    It is the rounding of activations, one scale for a whole batch, that harms a product with outliers; its weights
-    round as well as any, and would be four times as large.
-    """
+    """Store as int8 the weights of products that multiply in fp32: only the rounding of activations harms these."""
     for node in [node for node in graph if node.name in names]:
         if (weight := _weight(node.inputs[1])) is not None:
             levels, scales = _add_levels(graph, f"{node.name}.weight", weight, np.abs(weight).max(axis=0))
@@ -151,20 +139,19 @@ def rank_products(model: Path, served: Classifier | Tagger, texts: Sequence[Text
     batches = [arrays for _, arrays in served.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
-        found = [session.run(None, {**batch, "rounded": rounded})[0] for batch in batches]
-        return np.concatenate([part.reshape(-1, part.shape[-1]) for part in found])
+        return join_rows(session.run(None, {**batch, "rounded": rounded})[0] for batch in batches)
 
     exact = logits(np.zeros(len(names), dtype=bool))
     harm = [float(np.square(logits(switch) - exact).mean()) for switch in np.eye(len(names), dtype=bool)]
     return [names[number] for number in np.argsort(harm)[::-1]]
 
 
-def _add_rounding_switches(source: Path, to: Path) -> list[str]:
-    """Write a copy of a graph in which the input of each product can be rounded to 8 bits by a switch.
+def join_rows(outputs: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
 
-    The rounding of activations, one scale for a whole batch, is what harms a model; weights have a scale for each
-    channel. So one session can tell how sensitive each product is, instead of one file for each.
-    """
+
+def _add_rounding_switches(source: Path, to: Path) -> list[str]:
+    """Write a copy in which a switch rounds the input of each product, so that one session tells what each costs."""
     model = ir.load(source)
     graph, nodes = model.graph, _products(model.graph)
     switches = ir.val("rounded", ir.DataType.BOOL, [len(nodes)])

@@ -5,6 +5,7 @@ A benchmark of an export stores its figures beside the files, by processor and c
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -47,26 +48,26 @@ class _Measured:
 
 def ways_to_run(folder: Path) -> list[Way]:
     """List the ways to run an export that passed its checks, and for which its thresholds and promise were fitted."""
-    if not (folder / EXPORT_RECORD).is_file():
+    record = folder / EXPORT_RECORD
+    if not record.is_file():
         return []
-    found = [Way(folder, precision="fp32")] if (folder / ONNX_FP32).is_file() else []
-    found += [Way(folder, precision="int8")] if (folder / ONNX_INT8).is_file() else []
-    return [way for way in found + _ways_of_openvino(folder) if _is_fitted(way)]
+    ways = [(ONNX_FP32, Way(folder, precision="fp32")), (ONNX_INT8, Way(folder, precision="int8"))]
+    if importlib.util.find_spec("openvino") is not None:
+        from kdlora.deploy.openvino_backend import has_bf16
 
-
-def _ways_of_openvino(folder: Path) -> list[Way]:
-    if importlib.util.find_spec("openvino") is None:
-        return []
-    from kdlora.deploy.openvino_backend import has_bf16
-
-    stages = read_json(folder / EXPORT_RECORD).get("stages")
-    passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+        stages = read_json(record).get("stages")
+        passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+        if "openvino" in passed:
+            ways.append((ONNX_FP32, Way(folder, "openvino", "fp32")))
+            if "openvino-bf16" in passed and has_bf16():
+                ways.append((ONNX_FP32, Way(folder, "openvino", "bf16")))
+        ways.append((OPENVINO_INT8, Way(folder, "openvino", "int8")))
     found = []
-    if (folder / ONNX_FP32).is_file() and "openvino" in passed:
-        found.append(Way(folder, "openvino", "fp32"))
-        if "openvino-bf16" in passed and has_bf16():
-            found.append(Way(folder, "openvino", "bf16"))
-    return found + ([Way(folder, "openvino", "int8")] if (folder / OPENVINO_INT8).is_file() else [])
+    for way in (way for name, way in ways if (folder / name).is_file()):
+        with contextlib.suppress(ModelError):  # where thresholds or a promise are of another way
+            read_decisions(way.describe())
+            found.append(way)
+    return found
 
 
 def store_speeds(speeds: Mapping[Way, Mapping[int, float]]) -> None:
@@ -101,15 +102,6 @@ def _read(folder: Path) -> _Measured:
         return TypeAdapter(_Measured).validate_json(path.read_bytes())
     except ValidationError:
         raise ArtifactError(f"{path}: damaged. Remove it, and measure again: kdlora benchmark {folder}") from None
-
-
-def _is_fitted(way: Way) -> bool:
-    """Say whether the folder's thresholds and promise, if it has any, are of this way."""
-    try:
-        read_decisions(way.describe())
-    except ModelError:
-        return False
-    return True
 
 
 def _machine() -> str:

@@ -112,13 +112,11 @@ class Children:
             if not self.servers or self.servers[0].process.poll() is not None:
                 self.close()
                 self.servers.append(Server(self))
-            answer = None
             try:
-                answer = self.servers[0].converse(function, arguments, listen)
-            finally:
-                if answer is None:  # Ctrl-C, or a fault of the listener: the child must not go on
-                    self.close()
-        return answer
+                return self.servers[0].converse(function, arguments, listen)
+            except BaseException:  # Ctrl-C, or a fault of the listener: the child must not go on
+                self.close()
+                raise
 
     def carry_out(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in this thread, which has no children but these."""

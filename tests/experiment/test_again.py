@@ -1,6 +1,5 @@
 """The same command again, another command on the same folder, and what goes wrong on the way."""
 
-import json
 import shutil
 
 import numpy as np
@@ -11,10 +10,11 @@ from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment import jobs
+from kdlora.experiment import deployment, jobs
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.stages import train_run
+from kdlora.report.shipped import BenchmarkResult
 from kdlora.section import DataConfig
 from kdlora.system.ownership import MANIFEST
 from kdlora.system.storage import hold_lock
@@ -55,15 +55,18 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
     """
     monkeypatch.chdir(workshop.train.parent)
     data = DataConfig(train=workshop.train.name, validation=str(workshop.validation))
-    open_rate = {"train": FAST | {"learning_rate": None}}
-    config = workshop.config({"teacher": open_rate, "export": {"formats": [], "benchmark": True}})
+    config = workshop.config({"teacher": {"train": FAST | {"learning_rate": None}}})
     config = config.model_copy(update={"data": data})
     result = run_experiment(config, tmp_path / "out")
-    assert json.loads(result.layout.benchmark.read_text())["models"][0]["name"] == "student"
-    assert not [note for note in result.notes if "was not" in note]
     assert load_config(result.layout.config).data.train == str(workshop.train)
     monkeypatch.setattr(jobs, "run_in_child", lambda *_, **__: pytest.fail("a run was repeated"))
     run_experiment(config, tmp_path / "out")
+    measured = []
+    monkeypatch.setattr(deployment, "benchmark", lambda models, *_, **__: measured.extend(models) or BenchmarkResult())
+    export = config.export.model_copy(update={"benchmark": True})
+    notes = deployment.deploy_student(config.model_copy(update={"export": export}), result.layout, print)
+    assert measured == ["student"]
+    assert not [note for note in notes if "was not" in note]
 
 
 def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop):

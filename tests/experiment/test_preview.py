@@ -91,19 +91,6 @@ def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
         assert dict(plan.lines())["labels"].endswith("only 1 of d in validation, which chooses what ships")
 
 
-def test_a_long_run_asks_where_a_person_can_answer(cli, workshop, tmp_path, monkeypatch):
-    """A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait."""
-    small = tmp_path / "small.yaml"
-    small.write_text(yaml.safe_dump(workshop.values({"run": {"arms": ["words"]}})), encoding="utf-8")
-    monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
-    monkeypatch.setattr("typer.confirm", lambda *arguments, **options: False)
-    terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
-    for options, code in (((), 1), (("--yes",), 0)):
-        assert "trainings" in cli("run", small, "--out", tmp_path / "out", *options, code=code).err
-        assert (tmp_path / "out" / "results.json").exists() == (code == 0)
-
-
 def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     """A bag of words in `student/` is no model; one that is fitted again on every call changes a finished folder."""
     config = workshop.config({"data": {"test": str(workshop.validation)}, "run": {"arms": ["words", "student-lora"]}})
@@ -135,17 +122,25 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     assert snapshot(kept.root) == before
 
 
-def test_it_needs_no_model_and_runs_once(workshop, tmp_path):
-    """A user who asks for nothing else must not be sent for a teacher; three equal runs are no spread over seeds."""
+def test_a_bag_of_words_needs_no_model_and_a_long_run_asks(cli, workshop, tmp_path, monkeypatch):
+    """A user who asks for nothing else must not be sent for a teacher; three equal runs are no spread over seeds.
+
+    A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait.
+    """
     values = workshop.values({"run": {"arms": ["words"], "seeds": [5, 6]}})
     del values["teacher"], values["student"]
-    config = build_config(values)
-    plan = plan_experiment(config)
-    assert [(one.arm, one.runs, one.steps) for one in plan.trainings] == [("words", 1, 0)]
-    assert "words in about" in dict(plan.lines())["trainings"]
-    result = run_experiment(config, tmp_path / "out")
-    assert [(record.arm, record.seed, record.status) for record in result.records] == [("words", 5, "finished")]
-    assert result.shipped is None
+    path, out = tmp_path / "words.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
+    monkeypatch.setattr("typer.confirm", lambda *arguments, **options: False)
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
+    assert "words in about" in cli("run", path, "--out", out, code=1).err
+    assert not out.exists()
+    assert "words in about" in cli("run", path, "--out", out, "--yes").err
+    (record,) = read_results(out / "results.json")
+    assert (record.arm, record.seed, record.status) == ("words", 5, "finished")
+    assert not (out / "student").exists()
 
     # Thirty equal trials look like a search.
     with pytest.raises(ValueError, match="words"):

@@ -96,8 +96,7 @@ class _Judged:
             met = Unknown(how, tell_apart(known, strange))
             with suppress(NoPromiseError):
                 promise = self.promise(how, error, confidence)
-                deferred = float(np.mean(strange < promise.threshold))
-                met = replace(met, coverage=promise.coverage, deferred=deferred)
+                met = replace(met, coverage=promise.coverage, deferred=float(np.mean(strange < promise.threshold)))
             found.append(met)
         return tuple(found)
 

@@ -66,14 +66,14 @@ def contrast_table(contrasts: list[tuple[Side, Side]], results: list[SuiteResult
     runs: dict[tuple[str, Side], dict[int, Predictions]] = {}
     tasks: dict[str, Task] = {}
     for result in results:
-        for cell in result.plan.cells:
-            for run in cell.runs:
+        for (name, family, arm), planned in result.plan.cells.items():
+            for run in planned:
                 record = result.records.get(run.key)
                 if record is not None and record.status == "finished":
                     found = read_predictions(run.layout(result.folder).run(run.arm, run.seed).predictions)
                     split = "test" if "test" in found.split else "validation"
-                    runs.setdefault((cell.task, (cell.family, cell.arm)), {})[run.seed] = found.only(split)
-                    tasks[cell.task] = Task.from_dict(record.task)
+                    runs.setdefault((name, (family, arm)), {})[run.seed] = found.only(split)
+                    tasks[name] = Task.from_dict(record.task)
     for first, second in contrasts:
         pairs = [
             pair_up(task, runs.get((name, first), {}), runs.get((name, second), {})) for name, task in tasks.items()

@@ -40,8 +40,8 @@ def suite(**changes):
     return build_suite(SUITE | changes)
 
 
-def plan(**changes):
-    return make_plan(suite(**changes))
+def plan(chosen=None, **changes):
+    return make_plan(suite(**changes), chosen)
 
 
 def arms(found, arm, task="cola"):
@@ -51,13 +51,10 @@ def arms(found, arm, task="cola"):
 def test_nothing_is_made_twice():
     """A teacher that two families share, or a control for each alpha, would be trained over and over."""
     found = plan()
-    assert len(arms(found, "fft")) == 2
-    assert len(arms(found, "lora")) == 2
-    assert len(arms(found, "student-lora")) == 2 * 2
-    assert len(arms(found, "kd-lora")) == 2 * 2 * 2
-    cells = found.cells_of("cola", "one"), found.cells_of("cola", "two")
-    assert [run.key for run in cells[0]["fft"].runs] == [run.key for run in cells[1]["fft"].runs]
-    assert not {run.key for run in cells[0]["kd-lora"].runs} & {run.key for run in cells[1]["kd-lora"].runs}
+    assert [len(arms(found, arm)) for arm in SUITE["arms"]] == [2, 2, 2 * 2 * 2, 2 * 2]
+    keys = {cell: {run.key for run in runs} for cell, runs in found.cells.items()}
+    assert keys["cola", "one", "fft"] == keys["cola", "two", "fft"]
+    assert not keys["cola", "one", "kd-lora"] & keys["cola", "two", "kd-lora"]
 
     # Without `fft` among the arms, its students would wait for a teacher that nobody trains.
     found = plan(arms=["kd-lora"], seeds=[3, 4])
@@ -81,15 +78,15 @@ def test_a_folder_names_what_decides_the_figures():
     assert {key for run in arms(plan(), "kd-lora") for key, _ in run.settings} == {"lora.rank", "distil.alpha"}
 
 
-def test_copies_belong_to_the_students_of_a_teacher_alone():
-    """Recipes that differ in what the students read would train one teacher twice, and compare students of two."""
+def test_families_share_what_is_the_same():
+    """Copies, or a rate of adapters, would train one teacher twice, and compare students of two; so would a head."""
     train = {"train": {"epochs": 3, "learning_rate": 2e-5, "head_learning_rate": None, "select": "last"}}
     families = {
         recipe: {"recipe": recipe, "teacher": {"model": "teacher"} | train, "student": {"model": "small"}}
         for recipe in ("default", "paper")
     }
     found = plan(families=families, grids={})
-    assert {cell.runs[0].config.data.augment for cell in found.cells if cell.arm == "kd-lora"} == {4, 0}
+    assert {run.config.data.augment for run in arms(found, "kd-lora")} == {4, 0}
     assert len(arms(found, "fft")) == 1
     assert [len(lesson.candidates) for lesson in found.lessons()] == [1] * 4
     assert len({lesson.candidates[0].key for lesson in found.lessons()}) == 2
@@ -97,9 +94,7 @@ def test_copies_belong_to_the_students_of_a_teacher_alone():
     found = plan(families=families, grids={})
     assert [len(arms(found, arm)) for arm in ("fft", "kd-lora", "student-lora")] == [1, 2, 1]
 
-
-def test_an_arm_keeps_what_it_reads_of_another_section_and_nothing_else():
-    """The head of a control at another rate than that of `kd-fft`; teachers by adapters, alike but for the students."""
+    # The head of a control at another rate than that of `kd-fft`; teachers by adapters, alike but for the students.
     head = {"data": {"path": "x/y"}, "teacher": {"train": {"head_learning_rate": 2e-3}}}
     found = plan(config=head, arms=["kd-fft", "student-fft"], grids={})
     rates = {settings_for(run.config, run.arm).head_learning_rate for run in found.runs() if run.arm != "fft"}
@@ -109,36 +104,30 @@ def test_an_arm_keeps_what_it_reads_of_another_section_and_nothing_else():
     found = plan(config=lora, arms=["lora", "kd-lora"], grids=grid, families={"one": SUITE["families"]["one"]})
     assert (len(arms(found, "lora")), len(arms(found, "kd-lora"))) == (1, 2)
 
-
-def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():
-    """Families of two student rates would train the same teacher twice: hours, for two equal models."""
+    # A rate of adapters is none of a tuned teacher.
     data, student = {"data": {"path": "x/y"}, "teacher": {"model": "teacher"}}, {"model": "small"}
     families = {"open": {"student": student}, "set": {"student": student | {"train": {"learning_rate": 1e-4}}}}
-    both = suite(families=families, grids={}, config=data)
-    found = make_plan(both, {(task, family): CHOSEN for task in both.tasks for family in families})
-    for task in both.tasks:
-        assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "fft")}) == 1
-        assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "lora")}) == 2
+    found = plan({("cola", family): CHOSEN for family in families}, families=families, grids={}, config=data)
+    assert (len(arms(found, "fft")), len(arms(found, "lora"))) == (1, 2)
 
 
-@pytest.mark.parametrize(("name", "fft", "adapters"), [("paper", 25, 24), ("paper-small", 2, 3)])
-def test_the_papers_suites(name, fft, adapters):
+@pytest.mark.parametrize(
+    ("name", "size", "fft", "adapters"), [("paper", (9, 3), 25, 24), ("paper-small", (5, 1), 2, 3)]
+)
+def test_the_papers_suites(name, size, fft, adapters):
     """The protocol is 25 configurations of FFT and 24 of the others; a slip in a grid changes it silently."""
     papers = load_suite(CONFIGS / f"{name}.yaml")
-    found = make_plan(papers)
-    cell = found.cells_of(next(iter(papers.tasks)), next(iter(papers.families)))
-    assert len({run.folder for run in cell["fft"].runs}) == fft
-    for arm in ("lora", "kd-lora", "student-lora"):
-        assert len({run.folder for run in cell[arm].runs}) == adapters
-    if name == "paper":
-        assert len(found.runs()) == 9 * 3 * (25 + 3 * 24)
+    assert (len(papers.tasks), len(papers.families)) == size
+    found = make_plan(load_suite(CONFIGS / f"{name}.yaml", ["tasks=[sst2]"]))
+    for (_, _, arm), runs in found.cells.items():
+        assert len(runs) == (fft if arm == "fft" else adapters)
 
 
 def test_an_open_max_length_is_filled_in_for_all_arms_alike():
     """A control that reads less of a text than the distilled arm measures the cut."""
-    cut = suite(config={"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}})
-    found = make_plan(cut, {("cola", "one"): CHOSEN})
-    configs = {cell.arm: cell.runs[0].config for cell in found.cells if (cell.task, cell.family) == ("cola", "one")}
+    cut = {"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}}
+    found = plan({("cola", "one"): CHOSEN}, config=cut)
+    configs = {arm: found.cells["cola", "one", arm][0].config for arm in SUITE["arms"]}
     assert configs["fft"].teacher.train.max_length == configs["kd-lora"].teacher.train.max_length == 40
     assert {configs[arm].student.train.max_length for arm in ("lora", "kd-lora", "student-lora")} == {96}
     assert {run.config.teacher.train.max_length for run in found.runs() if run.task != "cola"} == {None}
@@ -171,19 +160,6 @@ def test_names_stand_for_sections():
     assert found.tasks == {"cola": {"task": {"name": "cola"}}, "sst2": {"task": {"name": "sst2"}}}
     assert found.families["roberta"] == {"family": "roberta"}
 
-    # One teacher for every task of a suite would be the teacher of the wrong labels.
-    with pytest.raises(ConfigError, match="a suite trains its teachers"):
-        plan(families=["bert"], config={"data": {"path": "x/y"}, "teacher": {"fine_tuned": "somewhere"}})
-
-    # Among thousands of configurations, "rank: greater than 0" alone helps nobody.
-    with pytest.raises(ConfigError, match=r"(?s)s: cola, one, lora.*lora\.rank"):
-        plan(grids={"adapters": {"lora.rank": [8, 0]}})
-    with pytest.raises(ConfigError, match=r"lora\.rnak: unknown key. Did you mean 'rank'"):
-        plan(grids={"adapters": {"lora.rnak": [8]}})
-    # A family's teacher would take the place of what the suite says of all teachers.
-    with pytest.raises(ConfigError, match="s: cola, one: teacher: expected keys such as 'model:', got 5"):
-        plan(config={"data": {"path": "x/y"}, "teacher": 5})
-
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -198,14 +174,21 @@ def test_names_stand_for_sections():
         ({"grids": {"adapters": {"lora.rank": [8, 8]}}}, "stands twice, so two runs would share one folder"),
         ({"grids": {"adapters": {"lora.rank": []}}}, "an axis has no values"),
         ({"grids": {"adapters": {"lora.rank": 8}}}, "expected a list of values, got 8"),
-        ({"config": {"data": {"path": "x"}, "run": {"seeds": [1]}}}, "set `seeds` at the top level"),
-        ({"config": {"data": {"path": "x"}, "run": "arms"}}, "config.run: expected keys such as .*, got 'arms'"),
+        ({"config": {"run": {"seeds": [1]}}}, "set `seeds` at the top level"),
+        ({"config": {"run": "arms"}}, "config.run: expected keys such as .*, got 'arms'"),
+        ({"config": {"report": {"paper": True}}}, "config.report.paper: a suite's tables have.*Delete the key"),
+        ({"config": {"defer": {"error": 0.1}}}, "config.defer.error: a suite ships nothing"),
+        ({"config": {"export": {"thresholds": 0.1}}}, "config.export.thresholds: a suite ships nothing"),
+        ({"families": {"bert": {"family": "bert", "teacher": {"fine_tuned": "one"}}}}, "a suite trains its teachers"),
+        ({"config": {"teacher": 5}}, "s: cola, one: teacher: expected keys such as 'model:', got 5"),
+        ({"grids": {"adapters": {"lora.rank": [8, 0]}}}, "s: cola, one, lora.*lora.rank"),
+        ({"grids": {"adapters": {"lora.rnak": [8]}}}, "lora.rnak: unknown key. Did you mean 'rank'"),
     ],
 )
 def test_faults_are_told(changes, expected):
-    """A slip that passes costs a week of wrong runs."""
+    """A slip that passes costs a week of wrong runs; one teacher of all tasks would be that of the wrong labels."""
     with pytest.raises(ConfigError, match=f"(?s){expected}"):
-        suite(**changes)
+        plan(**changes)
 
 
 def test_axes_multiply_and_joint_settings_stay_together():

@@ -1,15 +1,14 @@
 """The tables of a suite, from records whose figures are known."""
 
-import csv
 import re
 import statistics
 
 import numpy as np
 import pytest
 
+from experiments import read_rows
 from fabricate import make_record
 from kdlora.data.tasks import GLUE
-from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.suite_tables import SuiteFigures, write_tables
@@ -32,10 +31,6 @@ def small_plan(**changes):
     return make_plan(build_suite(values | changes))
 
 
-def lines_of(path):
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
-
 def record(run, points, **changes):
     task = GLUE[run.task].task
     metrics = {task.metrics[0]: points / 100}
@@ -48,27 +43,42 @@ def record(run, points, **changes):
 def made(plan):
     """Configuration k (from 0) of an arm scores its base + 2k, seeds 0.5 apart."""
     found = {}
-    for cell in plan.cells:
-        folders = list(dict.fromkeys(run.folder for run in cell.runs))
-        for run in cell.runs:
+    for runs in plan.cells.values():
+        folders = list(dict.fromkeys(run.folder for run in runs))
+        for run in runs:
             found[run.key] = record(run, BASE[run.arm] + 2 * folders.index(run.folder) + 0.5 * run.seed)
     return found
 
 
-def test_a_figure_is_the_median_of_the_best_configurations(tmp_path):
-    """A mean over the whole grid, or over seeds as if they were configurations, is another number than the paper's."""
+@pytest.fixture
+def write(tmp_path):
+    """`write(plan, records)` writes the tables, and gives the page as Markdown."""
+
+    def give(plan, records):
+        write_tables(plan, tmp_path, records)
+        return (tmp_path / "suite.md").read_text(encoding="utf-8")
+
+    return give
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """Those of the whole plan."""
     plan = small_plan()
-    found = SuiteFigures(plan, made(plan), tmp_path).figure(plan.cells_of("cola", "own")["lora"])
+    return SuiteFigures(plan, made(plan), tmp_path)
+
+
+def test_a_figure_is_the_median_of_the_best_configurations(figures):
+    """A mean over the whole grid, or over seeds as if they were configurations, is another number than the paper's."""
+    found = figures.figure(figures.plan.cells["cola", "own", "lora"])
     assert found.median == pytest.approx(statistics.median([86.25, 88.25]))
     assert [value for _, value in found.taken] == [88.0, 88.5, 86.0, 86.5]
     assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
     assert (found.configurations, found.failed, found.missing) == (3, 0, 0)
 
     # Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right.
-    plan = small_plan()
-    figures = SuiteFigures(plan, made(plan), tmp_path)
     assert [row.title for row in figures.rows] == ["CoLA", "MNLI-m", "MNLI-mm"]
-    cell = plan.cells_of("mnli", "own")["fft"]
+    cell = figures.plan.cells["mnli", "own", "fft"]
     whole, matched, other = (figures.figure(cell, group).median for group in ("", "matched", "mismatched"))
     assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
 
@@ -76,28 +86,22 @@ def test_a_figure_is_the_median_of_the_best_configurations(tmp_path):
 def test_with_a_test_split_the_choice_stays_on_validation(tmp_path):
     """Configurations that are chosen on the test split make its figure too high."""
     plan = small_plan(seeds=[0], best=1)
-    cell = plan.cells_of("cola", "own")["fft"]
+    cell = plan.cells["cola", "own", "fft"]
     scores = [(90.0, 70.0), (80.0, 95.0), (70.0, 60.0)]
     records = {
-        run.key: record(run, validation, test_score=test)
-        for run, (validation, test) in zip(cell.runs, scores, strict=True)
+        run.key: record(run, validation, test_score=test) for run, (validation, test) in zip(cell, scores, strict=True)
     }
     assert SuiteFigures(plan, records, tmp_path).figure(cell).median == 70.0
 
 
-def test_the_gain_is_paired_by_configuration_and_seed(tmp_path):
+def test_the_gain_is_paired_by_configuration_and_seed(figures):
     """The best of one arm against the best of another says nothing of the teacher if they are other configurations."""
-    plan = small_plan()
-    records = made(plan)
-    figures = SuiteFigures(plan, records, tmp_path)
     row = figures.rows[0]
-    found = figures.gain(row, "own", "kd-lora")
-    assert found.paired == pytest.approx(0.5)
-    assert found.pairs == 6
+    found, pairs = figures.gain(row, "own", "kd-lora")
+    assert (found.plain, pairs) == (pytest.approx(0.5), 6)
     assert found.difference is None  # there are no predictions
-    first = plan.cells_of("cola", "own")["kd-lora"].runs[0]
-    del records[first.key]
-    assert figures.gain(row, "own", "kd-lora").pairs == 5
+    del figures.records[figures.plan.cells["cola", "own", "kd-lora"][0].key]
+    assert figures.gain(row, "own", "kd-lora")[1] == 5
 
 
 def keep_predictions(plan, root, records, rows=1000):
@@ -117,92 +121,71 @@ def keep_predictions(plan, root, records, rows=1000):
         write_predictions(run.layout(root).run(run.arm, run.seed).predictions, kept)
 
 
-def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(tmp_path):
+def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(write, tmp_path):
     """Six runs of two seeds are two seeds; one seed gives no verdict, however many configurations it ran."""
     plan = small_plan(tasks=["mnli"])
     records = made(plan)
     keep_predictions(plan, tmp_path, records)
     figures = SuiteFigures(plan, records, tmp_path)
     for row in figures.rows:
-        found = figures.gain(row, "own", "kd-lora").difference
+        found = figures.gain(row, "own", "kd-lora")[0].difference
         assert found.n_seeds == 2
         assert found.n_examples == 500  # of the row's own group
         assert found.low < found.difference < found.high
-    write_tables(plan, tmp_path, records)
-    assert "no verdict)" not in (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "no verdict)" not in write(plan, records)
     plan = small_plan(tasks=["mnli"], seeds=[0])
     records = made(plan)
     keep_predictions(plan, tmp_path, records)
-    write_tables(plan, tmp_path, records)
-    assert "(one seed: no verdict)" in (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "(one seed: no verdict)" in write(plan, records)
 
 
-def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(tmp_path):
+def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(write, tmp_path):
     """A student with 20 where its teacher has 10 "keeps 200%": as a mean of ratios, that hid a real loss elsewhere."""
     plan = small_plan(families={"own": {"teacher": {"model": "t"}, "student": {"model": "s"}}}, tasks=["cola", "sst2"])
     scores = {("cola", "fft"): 10.0, ("cola", "kd-lora"): 20.0, ("sst2", "fft"): 90.0, ("sst2", "kd-lora"): 70.0}
-    records = {run.key: record(run, scores.get((run.task, run.arm), 50.0)) for run in plan.runs()}
-    write_tables(plan, tmp_path, records)
-    lead = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    lead = write(plan, {run.key: record(run, scores.get((run.task, run.arm), 50.0)) for run in plan.runs()})
     assert "KD-LoRA keeps **90.0%** of its teacher’s score (45.0 of 50.0, means of the rows below)" in lead
 
     # Matthews of a model that learnt nothing is often a hair below zero, and stood in the table as -0.0.
-    plan = small_plan(tasks=["cola"])
-    write_tables(plan, tmp_path, {run.key: record(run, -0.02) for run in plan.runs()})
-    for name in ("suite.md", "table1.tex"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        assert not re.search(r"[-−]0\.0(?!\d)", text)
+    markdown = write(plan, {run.key: record(run, -0.02) for run in plan.runs()})
+    assert not re.search(r"[-−]0\.0(?!\d)", markdown + (tmp_path / "table1.tex").read_text(encoding="utf-8"))
 
 
-def test_what_failed_or_is_missing_is_said_in_the_cell(tmp_path):
+def test_what_failed_or_is_missing_is_said_in_the_cell(figures, write, tmp_path):
     """A median of what happened to survive must not look like a full cell."""
-    plan = small_plan()
-    records = made(plan)
-    cell = plan.cells_of("cola", "own")["lora"]
-    first, second = cell.runs[-1], cell.runs[-2]
-    records[first.key] = record(first, 1.0, status="failed", error="=<script>|boom|", score=None, metrics={})
-    del records[second.key]
-    write_tables(plan, tmp_path, records)
-    markdown = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    second, first = figures.plan.cells["cola", "own", "lora"][-2:]
+    failed = record(first, 1.0, status="failed", error="=<script>|boom|", score=None, metrics={})
+    records = {key: one for key, one in figures.records.items() if key != second.key} | {first.key: failed}
+    markdown = write(figures.plan, records)
     assert "1 failed, 1 to come)" in markdown
     assert "&lt;script&gt;\\|boom\\|" in markdown
     assert "<script>|boom" not in (tmp_path / "suite.html").read_text(encoding="utf-8")
-    lines = lines_of(tmp_path / "runs.csv")
+    lines = read_rows(tmp_path / "runs.csv")
     assert sorted({line["status"] for line in lines}) == ["failed", "finished", "to come"]
     assert next(line for line in lines if line["status"] == "failed")["error"] == "'=<script>|boom|"
 
 
-def test_the_papers_figures_stand_beside_ours_where_they_belong(tmp_path):
+def test_the_papers_figures_stand_beside_ours_where_they_belong(figures, write, tmp_path):
     """Figures of BERT beside another family's would compare what cannot be compared."""
-    plan = small_plan()
-    write_tables(plan, tmp_path, made(plan))
-    lines = lines_of(tmp_path / "table1.csv")
+    markdown = write(figures.plan, figures.records)
+    lines = read_rows(tmp_path / "table1.csv")
     paper = {(line["row"], line["family"], line["arm"]): line["paper"] for line in lines}
     assert paper["CoLA", "bert", "kd-lora"] == "56.3"
     assert paper["MNLI-mm", "bert", "lora"] == "83.9"
     assert paper["CoLA", "bert", "student-lora"] == ""
     assert paper["CoLA", "own", "kd-lora"] == ""
     assert {line["n"] for line in lines} == {"4"}
-    markdown = (tmp_path / "suite.md").read_text(encoding="utf-8")
     mean = statistics.mean([56.3, 82.0, 82.4])
     score = next(line for line in markdown.splitlines() if line.startswith("| paper, the same rows"))
     assert f"{mean:.1f}" in score
 
 
-def test_tables_of_nothing_can_be_written(tmp_path):
+def test_tables_of_nothing_can_be_written(write):
     """Ctrl-C in the first minute must leave a page, not a traceback over the reason."""
-    write_tables(small_plan(), tmp_path, {})
-    assert "0 of" in (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "0 of" in write(small_plan(), {})
 
     # A model's name can break a table, or run as a spreadsheet's formula.
     latex = to_latex(Table("", ("a_b", "%"), ((r"50% {x} \y", Cell("−2.0\u00a0±\u00a01")),)))
     assert r"a\_b & \% \\" in latex
     assert r"50\% \{x\} \textbackslash y & -2.0 ± 1 \\" in latex
     assert to_csv([["=1+1", "-x", -1.5, None, 'say "a, b"']]) == '\'=1+1,\'-x,-1.5,,"say ""a, b"""\n'
-
-    # A key that is read and then forgotten.
-    with pytest.raises(ConfigError, match=r"config\.report\.paper: a suite's tables have.*Delete the key"):
-        small_plan(config={"data": {"path": "x/y"}, "report": {"paper": True}})
-    for section, key in (("defer", "error"), ("export", "thresholds")):
-        with pytest.raises(ConfigError, match=rf"config.{section}.{key}: a suite ships nothing"):
-            small_plan(config={"data": {"path": "x/y"}, section: {key: 0.1}})

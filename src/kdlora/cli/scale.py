@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
@@ -13,7 +13,7 @@ from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
     from kdlora.experiment.search import SearchEvent
-    from kdlora.experiment.suite import Overview, SuiteEvent, SuiteResult
+    from kdlora.experiment.suite import SuiteEvent, SuiteResult
 
 _SET_HELP = "Set a key of the suite (seeds=[0], config.run.threads=1)."
 On = Annotated[str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Use a Ray cluster.")]
@@ -48,7 +48,7 @@ def suite(
 
     if dry_run:
         overview = look_at_suite(wanted, out)
-        print_json(asdict(overview)) if as_json else _print_overview(overview)
+        print_json(overview) if as_json else _print_overview(overview)
         return
     with draw_bars() as show:
         result = run_suite(wanted, out, on=on, listen=lambda event: _show_suite(event, show))
@@ -128,17 +128,17 @@ def _show_suite(event: SuiteEvent, show: Show | None) -> None:
         show("runs", event.done, event.total, "  ".join(filter(None, parts)))
 
 
-def _print_overview(overview: Overview) -> None:
-    tasks = list(dict.fromkeys(one.task for one in overview.arms))
-    arms = list(dict.fromkeys(one.arm for one in overview.arms))
-    left = {(one.task, one.arm): f"{one.runs - one.finished} of {one.runs}" for one in overview.arms}
+def _print_overview(overview: dict[str, Any]) -> None:
+    tasks = list(dict.fromkeys(one["task"] for one in overview["arms"]))
+    arms = list(dict.fromkeys(one["arm"] for one in overview["arms"]))
+    left = {(one["task"], one["arm"]): f"{one['runs'] - one['finished']} of {one['runs']}" for one in overview["arms"]}
     rows = [(task, *(left.get((task, arm), "–") for arm in arms)) for task in tasks]
     print_table(("task", *arms), rows, title="runs still to do, of those planned")
     console = SafeConsole()
-    counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
-    console.tell(f"{counts}; teachers that label the rows, once each: {overview.labellings:,}")
-    if (seconds := overview.seconds) is None:
-        console.tell(f"no time estimate: {overview.obstacle}")
+    counts = f"{overview['runs']:,} runs, {overview['finished']:,} of them finished"
+    console.tell(f"{counts}; teachers that label the rows, once each: {overview['labellings']:,}")
+    if (seconds := overview["seconds"]) is None:
+        console.tell(f"no time estimate: {overview['obstacle']}")
         return
     time = f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{max(2, round(seconds / 60))} minutes"
     console.tell(f"about {time}, one run at a time, estimated from a few forward passes on this machine")

@@ -19,7 +19,7 @@ from kdlora.distil.precision import visible_gpus
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.extras import check_installed
 from kdlora.searchconfig import Resources
-from kdlora.system.children import Children, run_in_child
+from kdlora.system.children import Children
 from kdlora.system.environment import collect_versions
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,6 @@ class Here:
         """Carry out pieces until there is none, and give each with its result, which may make others ready."""
         while (piece := next_piece()) is not None:
             yield piece, work(piece, None if hear is None else functools.partial(hear, piece))
-
-    def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a function in children, once for each tuple of arguments; an exception stands in its value's place."""
-        return [_answer(function, each) for each in arguments]
 
 
 class OnGpus(Here):
@@ -99,7 +95,7 @@ class OnRay:
         self._ray, self._needs = ray, needs
         # A worker with a GPU would end after each piece, and with it the model that it may hold for the next one.
         options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_retries": needs.retries, "max_calls": 0}
-        self._work, self._answer = (ray.remote(**options)(function) for function in (_carry_out, _answer))
+        self._work = ray.remote(**options)(_carry_out)
         self._pending: dict[Any, Any] = {}
 
     def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
@@ -126,11 +122,9 @@ class OnRay:
         except RayTaskError as error:  # Ray wraps what a worker raises in pages of its own
             return error.cause
         except RayError as error:
-            return LostError(str(error).strip().splitlines()[-1])
-
-    def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a function on the cluster, once for each tuple of arguments, all at once."""
-        return list(self._ray.get([self._answer.remote(function, each) for each in arguments]))
+            return LostError(
+                f"a worker was lost again and again, the last time by: {str(error).strip().splitlines()[-1]}"
+            )
 
     def cancel(self) -> None:
         for reference in self._pending:
@@ -142,14 +136,6 @@ Engine = Here | OnRay
 
 def _carry_out(work: Work, piece: Any) -> Any:
     return work(piece, None)
-
-
-def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Call a function in a child, so that no worker keeps its memory; what it raises is its answer."""
-    try:
-        return run_in_child(function, *arguments)
-    except Exception as error:
-        return error
 
 
 def gpus_for(config: Config, processes: int = 1) -> list[str]:
@@ -198,15 +184,12 @@ def connect(on: str) -> Any:
         _knock(address)
     elif address != "local":
         _refuse_somebody_elses()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Of a cluster that is started here, nothing is reported to anybody unless the user says so.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its dashboard takes code from whoever reaches its port, which is every user of this machine.
+    options = {"ignore_reinit_error": True, "include_dashboard": False} if on == "ray" else {"address": on}
     try:
-        if on == "ray":
-            # Of a cluster that is started here, nothing is reported to anybody unless the user says so.
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Its dashboard takes code from whoever reaches its port, which is every user of this machine.
-            ray.init(ignore_reinit_error=True, include_dashboard=False, **options)
-        else:
-            ray.init(address=on, **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as fault:
         raise ConfigError(f"no Ray cluster answers at {on} ({fault}); check the address, or start one") from None
     return ray

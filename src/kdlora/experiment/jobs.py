@@ -338,24 +338,20 @@ def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, Ta
         record, now = undamaged_record(run, root), facts[run.task]
         if record is None or record.fingerprints.get("data") != now.fingerprint(run.config):
             continue
-        if _is_same(run, record, root):
-            if record.task.get("metrics") != list(now.task["metrics"]):
-                raise ArtifactError(
-                    f"{run.key} was scored by {', '.join(record.task.get('metrics', ()))}, where the classes of "
-                    f"{run.task} now ask for {', '.join(now.task['metrics'])}. Set task.metric of that task to what it "
-                    "was, or name another folder with --out"
-                )
-            found[run.key] = record
+        try:
+            made, wanted = identity(Config.model_validate(record.config)), identity(run.config)
+        except ValueError as error:
+            place = run.layout(root).run(run.arm, run.seed)
+            raise ArtifactError(f"{place.record}: its config cannot be read ({error}); delete {place.root}") from None
+        if run.arm in DISTILLED_ARMS:
+            del wanted["teacher"]  # which is checked by its mark, once it is chosen
+        if any(made[key] != value for key, value in wanted.items()):
+            continue
+        if record.task.get("metrics") != list(now.task["metrics"]):
+            raise ArtifactError(
+                f"{run.key} was scored by {', '.join(record.task.get('metrics', ()))}, where the classes of "
+                f"{run.task} now ask for {', '.join(now.task['metrics'])}. Set task.metric of that task to what it "
+                "was, or name another folder with --out"
+            )
+        found[run.key] = record
     return found
-
-
-def _is_same(run: PlannedRun, record: RunRecord, root: Path) -> bool:
-    """Whether a record is of a run's own config; the teacher is checked by its mark, once it is chosen."""
-    try:
-        made = identity(Config.model_validate(record.config))
-    except ValueError as error:
-        place = run.layout(root).run(run.arm, run.seed)
-        raise ArtifactError(f"{place.record}: its config cannot be read ({error}); delete {place.root}") from None
-    ignored = {"teacher"} if run.arm in DISTILLED_ARMS else set()
-    wanted = identity(run.config)
-    return all(made[key] == wanted[key] for key in wanted.keys() - ignored)

@@ -30,8 +30,8 @@ from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS, Teacher
 from kdlora.distil.precision import resolve_device, resolve_precision
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
-from kdlora.experiment.engines import LostError, open_engine
+from kdlora.errors import ArtifactError, ConfigError, DataError
+from kdlora.experiment.engines import open_engine
 from kdlora.models.encoders import load_fine_tuned, read_task
 from kdlora.searchconfig import Resources
 from kdlora.system.ownership import refuse_foreign
@@ -299,16 +299,14 @@ def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int]
 
 def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
     """Do the units that are not finished; what is done twice writes the same file."""
-    left = [unit for unit, shards in done.items() if not unit.is_done(shards)][::-1]
+    left = [unit for unit, shards in done.items() if not unit.is_done(shards)]
     if not left:
         return
     needs = Resources(gpus=0.0 if job.settings.device == "cpu" else None)
     paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
     with open_engine(on, needs, paths) as engine:
-        work = functools.partial(label_unit, job)
-        for unit, shards in engine.results(work, lambda: left.pop() if left else None, lambda _, rows: tell(rows)):
-            if isinstance(shards, LostError):
-                raise KdLoraError(f"a worker was lost again and again, the last time by: {shards}")
+        work, next_unit = functools.partial(label_unit, job), functools.partial(next, iter(left), None)
+        for unit, shards in engine.results(work, next_unit, lambda _, rows: tell(rows)):
             if isinstance(shards, Exception):
                 raise shards
             done[unit] = shards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class PlannedRun:
     """One arm of one configuration with one seed; the runs of an experiment have no `task`, and all lie in its folder.
 
     `folder` is relative to the suite's; its name holds a hash of everything that decides the figures. `settings` are
-    what the grid set, as far as the arm uses it.
+    what the grid set, as far as the arm uses it. Of several families with the run, `family` is the first.
     """
 
     arm: Arm
@@ -56,6 +57,7 @@ class PlannedRun:
     task: str = ""
     folder: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
+    family: str = ""
 
     @property
     def key(self) -> str:
@@ -80,53 +82,30 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class SuiteCell:
-    """What one figure of the tables is made of: the runs of an arm on a task with a family."""
-
-    task: str
-    family: str
-    arm: Arm
-    runs: tuple[PlannedRun, ...]
-
-
-@dataclass(frozen=True)
 class Plan:
     """A suite's runs: every task x family x arm, and for each task x family the runs of which one teaches, if any."""
 
     suite: SuiteConfig
-    cells: tuple[SuiteCell, ...]
+    cells: dict[tuple[str, str, str], tuple[PlannedRun, ...]]
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]]
 
     def runs(self) -> list[PlannedRun]:
         """List every run once, teachers first within a task."""
-        return [run for _, run in self.by_family()]
-
-    def by_family(self) -> list[tuple[str, PlannedRun]]:
-        """List the same with the first family that has the run."""
-        found: dict[str, tuple[str, PlannedRun]] = {}
-        for cell in self.cells:
-            for run in (*self.teachers.get((cell.task, cell.family), ()), *cell.runs):
-                found.setdefault(run.key, (cell.family, run))
+        found: dict[str, PlannedRun] = {}
+        for (task, family, _), runs in self.cells.items():
+            for run in (*self.teachers.get((task, family), ()), *runs):
+                found.setdefault(run.key, run)
         return list(found.values())
 
     def lessons(self) -> list[Lesson]:
         """Say which runs teach which; students of the same candidates who read the same texts share a lesson."""
         lessons: dict[tuple[Any, ...], Lesson] = {}
-        placed: set[str] = set()
-        for cell in self.cells:
-            for run in cell.runs if cell.arm in DISTILLED_ARMS else ():
-                candidates = self.teachers[cell.task, cell.family]
+        for run in self.runs():
+            if run.arm in DISTILLED_ARMS:
+                candidates = self.teachers[run.task, run.family]
                 names = *(one.key for one in candidates), run.config.data.row_settings
-                if run.key not in placed:
-                    lessons.setdefault(names, Lesson(candidates)).students.append(run)
-                placed.add(run.key)
+                lessons.setdefault(names, Lesson(candidates)).students.append(run)
         return list(lessons.values())
-
-    def teacher_arm(self, task: str, family: str) -> Arm:
-        return next((run.arm for run in self.teachers.get((task, family), ())), "fft")
-
-    def cells_of(self, task: str, family: str) -> dict[str, SuiteCell]:
-        return {cell.arm: cell for cell in self.cells if (cell.task, cell.family) == (task, family)}
 
     def family_of_paper(self, family: str) -> str:
         """Name the paper's family that one of the suite is; empty for any other."""
@@ -135,18 +114,17 @@ class Plan:
 
 def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | None = None) -> Plan:
     """Lay out every run of a suite; without `chosen`, what the suite leaves open stays open."""
-    cells: list[SuiteCell] = []
+    cells: dict[tuple[str, str, str], tuple[PlannedRun, ...]] = {}
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]] = {}
-    for task in suite.tasks:
-        for family in suite.families:
-            facts = (chosen or {}).get((task, family))
-            for arm in suite.arms:
-                cells.append(SuiteCell(task, family, arm, tuple(_runs(suite, task, family, arm, facts))))
-            if set(suite.arms) & DISTILLED_ARMS:
-                teacher = whole_config(suite, task, family).teacher_arm
-                candidates = tuple(_runs(suite, task, family, teacher, facts, teaching=True))
-                teachers[task, family] = candidates if suite.teacher == "best" else candidates[:1]
-    return Plan(suite, tuple(cells), teachers)
+    for task, family in itertools.product(suite.tasks, suite.families):
+        facts = (chosen or {}).get((task, family))
+        for arm in suite.arms:
+            cells[task, family, arm] = tuple(_runs(suite, task, family, arm, facts))
+        if set(suite.arms) & DISTILLED_ARMS:
+            teacher = whole_config(suite, task, family).teacher_arm
+            candidates = tuple(_runs(suite, task, family, teacher, facts, teaching=True))
+            teachers[task, family] = candidates if suite.teacher == "best" else candidates[:1]
+    return Plan(suite, cells, teachers)
 
 
 def _runs(
@@ -168,7 +146,7 @@ def _runs(
             seen.add(folder)
             kept = _used_settings(settings, config, arm)
             seeds = (config.teacher_seed,) if teaching else suite.seeds[:1] if arm == "words" else suite.seeds
-            yield from (PlannedRun(arm, seed, effective, task, folder, kept) for seed in seeds)
+            yield from (PlannedRun(arm, seed, effective, task, folder, kept, family) for seed in seeds)
 
 
 def whole_config(suite: SuiteConfig, task: str, family: str) -> Config:

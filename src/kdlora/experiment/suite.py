@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import Arm
 from kdlora.configfile import expand_home
 from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
@@ -22,6 +21,7 @@ from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
+from kdlora.system.children import run_in_child
 from kdlora.system.ownership import check_folder
 from kdlora.system.storage import claim_folder, hold_lock, write_text_atomic
 
@@ -106,8 +106,8 @@ def run_suite(
     with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as lock:
         claim_folder(root, "suite")
         write_text_atomic(root / "suite.yaml", save_suite(suite))
-        paths = [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
-        gpus = gpus_for(plan.cells[0].runs[0].config)
+        configs = [runs[0].config for runs in plan.cells.values()]
+        paths, gpus = [path for config in configs for path in local_paths(config)], gpus_for(configs[0])
         with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths], gpus) as engine:
             plan, facts, _ = settle_plan(plan, engine, root / "copies")
             runs = plan.runs()
@@ -153,10 +153,15 @@ def settle_plan(
     configs = {task: {name: whole_config(suite, task, name) for name in suite.families} for task in suite.tasks}
     read = [(run.task, run.config.data) for run in plan.runs()]
     read += [(task, config.data) for task, own in configs.items() for config in own.values()]
-    questions = [(own, [data for one, data in read if one == task], copies_in, timed) for task, own in configs.items()]
-    answers = dict(zip(configs, _without_faults(configs, engine.call_all(inspect_task, questions)), strict=True))
-    facts = {task: found for task, (found, _) in answers.items()}
-    looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
+    questions = [
+        (task, own, [data for one, data in read if one == task], copies_in, timed) for task, own in configs.items()
+    ]
+    answers = {
+        piece[0]: answer for piece, answer in engine.results(_inspect, functools.partial(next, iter(questions), None))
+    }
+    _check_answers({task: answers[task] for task in configs})
+    facts = {task: answers[task][0] for task in configs}
+    looks = {(task, family): one for task in configs for family, one in answers[task][1].items()}
     chosen = {
         (task, family): decide(
             one, facts[task].rows[configs[task][family].data.row_settings], Task.from_dict(facts[task].task)
@@ -166,42 +171,30 @@ def settle_plan(
     return make_plan(suite, chosen), facts, looks
 
 
-def _without_faults(names: Iterable[str], answers: list[Any]) -> list[Any]:
-    faults = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, Exception)}
+def _inspect(question: tuple[Any, ...], _: object) -> Any:
+    """Look at the data and models of a task in a child, so that no worker keeps its memory; a fault is an answer."""
+    try:
+        return run_in_child(inspect_task, *question[1:])
+    except Exception as fault:
+        return fault
+
+
+def _check_answers(answers: Mapping[str, Any]) -> None:
+    faults = {task: answer for task, answer in answers.items() if isinstance(answer, Exception)}
     for fault in faults.values():
         if len(faults) == 1 or not isinstance(fault, KdLoraError):
             raise fault
     if faults:
         raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {task}: {it}" for task, it in faults.items())]))
-    return answers
 
 
-@dataclass(frozen=True)
-class PlannedArm:
-    """One arm of a task: its runs in all families, shared ones once, and how many of them need not be repeated."""
+def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> dict[str, Any]:
+    """Say what a suite would do: its runs by task and arm, those that families share once, and the labellings.
 
-    task: str
-    arm: Arm
-    runs: int
-    finished: int
-
-
-@dataclass(frozen=True)
-class Overview:
-    """What a suite would do: its runs by task and arm, the labellings, the time of what is left, or an obstacle."""
-
-    runs: int
-    finished: int
-    arms: tuple[PlannedArm, ...]
-    labellings: int
-    seconds: float | None = None  # of the runs one after the other, without the labelling
-    obstacle: str = ""
-
-
-def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview:
+    `seconds` are of the runs that are left, one after the other, without the labelling; None for the `obstacle`.
+    """
     plan, root, records = make_plan(suite), suite_folder(suite, out), dict[str, RunRecord]()
-    seconds: float | None = None
-    obstacle = ""
+    seconds, obstacle = None, ""
     try:
         plan, facts, looks = settle_plan(plan, Here(), timed=True)
         records = finished_runs(plan.runs(), root, facts)
@@ -210,8 +203,17 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview
         obstacle = str(error)
     counts = Counter((run.task, run.arm) for run in plan.runs())
     done = Counter((run.task, run.arm) for run in plan.runs() if run.key in records)
-    arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
-    return Overview(counts.total(), done.total(), arms, len(plan.lessons()), seconds, obstacle)
+    return {
+        "runs": counts.total(),
+        "finished": done.total(),
+        "arms": [
+            {"task": task, "arm": arm, "runs": number, "finished": done[task, arm]}
+            for (task, arm), number in counts.items()
+        ],
+        "labellings": len(plan.lessons()),
+        "seconds": seconds,
+        "obstacle": obstacle,
+    }
 
 
 def estimate(
@@ -224,8 +226,8 @@ def estimate(
     return sum(
         RUN_SECONDS
         + training_seconds(
-            run.config, run.arm, facts[run.task].rows[run.config.data.row_settings], looks[run.task, family]
+            run.config, run.arm, facts[run.task].rows[run.config.data.row_settings], looks[run.task, run.family]
         )
-        for family, run in plan.by_family()
+        for run in plan.runs()
         if run.key not in records
     )

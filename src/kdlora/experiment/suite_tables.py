@@ -17,8 +17,8 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
-from kdlora.experiment.plan import Plan, PlannedRun, SuiteCell
-from kdlora.report.findings import CONTROLS, align
+from kdlora.experiment.plan import Plan, PlannedRun
+from kdlora.report.findings import CONTROLS, Comparison, align
 from kdlora.report.page import (
     Cell,
     Link,
@@ -33,8 +33,8 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, published_scores
-from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
-from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
+from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, compared, mean_of, published_row
+from kdlora.report.wording import INTERVALS, arm_title, count, model_title, points
 from kdlora.system.storage import write_text_atomic
 
 _SCORES_NOTE = (
@@ -84,15 +84,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What the teacher adds to a distilled arm, in points."""
-
-    paired: float  # mean difference of the runs with the same configuration and seed
-    pairs: int
-    difference: Difference | None  # the same with its interval; None where predictions are missing
-
-
-@dataclass(frozen=True)
 class SuiteFigures:
     """A suite's figures, from the records that there are."""
 
@@ -104,7 +95,7 @@ class SuiteFigures:
     def rows(self) -> list[SuiteRow]:
         rows: list[SuiteRow] = []
         for task in self.plan.suite.tasks:
-            found = [record for cell in self.plan.cells if cell.task == task for _, record in self.ended(cell)]
+            found = [record for run, record in self.ended(self.plan.runs()) if run.task == task]
             name = next((str(record.task.get("name") or "") for record in found if record.task), "")
             title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
             groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
@@ -116,10 +107,10 @@ class SuiteFigures:
     @cached_property
     def scores(self) -> dict[tuple[SuiteRow, str, str], Figure]:
         return {
-            (row, family, arm): self.figure(cell, row.group)
+            (row, family, arm): self.figure(runs, row.group)
             for row in self.rows
-            for family in self.plan.suite.families
-            for arm, cell in self.plan.cells_of(row.task, family).items()
+            for (task, family, arm), runs in self.plan.cells.items()
+            if task == row.task
         }
 
     def family_title(self, family: str) -> str:
@@ -128,15 +119,15 @@ class SuiteFigures:
     def published(self, row: SuiteRow, family: str, arm: str) -> float | None:
         return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
 
-    def ended(self, cell: SuiteCell) -> Runs:
-        return [(run, self.records[run.key]) for run in cell.runs if run.key in self.records]
+    def ended(self, runs: Sequence[PlannedRun]) -> Runs:
+        return [(run, self.records[run.key]) for run in runs if run.key in self.records]
 
-    def finished(self, cell: SuiteCell) -> Runs:
-        return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
+    def finished(self, runs: Sequence[PlannedRun]) -> Runs:
+        return [(run, record) for run, record in self.ended(runs) if record.status == "finished"]
 
-    def figure(self, cell: SuiteCell, group: str = "") -> Figure:
+    def figure(self, runs: Sequence[PlannedRun], group: str = "") -> Figure:
         """Compute one cell of Table 1: the median of those that are best on validation, on test if it can be."""
-        ended, finished = self.ended(cell), self.finished(cell)
+        ended, finished = self.ended(runs), self.finished(runs)
         on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
         by_configuration: dict[str, list[tuple[PlannedRun, float, float]]] = {}
         for run, record in finished:
@@ -144,38 +135,40 @@ class SuiteFigures:
             value = record.test_score if on_test else rank
             if rank is not None and value is not None:
                 by_configuration.setdefault(run.folder, []).append((run, value, rank))
-        ranked = sorted(by_configuration.values(), key=lambda runs: -statistics.mean(rank for *_, rank in runs))
+        ranked = sorted(by_configuration.values(), key=lambda seeds: -statistics.mean(rank for *_, rank in seeds))
         best = ranked[: self.plan.suite.best]
-        taken = tuple((run, value) for runs in best for run, value, _ in runs)
+        taken = tuple((run, value) for seeds in best for run, value, _ in seeds)
+        means = [statistics.mean(value for _, value, _ in seeds) for seeds in best]
         return Figure(
-            median=statistics.median(statistics.mean(value for _, value, _ in runs) for runs in best) if best else None,
+            median=statistics.median(means) if means else None,
             sd=statistics.stdev(value for _, value in taken) if len(taken) > 1 else None,
             taken=taken,
             configurations=len(by_configuration),
             failed=len(ended) - len(finished),
-            missing=len(cell.runs) - len(ended),
+            missing=len(runs) - len(ended),
         )
 
     def median(self, row: SuiteRow, family: str, arm: str) -> float | None:
         found = self.scores.get((row, family, arm))
         return None if found is None else found.median
 
-    def gain(self, row: SuiteRow, family: str, arm: str) -> Gain | None:
-        cells = self.plan.cells_of(row.task, family)
-        if CONTROLS[arm] not in cells or arm not in cells:
-            return None
-        of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[CONTROLS[arm]])}
-        pairs: list[tuple[PlannedRun, PlannedRun]] = []
-        differences = []
-        for run, record in self.ended(cells[arm]):
-            if (twin := of_control.get(_pairing(run))) is not None:
-                one, other = (row_score(each, row.group) for each in (record, twin[1]))
-                if one is not None and other is not None:
-                    pairs.append((run, twin[0]))
-                    differences.append(one - other)
+    def gain(self, row: SuiteRow, family: str, arm: str) -> tuple[Comparison, int] | None:
+        """Compare a distilled arm with its control, by runs of the same configuration and seed, and count the pairs."""
+        own, controls = (
+            [
+                (run, score)
+                for run, record in self.ended(self.plan.cells.get((row.task, family, name), ()))
+                if (score := row_score(record, row.group)) is not None
+            ]
+            for name in (arm, CONTROLS[arm])
+        )
+        twins = {_pairing(run): (run, score) for run, score in controls}
+        pairs = [(one, twin) for one in own if (twin := twins.get(_pairing(one[0]))) is not None]
         if not pairs:
             return None
-        return Gain(statistics.mean(differences), len(pairs), self._contrast(pairs, row.group))
+        paired = statistics.mean(one[1] - twin[1] for one, twin in pairs)
+        difference = self._contrast([(one[0], twin[0]) for one, twin in pairs], row.group)
+        return Comparison(arm, CONTROLS[arm], difference, paired, "predictions are missing"), len(pairs)
 
     def _contrast(self, pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str) -> Difference | None:
         """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""
@@ -202,9 +195,8 @@ def _groups_of(record: RunRecord) -> list[str]:
 def row_score(record: RunRecord, group: str) -> float | None:
     if not group:
         return record.score
-    values = [record.metrics.get(f"{name}_{group}") for name in record.task.get("metrics", ())]
-    kept = [value for value in values if value is not None]
-    return 100 * statistics.mean(kept) if values and len(kept) == len(values) else None
+    value = mean_of([record.metrics.get(f"{name}_{group}") for name in record.task.get("metrics", ())])
+    return None if value is None else 100 * value
 
 
 def _pairing(run: PlannedRun) -> tuple[Any, ...]:
@@ -241,11 +233,10 @@ def _lead(figures: SuiteFigures) -> Prose:
     statuses = [figures.records[run.key].status for run in runs if run.key in figures.records]
     failed = statuses.count("failed")
     told = f"{len(statuses) - failed:,} of {len(runs):,} runs finished" + (f", {failed:,} failed" if failed else "")
-    sides = [
-        [figures.median(row, family, arm) for arm in ("kd-lora", figures.plan.teacher_arm(row.task, family))]
-        for row in figures.rows
-        for family in figures.plan.suite.families
-    ]
+    sides = []
+    for row, family in itertools.product(figures.rows, figures.plan.suite.families):
+        teaching = figures.plan.teachers.get((row.task, family))
+        sides.append([figures.median(row, family, arm) for arm in ("kd-lora", teaching[0].arm if teaching else "fft")])
     # A ratio of means, as with the paper's Score: a mean of ratios is ruled by the rows where a teacher learnt least.
     student, teacher = (mean_of([pair[side] for pair in sides if None not in pair]) for side in (0, 1))
     if not teacher or teacher <= 0:
@@ -316,8 +307,8 @@ def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[
     found = figures.gain(row, family, arm)
     if found is None:
         return ("–", "–")
-    span = "predictions are missing" if found.difference is None else interval_cell(found.difference)
-    return (f"{signed(found.paired)} (n\u00a0{found.pairs})", span)
+    value, interval, _ = compared(found[0])
+    return (f"{value} (n\u00a0{found[1]})", interval)
 
 
 def _cost_table(figures: SuiteFigures) -> Table:
@@ -325,7 +316,7 @@ def _cost_table(figures: SuiteFigures) -> Table:
     lines: list[Row] = []
     suite, plan = figures.plan.suite, figures.plan
     for family, arm in itertools.product(suite.families, suite.arms):
-        cells = (plan.cells_of(task, family)[arm] for task in suite.tasks)
+        cells = (plan.cells[task, family, arm] for task in suite.tasks)
         found: Runs = next(filter(None, map(figures.finished, cells)), [])
         if not found:
             continue

@@ -159,18 +159,16 @@ class SuiteConfig(Section):
                 raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
             if key in run:
                 raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
-        report = self.config.get("report")
-        if isinstance(report, Mapping) and report.get("paper"):
-            raise ValueError(
-                "config.report.paper: a suite's tables have the paper's figures as they are; its claims stand in the "
-                "report of an experiment. Delete the key"
-            )
-        for section, key in (("defer", "error"), ("export", "thresholds")):
+        ships = "a suite ships nothing, so it decides nothing"
+        paper = "a suite's tables have the paper's figures as they are; its claims stand in the report of an experiment"
+        for section, key, why in (
+            ("report", "paper", paper),
+            ("defer", "error", ships),
+            ("export", "thresholds", ships),
+        ):
             values = self.config.get(section)
             if isinstance(values, Mapping) and values.get(key):
-                raise ValueError(
-                    f"config.{section}.{key}: a suite ships nothing, so it decides nothing. Delete the key"
-                )
+                raise ValueError(f"config.{section}.{key}: {why}. Delete the key")
         return self
 
 

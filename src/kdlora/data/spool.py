@@ -121,9 +121,8 @@ def hash_columns(dataset: Dataset, columns: Sequence[str]) -> str:
     for column in columns:
         digest.update(f"\n{column} {column in dataset.column_names}\n".encode())
         if column in dataset.column_names:
-            for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=_HASHED_ROWS):
-                if batch.column(0).num_chunks:
-                    _update(digest, pa.concat_arrays(batch.column(0).chunks))
+            for part in slice_rows(dataset, [column], _HASHED_ROWS):
+                _update(digest, pa.concat_arrays(part.column(0).chunks))
     return digest.hexdigest()
 
 

@@ -12,14 +12,14 @@ for answers and their error rate, Geifman and El-Yaniv, "Selective Classificatio
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from kdlora.errors import ConfigError, DataError, did_you_mean
-from kdlora.evidence.metrics import probabilities
+from kdlora.evidence.metrics import probabilities, weighted_metric
 from kdlora.evidence.ranking import ratio
 
 Sureness = Literal["probability", "margin", "energy"]
@@ -53,7 +53,6 @@ class Promise:
     wrong: int  # of the answered, the wrong ones
 
     def __post_init__(self) -> None:
-        """Refuse counts that cannot be, as a file may hold them."""
         if not 0 <= self.wrong <= self.answered <= self.rows or not self.rows:
             raise ValueError(f"{self.wrong} wrong of {self.answered} answered of {self.rows} rows cannot be")
 
@@ -85,7 +84,6 @@ class Deferring:
     unknown: tuple[Unknown, ...] = ()  # texts of no known class, by each kind of sureness; empty without them
 
     def __post_init__(self) -> None:
-        """Refuse a curve of other points."""
         if len(self.risk) != len(POINTS):
             raise ValueError(f"expected {len(POINTS)} error rates, got {len(self.risk)}")
 
@@ -252,42 +250,18 @@ class NoThresholdError(DataError):
     """No threshold does what is wanted; the message says how near one comes."""
 
 
-def _f1(right: Any, said: Any, positive: int, rows: int) -> Any:
-    return ratio(2 * right, said + positive)
+METRICS = ("f1", "macro_f1", "accuracy", "balanced_accuracy", "matthews")
+"""Metrics of one label, which a row has or not; `macro_f1`: of yes and no."""
 
 
-def _macro_f1(right: Any, said: Any, positive: int, rows: int) -> Any:
-    absent = _absent(right, said, positive, rows)
-    return (_f1(right, said, positive, rows) + _f1(absent, rows - said, rows - positive, rows)) / 2
+def _measure(metric: str, right: np.ndarray, said: np.ndarray, positive: int, rows: int) -> np.ndarray:
+    """Give a metric of one label, from the rows that get it rightly, that get it, that have it, and all."""
+    from kdlora.data.tasks import Task  # here: whoever only predicts does without it
 
-
-def _accuracy(right: Any, said: Any, positive: int, rows: int) -> Any:
-    return (right + _absent(right, said, positive, rows)) / rows
-
-
-def _balanced_accuracy(right: Any, said: Any, positive: int, rows: int) -> Any:
-    return (ratio(right, positive) + ratio(_absent(right, said, positive, rows), rows - positive)) / 2
-
-
-def _matthews(right: Any, said: Any, positive: int, rows: int) -> Any:
-    below = np.sqrt(np.asarray(said, dtype=np.float64) * positive * (rows - said) * (rows - positive))
-    above = np.asarray(right, dtype=np.float64) * rows - np.asarray(said, dtype=np.float64) * positive
-    return ratio(above, below)
-
-
-def _absent(right: Any, said: Any, positive: int, rows: int) -> Any:
-    """Count the rows that rightly do not get the label."""
-    return rows - said - positive + right
-
-
-METRICS: dict[str, Callable[[Any, Any, int, int], Any]] = {
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "accuracy": _accuracy,
-    "balanced_accuracy": _balanced_accuracy,
-    "matthews": _matthews,
-}
-"""Of one label, from the rows that get it rightly, that get it, that have it, and all; `macro_f1`: of yes and no."""
+    task = Task("single-label", ("text",), ("label",), ("no", "yes"), (metric,))
+    decided, labels = np.eye(2)[[1, 1, 0, 0]], np.array([1, 0, 1, 0])
+    counts = (right, said - right, positive - right, rows - said - positive + right)
+    return weighted_metric(task, metric, decided, labels)(np.stack(counts, axis=1).astype(np.float64))
 
 
 def check_goal(goal: Goal) -> Goal:
@@ -334,7 +308,7 @@ def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
     if isinstance(goal, str):
         right, said = np.append(0, right), np.append(0, said)  # to say it of no row is possible, too
         cuts = np.append(edges[0] + 1 if edges[0] > 0 else 0.0, cuts)
-        values = METRICS[goal](right, said, positive, rows)
+        values = _measure(goal, right, said, positive, rows)
         best = np.flatnonzero(values >= values.max() - 1e-12)
         place = best[np.argmin(np.abs(cuts[best]))]
     else:
@@ -354,11 +328,11 @@ def judge_threshold(label: str, goal: Goal, threshold: float, odds: np.ndarray, 
         return int((chosen & (labels == 1)).sum()), int(chosen.sum())
 
     (right, said), positive, rows = count(threshold), int(labels.sum()), len(labels)
-    metric = METRICS.get(str(goal), lambda right, said, *_: ratio(right, said))
     precision, recall = _share(right, said), _share(right, positive)
+    rightly, given = np.array([count(0.5), (right, said)]).T
     told = goal if isinstance(goal, str) else f"precision {goal:g}"
-    values = [float(metric(*found, positive, rows)) for found in (count(0.5), (right, said))]
-    return Threshold(label, told, threshold, rows, positive, said, right, *precision, *recall, *values)
+    values = _measure(told, rightly, given, positive, rows) if told in METRICS else ratio(rightly, given)
+    return Threshold(label, told, threshold, rows, positive, said, right, *precision, *recall, *values.tolist())
 
 
 def _share(part: int, whole: int) -> tuple[float, float, float]:

@@ -147,10 +147,11 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
     match task.kind, base:
         case "single-label", "accuracy" | "micro_f1":
             return _mean_of(decided == targets)
-        case "single-label", "f1" if classes == 2:
-            return _pooled_f1(decided[:, None], targets[:, None])
+        case "single-label", "f1" | "average_precision" if classes == 2:
+            return _of_label(task, base, 1, outputs, targets)
         case "single-label", "macro_f1":
-            return _macro_f1(np.eye(classes)[decided], np.eye(classes)[targets], occurring_only=True)
+            said, wanted = np.eye(classes)[decided], np.eye(classes)[targets]
+            return _mean_ratio(2.0 * said * wanted, said + wanted, occurring_only=True)
         case "single-label", "matthews":
             return _matthews(np.eye(classes)[decided], np.eye(classes)[targets])
         case "single-label", "balanced_accuracy":
@@ -159,14 +160,12 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "single-label", "cost":
             costs = np.asarray(json.loads(label))
             return _mean_of(1 - costs[targets, decided] / (costs.max() or 1.0))
-        case "single-label", "average_precision" if classes == 2:
-            return _of_label(task, base, 1, outputs, targets)
         case "single-label" | "multi-label", "average_precision":
             return mean_precision([curve_of(task, column, outputs, targets) for column in range(classes)])
         case "multi-label", "micro_f1":
             return _pooled_f1(decided, targets)
         case "multi-label", "macro_f1":
-            return _macro_f1(decided.astype(np.float64), targets.astype(np.float64), occurring_only=False)
+            return _mean_ratio(2.0 * decided * targets, 1.0 * (decided + targets), occurring_only=False)
         case "multi-label", "subset_accuracy":
             return _mean_of((decided == targets).all(axis=1))
         case "regression", "mse":
@@ -188,15 +187,9 @@ def _mean_of(values: np.ndarray) -> Weighted:
 
 
 def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
-    """F1 over all cells of the given columns."""
     hits = (decided * targets).sum(axis=1).astype(np.float64)
     marked = (decided + targets).sum(axis=1).astype(np.float64)
     return lambda counts: ratio(2.0 * (counts @ hits), counts @ marked)
-
-
-def _macro_f1(predicted: np.ndarray, wanted: np.ndarray, *, occurring_only: bool) -> Weighted:
-    """Mean of each column's F1, over all columns or over those that occur in the draw."""
-    return _mean_ratio(2.0 * predicted * wanted, predicted + wanted, occurring_only=occurring_only)
 
 
 def _mean_ratio(above: np.ndarray, below: np.ndarray, *, occurring_only: bool) -> Weighted:
@@ -219,11 +212,9 @@ def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: 
         wanted = targets == column if task.kind == "single-label" else targets[:, column]
         return _pooled_f1(said[:, None].astype(np.int64), wanted[:, None].astype(np.int64))
     curve = curve_of(task, column, outputs, targets)
-    return (
-        mean_precision([curve])
-        if base == "average_precision"
-        else recall_at(float(base.removeprefix("recall@")), curve)
-    )
+    if base == "average_precision":
+        return mean_precision([curve])
+    return recall_at(float(base.removeprefix("recall@")), curve)
 
 
 def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:

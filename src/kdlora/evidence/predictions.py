@@ -105,20 +105,17 @@ def read_predictions(path: str | Path) -> Predictions:
 
 def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
     kept = list(examples)
-    columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
+    kinds = dict.fromkeys(_EXAMPLE_COLUMNS, pa.string())
     if any(one.ends for one in kept):
-        columns |= {
-            name: pa.array([getattr(one, name) for one in kept], pa.list_(pa.int32())) for name in _WORD_COLUMNS
-        }
-    write_table(Path(path), columns)
+        kinds |= dict.fromkeys(_WORD_COLUMNS, pa.list_(pa.int32()))
+    write_table(Path(path), {name: pa.array([getattr(one, name) for one in kept], kinds[name]) for name in kinds})
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
     table = _read_table(path, _EXAMPLE_COLUMNS, may_lack="text_pair")
     words = [name for name in _WORD_COLUMNS if name in table.column_names]
     rows = table.select([*_EXAMPLE_COLUMNS, *words]).to_pylist()
-    examples = [ExampleText(**row) for row in rows]
-    return {(one.split, one.id): one for one in examples}
+    return {(row["split"], row["id"]): ExampleText(**row) for row in rows}
 
 
 def _read_table(path: str | Path, needed: Sequence[str], *, may_lack: str = "") -> pa.Table:

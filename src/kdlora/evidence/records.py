@@ -122,7 +122,6 @@ class RunRecord(BaseModel):
 
     @property
     def teacher_arm(self) -> str:
-        """The arm that teaches in this run's experiment."""
         return "lora" if (self.config.get("teacher") or {}).get("tuning") == "lora" else "fft"
 
 

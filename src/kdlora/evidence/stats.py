@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from kdlora.evidence.metrics import check_arrays, weighted_metric
+from kdlora.evidence.ranking import Weighted
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task
@@ -26,11 +27,11 @@ class MeanSd:
     sd: float | None
 
 
-def mean_sd(values: Sequence[float]) -> MeanSd:
-    if not len(values):
-        raise ValueError("expected at least one value")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return MeanSd(float(np.mean(values)), spread)
+def mean_sd(values: Iterable[float | None]) -> MeanSd | None:
+    """Summarise the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return MeanSd(float(np.mean(known)), spread) if known else None
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,6 @@ def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]], examples: int, leve
     return Difference(difference, difference - reach, difference + reach, p, examples, seeds, draws, level)
 
 
-_Scorer = Callable[[np.ndarray], np.ndarray]
-
-
 def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
     count = max(len(pair.first), len(pair.second))
@@ -137,7 +135,7 @@ def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tup
     return measure(np.ones((1, pair.examples)))[:, 0], np.concatenate(drawn)
 
 
-def _scorer(pair: PairedArms, logits: np.ndarray, rows: list[np.ndarray]) -> _Scorer:
+def _scorer(pair: PairedArms, logits: np.ndarray, rows: list[np.ndarray]) -> Weighted:
     """Make the function from counts (draws, examples) to one seed's score on each draw."""
     outputs, targets = check_arrays(pair.task, logits, pair.labels, pair.offsets)
     parts = [

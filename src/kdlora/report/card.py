@@ -60,7 +60,6 @@ def student_card(
 
 
 def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, Any]:
-    """Give the Hub's metadata of a student: what it comes from, and what it scores."""
     config, data = record.config, record.config.get("data", {})
     base = _hub_id(config.get("student", {}).get("model") or config.get("teacher", {}).get("model"))
     source, (split, metrics) = _hub_id(data.get("path")), _scored(record)

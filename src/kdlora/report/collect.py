@@ -66,8 +66,7 @@ class Experiment:
 
     def score(self, arm: str) -> MeanSd | None:
         """Summarise an arm's score over its seeds; None where no run of it finished."""
-        values = [value for run in self.finished(arm) if (value := run.score(self.split)) is not None]
-        return mean_sd(values) if values else None
+        return mean_sd(run.score(self.split) for run in self.finished(arm))
 
     def predictions(self, arm: str) -> list[Predictions]:
         """Give what the finished runs of an arm predicted on the headline's split, where it was kept."""
@@ -166,9 +165,12 @@ def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]
     if record.status != "finished" or not kept:
         return Run(record, place.record, None), ()
     try:
-        predictions = read_predictions(place.predictions)
-        _check_predictions(record, predictions)
-        return Run(record, place.record, predictions), ()
+        found, names = read_predictions(place.predictions), tuple(record.task.get("label_names") or ())
+        if found.label_names != names:
+            known, wanted = ", ".join(found.label_names), ", ".join(names)
+            raise ValueError(f"they are of the labels {known:.80}, the run of {wanted:.80}")
+        check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
+        return Run(record, place.record, found), ()
     except (KdLoraError, ValueError, IndexError) as error:
         reason = f"its predictions cannot be read ({error})"
         if not place.predictions.exists():
@@ -176,18 +178,7 @@ def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]
         return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
 
 
-def _check_predictions(record: RunRecord, found: Predictions) -> None:
-    """See that predictions, which lie in a file of their own, are of the record's task."""
-    names = tuple(record.task.get("label_names") or ())
-    if found.label_names != names:
-        raise ValueError(
-            f"they are of the labels {', '.join(found.label_names):.80}, the run of {', '.join(names):.80}"
-        )
-    check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
-
-
 def load_single_run(place: RunLayout) -> Experiment:
-    """Read the folder of one run as an experiment of its own."""
     run, faults = load_run(read_record(place.record), place)
     name = f"{run.record.experiment}: {place.root.name}"
     return Experiment(name, _task_of(run), place.root.parent.parent, (run,), faults)

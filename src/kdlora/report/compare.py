@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
@@ -12,7 +11,7 @@ from kdlora.configfile import expand_home
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout, RunRecord
-from kdlora.evidence.stats import MeanSd, mean_sd
+from kdlora.evidence.stats import MeanSd
 from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.page import (
@@ -45,10 +44,7 @@ class Candidate:
     experiment: Experiment
     arm: str
     runs: tuple[Run, ...]
-
-    @cached_property
-    def score(self) -> MeanSd:
-        return mean_sd([value for run in self.runs if (value := run.score(self.experiment.split)) is not None])
+    score: MeanSd
 
 
 def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
@@ -92,10 +88,12 @@ def _load(folders: Sequence[Path | str]) -> list[Experiment]:
 
 def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
     candidates = [
-        Candidate(one.name if len(one.runs) == 1 else f"{one.name}: {arm_title(arm)}", one, arm, runs)
+        Candidate(
+            one.name if len(one.runs) == 1 else f"{one.name}: {arm_title(arm)}", one, arm, one.finished(arm), score
+        )
         for one in experiments
         for arm in one.arms
-        if (runs := one.finished(arm))
+        if (score := one.score(arm)) is not None
     ]
     if not candidates:
         nothing = Prose("There is <strong>nothing to compare</strong>: no run has finished.")
@@ -131,7 +129,6 @@ def _labels(task: Task) -> frozenset[str] | tuple[str, ...]:
 
 
 def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:
-    """Name the best row that is comparable with the reference."""
     known = [one for one in candidates if one.name in paired and paired[one.name].plain == paired[one.name].plain]
     if not known:
         return Prose("No row can be compared with <strong>{}</strong>.").format(reference.name)

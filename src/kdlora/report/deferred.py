@@ -130,8 +130,6 @@ def _threshold(model: Deferring) -> str:
 
 
 def _curves(found: Deferral) -> Figure:
-    """Plot the error rate of the surest texts against their share."""
-
     def paint(axes: Any) -> None:
         for model in found.models:
             style = Style(_SHIPPED[model.name], dashed=True) if model.name in _SHIPPED else arm_style(model.name)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.data.tasks import Task
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import Difference, MeanSd, PairedArms, contrast, mean_sd
+from kdlora.report.shipped import read_part
 from kdlora.report.wording import arm_title, signed, span
 from kdlora.system.integrity import hash_json
 
@@ -148,15 +149,10 @@ def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictio
 
 def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:
     """Give the per cent of another arm's mean score that each seed of an arm keeps; a share of nothing is None."""
-    whole, runs = experiment.score(of), experiment.finished(arm)
-    if whole is None or whole.mean <= 0 or not runs:
+    if (whole := experiment.score(of)) is None or whole.mean <= 0:
         return None
-    scores = [run.score(experiment.split) for run in runs]
+    scores = [run.score(experiment.split) for run in experiment.finished(arm)]
     return mean_sd([100 * value / whole.mean for value in scores if value is not None])
-
-
-NOTABLE = 1.0
-"""Points by which a teacher may be below its student without being called half trained."""
 
 
 class Choice(BaseModel):
@@ -176,10 +172,8 @@ class Choice(BaseModel):
 
 def read_choice(path: Path) -> Choice | None:
     """Read the experiment's `shipped.json`; None where nothing was shipped, or the file cannot be read."""
-    try:
-        return Choice.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
+    found: Choice | None = read_part(path, Choice, "")[0]
+    return found
 
 
 def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:

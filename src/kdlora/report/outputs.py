@@ -17,7 +17,7 @@ from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
-from kdlora.report.page import Block, Figure, Marked, Paragraph, Quotation, Quotations, Table
+from kdlora.report.page import Block, Figure, Paragraph, Pieces, Quotation, Row, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter
 from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 
@@ -86,7 +86,6 @@ def _confusion_counts(outputs: Outputs) -> np.ndarray:
 
 
 def _confusion_matrix(outputs: Outputs) -> Table:
-    """Show the share of each label's rows that gets each decision."""
     counts, names = _confusion_counts(outputs), outputs.task.label_names
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = tuple((name, *(f"{share:.0f}%" for share in own)) for name, own in zip(names, shares, strict=True))
@@ -120,37 +119,25 @@ def _class_table(arms: Sequence[Outputs]) -> Table:
         support = _entities(arms[0])[0][:, 2]
     else:
         support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
-    figures = {arm.name: _per_label(arm) for arm in arms}
-    rows = tuple(
-        (
-            name,
-            arm,
-            str(int(support[place])),
-            *(
-                plus_minus(mean_sd([100 * seed[place] for seed in seeds])) if support[place] else "–"
-                for seeds in own.values()
-            ),
-        )
-        for place, name in enumerate(names)
-        for arm, own in figures.items()
-    )
+    figures = {arm.name: 100 * _per_label(arm) for arm in arms}
+    rows: list[Row] = []
+    for place, name in enumerate(names):
+        for arm, own in figures.items():
+            written = (plus_minus(mean_sd(seeds)) if support[place] else "–" for seeds in own[:, :, place].T)
+            rows.append((name, arm, str(int(support[place])), *written))
     told = f"Per cent, mean ± standard deviation over seeds; {what[1]} are those that have the {what[0]}."
-    columns = (what[0], "model", what[1], *next(iter(figures.values())))
-    return Table(f"Every {what[0]}", columns, rows, text_columns=2, note=told, compact=True)
+    columns = (what[0], "model", what[1], "precision", "recall", "F1")
+    return Table(f"Every {what[0]}", columns, tuple(rows), text_columns=2, note=told, compact=True)
 
 
-def _per_label(outputs: Outputs) -> dict[str, list[np.ndarray]]:
-    """Give precision, recall and F1 of each label, one array a seed; 0 where there is nothing to divide by."""
+def _per_label(outputs: Outputs) -> np.ndarray:
+    """Give precision, recall and F1 (seeds, 3, labels); 0 where there is nothing to divide by."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    how: dict[str, Any] = {"labels": range(outputs.task.num_labels), "average": None, "zero_division": 0}
     if outputs.task.kind == "tokens":
-        seeds = [entity_rates(counts) for counts in _entities(outputs)]
-    else:
-        seeds = [precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in _decisions(outputs)]
-    return {
-        what: list(values) for what, values in zip(("precision", "recall", "F1"), zip(*seeds, strict=True), strict=True)
-    }
+        return np.array([entity_rates(counts) for counts in _entities(outputs)])
+    how: dict[str, Any] = {"labels": range(outputs.task.num_labels), "average": None, "zero_division": 0}
+    return np.array([precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in _decisions(outputs)])
 
 
 def _entities(outputs: Outputs) -> list[np.ndarray]:
@@ -159,7 +146,6 @@ def _entities(outputs: Outputs) -> list[np.ndarray]:
 
 
 def _residual_plot(outputs: Outputs) -> Figure:
-    """Draw predictions of one seed against labels of a regression task."""
     predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
     residuals, quantity = predicted - true, outputs.task.label_names[0]
     size = np.abs(residuals)
@@ -234,7 +220,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         "regression": "the difference of their predictions",
     }[experiment.task.kind]
     told = f"Ordered by {measure}. Some of these are wrong labels: check them."
-    return [Paragraph(told), Quotations(tuple(found))]
+    return [Paragraph(told), tuple(found)]
 
 
 def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
@@ -380,11 +366,11 @@ def _quote(example: ExampleText, spans: dict[str, list[Span]], identity: str) ->
         for side, own in spans.items()
     }
     text = "… " * (low > 0) + example.text[low:high] + " …" * (high < len(example.text))
-    marked = tuple(Marked(side, _parts(example.text, own, low, high)) for side, own in spans.items())
+    marked = {side: _parts(example.text, own, low, high) for side, own in spans.items()}
     return Quotation(text, None, {"id": identity} | facts, marked)
 
 
-def _parts(text: str, spans: Sequence[Span], low: int, high: int) -> tuple[tuple[str, str], ...]:
+def _parts(text: str, spans: Sequence[Span], low: int, high: int) -> Pieces:
     """Cut a stretch of a text into pieces, each with its type or none."""
     parts, place = [("… ", "")] if low else [], low
     for span in spans:

@@ -55,13 +55,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Bullets:
-    """A list of short paragraphs."""
-
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Cell:
     """A table's cell; one link makes the text the link, several follow it as small marks.
 
@@ -122,39 +115,21 @@ class Tile:
     label: str
     value: str
     detail: str
-    href: str = ""
+    href: str
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A row of key figures."""
-
-    items: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A text in pieces, each with the type that one side ("label", "teacher" or "student") gives it, or none."""
-
-    side: str
-    parts: tuple[tuple[str, str], ...]
+Pieces = tuple[tuple[str, str], ...]
+"""A text in pieces, each with the type that somebody gives it, or none."""
 
 
 @dataclass(frozen=True)
 class Quotation:
-    """One example on which teacher and student disagree; where it is `marked`, a page shows this instead."""
+    """One example on which teacher and student disagree; a page shows how each side has `marked` it instead."""
 
     text: str
     text_pair: str | None
     facts: Mapping[str, str]
-    marked: tuple[Marked, ...] = ()
-
-
-@dataclass(frozen=True)
-class Quotations:
-    """Examples, one after the other."""
-
-    items: tuple[Quotation, ...]
+    marked: Mapping[str, Pieces] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,12 +140,13 @@ class Code:
     text: str
 
 
-Block = Code | Paragraph | Bullets | Table | Figure | Tiles | Quotations
+Block = Code | Paragraph | Table | Figure | tuple[str, ...] | tuple[Tile, ...] | tuple[Quotation, ...]
+"""A part of a section; several texts are a list, several tiles a row."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its blocks, of which those that are None are left out."""
+    """A heading with its blocks, of which those that are None or empty are left out."""
 
     title: str
     anchor: str
@@ -242,8 +218,13 @@ def engine(name: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"kind": lambda part: type(part).__name__, "fence": _fence}
+    environment.filters |= {"kind": _kind, "fence": _fence}
     return environment
+
+
+def _kind(block: Block) -> str:
+    one = block[0] if isinstance(block, tuple) else block
+    return "Bullets" if isinstance(one, str) else type(one).__name__
 
 
 def _flatten(value: object) -> object:

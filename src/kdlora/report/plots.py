@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,9 @@ from kdlora.report.page import Figure
 from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file
 
-PALETTE = {
-    **{"ink": "#1b1d21", "soft": "#5a6069", "faint": "#8b919a", "rule": "#e2e3df", "card": "#ffffff"},
-    **{"series-0": "#0072b2", "series-1": "#56b4e9", "series-2": "#d55e00", "series-3": "#009e73"},
-    **{"series-4": "#e69f00", "series-5": "#cc79a7", "series-6": "#6b6f76"},
-}
-"""The colours of `report.css` in light mode, by the names of their CSS variables, which replace them in a page."""
+_STYLES = files("kdlora.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+PALETTE = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", _STYLES.partition("@media")[0]))
+"""The colours of a page in light mode, by the names of their CSS variables, which replace them there."""
 _PICTURES = ("png", "svg", "pdf", "jpg", "webp")
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -65,7 +63,6 @@ class Style:
 
 
 def arm_style(arm: str) -> Style:
-    """Give the look of an arm, the same in every plot of every report."""
     arms = ("fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft")
     return Style(arms.index(arm) if arm in arms else len(arms))
 

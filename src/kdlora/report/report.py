@@ -15,11 +15,10 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment, load_experiment
 from kdlora.report.deferred import deferral_blocks
-from kdlora.report.findings import CONTROLS, NOTABLE, Comparison, compare_arms, find_gain, is_teacher_given, retention
+from kdlora.report.findings import CONTROLS, Comparison, compare_arms, find_gain, is_teacher_given, retention
 from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.page import (
     Block,
-    Bullets,
     Code,
     Page,
     Paragraph,
@@ -27,26 +26,12 @@ from kdlora.report.page import (
     Report,
     Section,
     Tile,
-    Tiles,
     engine,
     write_page,
 )
-from kdlora.report.plots import Series, arm_style, differences, learning_curves
+from kdlora.report.plots import Series, arm_style, learning_curves
 from kdlora.report.shipped_tables import shipped_blocks
-from kdlora.report.tables import (
-    MEMORY,
-    PARAMETERS,
-    TIME,
-    Links,
-    asked_table,
-    claims_table,
-    cost_plots,
-    cost_table,
-    difference_table,
-    run_table,
-    saving,
-    score_table,
-)
+from kdlora.report.tables import MEMORY, PARAMETERS, TIME, Links, cost_blocks, run_table, saving, score_blocks
 from kdlora.report.wording import (
     ARMS,
     INTERVALS,
@@ -88,24 +73,15 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
-    short = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
+    short: list[Block | None] = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
     runs = {arm: experiment.finished(arm) for arm in experiment.arms}
     curves = [Series.of(arm_title(arm), arm_style(arm), [run.record for run in own]) for arm, own in runs.items()]
-    groups = [(arm_title(arm), arm_style(arm), own) for arm, own in runs.items()]
-    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
-    score = [
-        score_table(experiment, links),
-        claims_table(experiment, links) if experiment.shows_paper else None,
-        difference_table(comparisons, links) if comparisons else None,
-        differences(paired, title="Differences with their intervals", identity="differences"),
-    ]
-    cost = [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split)]
     training = learning_curves(curves, title="Validation score", value="score on validation", identity="curve")
-    explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
+    explained = tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS)
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
         ("In short", "short", short),
-        ("Score", "score", score),
-        ("Cost", "cost", cost),
+        ("Score", "score", score_blocks(experiment, comparisons, links)),
+        ("Cost", "cost", cost_blocks(experiment, links)),
         ("As shipped", "shipped", shipped_blocks(experiment.shipped, links)),
         ("What may be acted on", "deferring", deferral_blocks(experiment)),
         ("Training", "training", [training]),
@@ -138,7 +114,7 @@ def _provenance(experiment: Experiment) -> list[Block | None]:
     facts += dict.fromkeys(text for record in records for text in record.notes)
     config = next((record.config for record in records if record.config), None)
     code = Code("Configuration", json.dumps(config, indent=2, ensure_ascii=False)) if config else None
-    return [Bullets(tuple(facts)), code]
+    return [tuple(facts), code]
 
 
 def _pairs(values: dict[str, Any]) -> str:
@@ -162,22 +138,14 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[
 def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:
     arm, taught_by = experiment.student_arm, experiment.teacher_arm
     facts: dict[str, object] = {
+        "experiment": experiment,
         "arm": arm,
-        "name": experiment.name,
-        "split": experiment.split,
-        "seen": experiment.seen,
-        "unknown": experiment.unknown,
-        "faults": experiment.faults,
-        "unfinished": [run.record for run in experiment.unfinished],
         "teacher": experiment.score(taught_by),
         "words": experiment.score("words"),
         "score": experiment.score(arm) if arm else None,
         "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms if one in STUDENT_ARMS), default=0),
-        "notable": NOTABLE,
         "given": is_teacher_given(experiment.runs),
-        "adapted": taught_by == "lora",
         "constant": _constant_seeds(experiment),
-        "blind": experiment.task.metrics == ("accuracy",),
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,
@@ -224,16 +192,13 @@ def _constant_seeds(experiment: Experiment) -> dict[str, list[str]]:
     return seeds
 
 
-def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> Tiles | None:
-    """Collect the figures that decide, each beside what it is compared with; None without a student."""
+def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> tuple[Tile, ...]:
+    """Collect the figures that decide, each beside what it is compared with; none without a student."""
     arm, taught_by = experiment.student_arm, experiment.teacher_arm
     if arm is None:
-        return None
-    score, teacher, kept = (
-        experiment.score(arm),
-        experiment.score(taught_by),
-        retention(experiment, arm, taught_by),
-    )
+        return ()
+    score, teacher = experiment.score(arm), experiment.score(taught_by)
+    kept = retention(experiment, arm, taught_by)
     if kept is None or kept.mean > 100:  # there is nothing to keep of
         tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
     else:
@@ -248,4 +213,4 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
         tiles.append(Tile("Gain by distillation", signed(found.plain), detail, href))
-    return Tiles(tuple(tiles))
+    return tuple(tiles)

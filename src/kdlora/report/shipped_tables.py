@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from kdlora.report.page import Block, Bullets, Cell, Link, Paragraph, Prose, Table, Tile, Tiles, strong
+from kdlora.report.page import Block, Cell, Link, Paragraph, Prose, Table, Tile, strong
 from kdlora.report.shipped import Calibration, Export, Parity, Shipped
 from kdlora.report.tables import Links
 from kdlora.report.wording import points, signed
@@ -17,13 +17,12 @@ _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
 def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
-    """Show the shipped models side by side, how the export was checked, and the calibration."""
     if shipped is None:
         return []
     blocks: list[Block | None] = [Paragraph(fault, "warning") for fault in shipped.faults]
     if (page := shipped.layout.page / "index.html").is_file():
         how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
-        blocks.append(Tiles((Tile("Try it", links.file(page), how, links.file(page)),)))
+        blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))
     if shipped.benchmark is not None and shipped.models:
         link = Link("benchmark.json", links.file(shipped.layout.benchmark))
         blocks.append(shipped.benchmark.table((link,)))
@@ -38,7 +37,6 @@ def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
 
 
 def _export_blocks(export: Export, href: str) -> list[Block]:
-    """Show what each stage of the export kept, and a failure before it."""
     blocks: list[Block] = []
     if export.failure:
         told = f": {export.failure}. The stages before it are kept."
@@ -50,8 +48,7 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
         return blocks
     blocks.append(stage_table(export, stages, (Link("export record", href),)))
     failed = Prose("{}: <strong>failed</strong>, {}.")
-    if broken := tuple(failed.format(_stage_title(one.stage), one.reason) for one in stages if one.reason):
-        blocks.append(Bullets(broken))
+    blocks.append(tuple(failed.format(_stage_title(one.stage), one.reason) for one in stages if one.reason))
     return blocks
 
 

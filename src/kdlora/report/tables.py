@@ -15,9 +15,9 @@ from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run, headline_split
 from kdlora.report.findings import Comparison, retention
-from kdlora.report.page import Cell, Figure, Link, Row, Table, strong
+from kdlora.report.page import Block, Cell, Figure, Link, Row, Table, strong
 from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
-from kdlora.report.plots import Series, Style, score_against_cost
+from kdlora.report.plots import Series, Style, arm_style, differences, score_against_cost
 from kdlora.report.shipped import TEACHER
 from kdlora.report.wording import (
     INTERVALS,
@@ -77,7 +77,6 @@ def saving(experiment: Experiment, cost: Cost, *, arm: str, than: str) -> float 
 def cost_plots(
     groups: Sequence[tuple[str, Style, Sequence[Run]]], split: str, mark: str = "cost", suffix: str = ""
 ) -> list[Figure | None]:
-    """Draw the scores of named groups of runs against parameters, and against latency."""
     plots = []
     for name, cost, axis, unit in (
         ("parameters", PARAMETERS, "parameters in all (millions)", 1e6),
@@ -128,7 +127,17 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return float(np.mean(kept)) if kept and len(kept) == len(values) else None
 
 
-def score_table(experiment: Experiment, links: Links) -> Table:
+def score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], links: Links) -> list[Block | None]:
+    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
+    return [
+        _score_table(experiment, links),
+        _claims_table(experiment, links) if experiment.shows_paper else None,
+        _difference_table(comparisons, links) if comparisons else None,
+        differences(paired, title="Differences with their intervals", identity="differences"),
+    ]
+
+
+def _score_table(experiment: Experiment, links: Links) -> Table:
     """Show the arms' scores; of a GLUE task in the form of the paper's Table 1, with the paper's rows for the task."""
     ours = [arm for arm in ARMS if experiment.task.name or arm in experiment.arms]
     arms = [*ours, *(arm for arm in experiment.arms if arm not in ARMS)]
@@ -167,7 +176,12 @@ def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: L
     return tuple(cells)
 
 
-def cost_table(experiment: Experiment, links: Links) -> Table:
+def cost_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
+    groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
+    return [_cost_table(experiment, links), _asked_table(experiment), *cost_plots(groups, experiment.split)]
+
+
+def _cost_table(experiment: Experiment, links: Links) -> Table:
     """Show the arms' costs in the form of the paper's Table 2, with the paper's rows for the same models."""
     rows: list[Row] = []
     for arm in experiment.arms:
@@ -192,7 +206,7 @@ def cost_table(experiment: Experiment, links: Links) -> Table:
     return Table("Table 2. Costs", columns, tuple(rows), text_columns=2, note=note, compact=True)
 
 
-def asked_table(experiment: Experiment) -> Table | None:
+def _asked_table(experiment: Experiment) -> Table | None:
     """Hold the time and price of a million texts by a language model that was asked against those by the student."""
     asked = next((run.record.asked for run in experiment.runs if run.record.asked is not None), None)
     if asked is None:
@@ -202,10 +216,7 @@ def asked_table(experiment: Experiment) -> Table | None:
     arm, shipped = experiment.student_arm, experiment.shipped
     if shipped is not None and shipped.models:
         own = [model for model in shipped.models if model.name != TEACHER]
-        rows += [
-            _a_million(one.name, None if one.score is None else mean_sd([one.score]), one.texts_per_second)
-            for one in own
-        ]
+        rows += [_a_million(one.name, mean_sd([one.score]), one.texts_per_second) for one in own]
     elif arm is not None and (batch := TIME_OF_32.mean(experiment.finished(arm))):
         rows.append(_a_million(f"the student, {arm_title(arm)}", experiment.score(arm), 32_000 / batch))
     note = (
@@ -229,8 +240,7 @@ def _hardware(experiment: Experiment) -> str:
     return "Measured on " + ", ".join(part for part in parts if part)
 
 
-def claims_table(experiment: Experiment, links: Links) -> Table | None:
-    """Hold the paper's headline claims against its own tables and against this experiment."""
+def _claims_table(experiment: Experiment, links: Links) -> Table | None:
     arm = experiment.student_arm
     if arm is None:
         return None
@@ -240,19 +250,17 @@ def claims_table(experiment: Experiment, links: Links) -> Table | None:
             return links.derived(plus_minus(retention(experiment, arm, claim.than), unit="%"))
         return links.derived(share(saving(experiment, _CLAIMED[claim.of], arm=arm, than=claim.than)))
 
-    columns: dict[str, Callable[[Claim], Cell | str]] = {
-        "claim": lambda claim: claim.text,
-        "here": here,
-        "paper says": lambda claim: f"{claim.stated}%",
-    }
-    for family, title in FAMILY_TITLES.items():
-        columns[f"its tables, {title}"] = lambda claim, family=family: f"{claim.in_tables(family):.0f}%"  # type: ignore[misc]
+    rows: list[Row] = []
+    for claim in CLAIMS:
+        in_tables = (f"{claim.in_tables(family):.0f}%" for family in FAMILY_TITLES)
+        rows.append((claim.text, here(claim), f"{claim.stated}%", *in_tables))
+    columns = ("claim", "here", "paper says", *(f"its tables, {title}" for title in FAMILY_TITLES.values()))
     note = (
         "Shares of score: each seed against the other arm’s mean. Memory: peak of training here, of the GPU in the "
         "paper. Time: median latency of one text here, CoLA’s validation set in the paper. "
         "A minus means that it costs more."
     )
-    return Table.of(f"The paper’s claims, its own tables, and {arm_title(arm)} here", CLAIMS, columns, note=note)
+    return Table(f"The paper’s claims, its own tables, and {arm_title(arm)} here", columns, tuple(rows), note=note)
 
 
 def compared(one: Comparison) -> tuple[str, str, str]:
@@ -262,7 +270,7 @@ def compared(one: Comparison) -> tuple[str, str, str]:
     return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
 
 
-def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
+def _difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
     rows: list[Row] = []
     for one in comparisons:
         value, *rest = compared(one)

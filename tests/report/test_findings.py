@@ -3,15 +3,13 @@
 import re
 from dataclasses import replace
 from html import unescape
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fabricate
 from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
-from kdlora.data.tags import spans_of, tag_names
-from kdlora.data.tasks import Task
+from kdlora.data.tags import spans_of
 from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
@@ -39,16 +37,11 @@ def _predictions(task, rows=8, seed=0) -> Predictions:
 def test_rows_and_columns_in_another_order_are_brought_into_line(task):
     """Pairing by position would compare the predictions of different texts, and of different labels."""
     first = _predictions(task)
-    rows, columns = [3, 1, 0, 2, 7, 6, 5, 4], list(range(task.num_labels))[::-1]
-    labels = first.labels[rows]
-    other = Predictions(
-        ids=tuple(first.ids[row] for row in rows),
-        split=first.split,
-        logits=first.logits[rows][:, columns],
-        label_names=tuple(task.label_names[column] for column in columns),
-        labels=labels[:, columns] if labels.ndim == 2 else np.array([columns.index(label) for label in labels]),
-    )
-    aligned = align([first, other])
+    moved = first.take([3, 1, 0, 2, 7, 6, 5, 4])
+    labels = moved.labels[:, ::-1] if moved.labels.ndim == 2 else task.num_labels - 1 - moved.labels
+    turned = {"logits": moved.logits[:, ::-1], "labels": labels, "label_names": task.label_names[::-1]}
+    aligned = align([first, replace(moved, **turned)])
+    assert moved.ids == tuple("31027654")
     assert np.array_equal(aligned[1].logits, first.logits)
     assert np.array_equal(aligned[1].labels, first.labels)
     assert aligned[1].ids == first.ids
@@ -60,19 +53,11 @@ def test_a_metric_of_one_label_stays_of_that_label(tmp_path):
     task = replace(BINARY, metrics=(f"f1:{BINARY.label_names[1]}",))
     found = load_experiment(make_experiment(tmp_path / "one", task=task, arms=("kd-lora", "student-lora")).root)
     first, second = found.finished("kd-lora"), found.finished("student-lora")
-    turned = [
-        SimpleNamespace(
-            record=run.record,
-            score=run.score,
-            predictions=replace(
-                (given := run.predictions),
-                logits=given.logits[:, ::-1],
-                labels=1 - given.labels,
-                label_names=given.label_names[::-1],
-            ),
-        )
-        for run in first
-    ]
+    turned = []
+    for run in first:
+        logits, names = run.predictions.logits[:, ::-1], run.predictions.label_names[::-1]
+        other = replace(run.predictions, logits=logits, labels=1 - run.predictions.labels, label_names=names)
+        turned.append(replace(run, predictions=other))
     expected, got = (pair_runs(task, "validation", ("a", runs), ("b", second)) for runs in (first, turned))
     assert got == expected
     other = replace(task, label_names=task.label_names[::-1], metrics=("f1",))
@@ -178,10 +163,6 @@ def test_the_report_goes_by_what_was_shipped(tmp_path):
     assert "The distilled student (kd-lora) was shipped" in make_report(layout.root, draws=50).markdown
 
 
-HOSTILE = ("<script>alert(1)</script> of <b>Rome</b>", "a|b\nc", "`*_[x](javascript:alert(3))", "שלום 👨‍👩‍👧 e\u0301")
-TYPED = Task("tokens", ("words",), ("tags",), tag_names(("<i>x</i>", "PER|*a*")), ("entity_f1",))
-
-
 @pytest.mark.parametrize(
     ("predicted", "outcome", "invented"),
     [
@@ -276,18 +257,6 @@ def test_marked_sentences_are_those_of_the_predictions(told):
         assert [(unescape(text), kind) for text, kind in found] == expected
         listed = ", ".join(f"{text} ({kind.strip()})" for text, kind in expected)
         assert f"  - label: {listed}" in report.markdown
-
-
-def test_texts_and_types_are_escaped(tmp_path):
-    """A text of a stranger that runs in the reader's browser."""
-    layout = make_experiment(tmp_path / "hostile", task=TYPED, rows=40, texts=HOSTILE)
-    report = make_report(layout.root, draws=50)
-    assert "<script>alert" not in report.html
-    assert "<b>Rome" not in report.html
-    assert "<i>x" not in report.html
-    assert "<small> &lt;i&gt;x&lt;/i&gt;</small>" in report.html
-    assert "<script>" not in report.markdown
-    assert r"PER\|\*a\*" in report.markdown
 
 
 def test_long_texts_are_quoted_from_before_the_first_difference(tmp_path):

@@ -2,10 +2,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
-from itertools import pairwise
+from importlib.resources import files
+from itertools import pairwise, product
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from sklearn.metrics import precision_recall_fscore_support
 
 import fabricate
 from experiments import edit_json
-from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, edit_record, make_experiment, ship
+from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, edit_record, make_experiment, ship
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
@@ -32,6 +34,7 @@ HOSTILE = (
     "`*_[x](javascript:alert(3))",
 )
 FETCHED = {"src", "href", "data", "srcset"}
+SCRIPT = files("kdlora.report").joinpath("templates/report.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -57,41 +60,18 @@ def _plain(html: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html)).replace("\u00a0", " ")
 
 
-class _Checker(HTMLParser):
-    """Collects elements, links and ids, and checks that tags are closed in order."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.open += [tag]
-        if tag in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert tag in self.VOID or self.open.pop() == tag
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def _check(html: str) -> _Checker:
-    checker = _Checker()
-    checker.feed(html)
-    assert checker.open == []
-    assert all(one.get("scope") in ("col", "row") for one in checker.all("th")), "a screen reader needs scopes"
-    assert len(checker.all("caption")) == len(checker.all("table"))
-    outside = [
-        value or "" for tag, own in checker.tags for name, value in own.items() if name in FETCHED and tag != "a"
-    ]
-    assert all(value.startswith("data:") for value in outside), "what is loaded from elsewhere fails on the train"
+def _check(html: str) -> list[tuple[str, dict[str, str]]]:
+    """Give the elements of a page, with their attributes; what is opened must be closed, and nothing be fetched."""
     assert not re.search(r"@import|url\((?!data:|#)", html)
-    return checker
+    whole = re.sub(r"<((?:meta|link) [^>]*)>", r"<\1/>", html.replace(SCRIPT, ""))
+    page = ElementTree.fromstring(whole.partition("<!DOCTYPE html>")[2])
+    found = [(one.tag.rpartition("}")[2], one.attrib) for one in page.iter()]
+    assert all(own.get("scope") in ("col", "row") for tag, own in found if tag == "th"), "a screen reader needs scopes"
+    tags = [tag for tag, _ in found]
+    assert tags.count("caption") == tags.count("table")
+    outside = [value for tag, own in found for name, value in own.items() if name in FETCHED and tag != "a"]
+    assert all(value.startswith("data:") for value in outside), "what is loaded from elsewhere fails on the train"
+    return found
 
 
 def test_it_opens_with_the_answer_in_one_sentence(reviews):
@@ -131,15 +111,6 @@ def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatc
     assert "below" not in _opening(reviews[1])
 
 
-def test_one_seed_gives_no_verdict(tmp_path):
-    """A single seed must not look like evidence."""
-    opening = _opening(_report(make_experiment(tmp_path / "reviews", seeds=(0,)).root))
-    assert re.search(
-        r"Distillation makes a difference of \+\d\.\d points .*95% interval over rows .*; one seed: no v", opening
-    )
-    assert not re.search("±| adds | costs | better ", opening)
-
-
 def test_a_better_student_without_a_teacher_ships_and_opens_the_report(tmp_path, monkeypatch):
     """A report that opens with what the distilled student keeps hides that it is the worst of the arms."""
     monkeypatch.setitem(fabricate._NOISE, "student-lora", 0.40)
@@ -177,10 +148,19 @@ def test_missing_arms_are_said_to_be_missing(tmp_path, arms, expected):
     """A figure made from nothing, or a crash at the end of a long experiment."""
     report = _report(make_experiment(tmp_path / "reviews", arms=arms).root)
     assert expected in _opening(report)
-    failed = [(arm, seed) for arm in arms if arm != "fft" for seed in (1, 2)]
-    lone = _report(make_experiment(tmp_path / "lone", arms=arms, failed=failed).root)
-    assert ("One seed: no verdict" in lone.markdown) == any("student" in arm or "kd" in arm for arm in arms)
     _check(report.html)
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    """A single seed, or the only one that did not fail, must not look like evidence."""
+    failed = [(arm, seed) for arm in ARMS if arm != "fft" for seed in (1, 2)]
+    report = _report(make_experiment(tmp_path / "reviews", failed=failed, rows=100).root)
+    assert re.search(
+        r"Distillation makes a difference of .\d\.\d points .*95% interval over rows .*; one seed: no v",
+        _opening(report),
+    )
+    assert not re.search(" adds | costs | better ", _opening(report))
+    assert "One seed: no verdict" in report.markdown
 
 
 def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
@@ -194,16 +174,6 @@ def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
     assert "failed" in row.split("|")[3]
     edit_record(layout.run("student-lora", 2).record, status="running", score=None)
     assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
-
-
-def test_a_task_of_ones_own_has_no_column_of_the_paper(tmp_path):
-    """A column of dashes for an arm that nobody ran, and a paper's name, leave a reader puzzled."""
-    arms = ("fft", "kd-lora", "student-lora")
-    own, glue = (
-        _report(make_experiment(tmp_path / f"e{task.name}", task=task, arms=arms).root) for task in (BINARY, PAIRS)
-    )
-    assert "|  | FFT | KD-LoRA | student LoRA |" in own.markdown
-    assert "|  | FFT | LoRA | KD-LoRA | student LoRA |" in glue.markdown
 
 
 def test_no_gain_is_not_called_a_gain(tmp_path):
@@ -242,30 +212,33 @@ def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
     assert "on the validation split" in arm_table(records).caption
 
 
-@pytest.mark.parametrize("plan", ['{"duplicates": {"train and test": 7, "train and validation": 9}}', "{}", "[", None])
-def test_training_texts_among_those_of_the_headline_are_told(tmp_path, plan):
+def test_training_texts_among_those_of_the_headline_are_told(tmp_path):
     """Who is only shown the report believes a score on texts that the model has learnt."""
-    layout = make_experiment(tmp_path / "reviews", test_split=True)
-    if plan:
+    layout = make_experiment(tmp_path / "reviews", arms=("fft",), seeds=(0,), test_split=True)
+    for plan in ("[", '{"duplicates": {"train and test": 7, "train and validation": 9}}'):
         layout.plan.write_text(plan)
-    told = "7 of the test texts are training texts, too" in _report(layout.root).markdown
-    assert told == (plan is not None and "7" in plan)
+        told = "7 of the test texts are training texts, too" in _report(layout.root).markdown
+        assert told == ("7" in plan)
 
 
-def test_the_papers_tables_stand_beside_ours(reviews, tmp_path):
-    """A figure of the paper in the wrong column would be believed."""
-    layout = make_experiment(tmp_path / "mrpc", task=PAIRS)
-    assert "Less inference time" not in _report(layout.root).markdown  # its claims are shown on demand
+def test_the_papers_tables_stand_beside_ours(tmp_path):
+    """A figure of the paper in the wrong column would be believed; a column of dashes leaves a reader puzzled."""
+    arms = ("fft", "kd-lora", "student-lora")
+    own = _report(make_experiment(tmp_path / "own", arms=arms, rows=40).root).markdown
+    assert "|  | FFT | KD-LoRA | student LoRA |" in own
+    assert "Less inference time" not in own  # its claims are shown on demand
+    layout = make_experiment(tmp_path / "mrpc", task=PAIRS, arms=arms, rows=40)
     layout.config.write_text("data: {path: glue}\nfamily: bert\nreport: {paper: true}\n")
     report = _report(layout.root)
     rows = [line.split(" | ") for line in report.markdown.splitlines() if line.startswith("|")]
+    assert ["| ", "FFT", "LoRA", "KD-LoRA", "student LoRA |"] in rows
     assert ["| paper, BERT", "89.0", "89.2", "88.3", "– |"] in rows
     assert ["| paper, DeBERTaV3", "91.9", "90.9", "90.7", "– |"] in rows
     costs = next(row for row in rows if row[:2] == ["| paper, distilbert-base-uncased", "KD-LoRA"])
     assert [cell.replace("\u00a0", " ") for cell in costs[2:8]] == ["1.2 M", "–", "–", "66 M", "296.8 MB", "5.36 s"]
     claim = next(row for row in rows if row[0] == "| Less inference time than full fine-tuning")
     assert claim[2:] == ["30%", "12%", "38%", "28% |"]
-    markdown = _report(make_experiment(tmp_path / "mnli", task=MNLI).root).markdown
+    markdown = _report(make_experiment(tmp_path / "mnli", task=MNLI, rows=40).root).markdown
     assert "| accuracy, matched (%) |" in markdown  # one of the two accuracies alone is not MNLI's score
     assert "| paper, BERT, mismatched | 84.9 | 83.9 | 82.4 |" in markdown
     assert "| paper, BERT | 84.7 | 83.7 | 82.2 |" in markdown
@@ -273,53 +246,72 @@ def test_the_papers_tables_stand_beside_ours(reviews, tmp_path):
 
 @pytest.mark.drawn
 @pytest.mark.parametrize(
-    ("task", "titles"),
+    ("task", "title"),
     [
-        (BINARY, ("Confusion matrix of KD-LoRA", "Calibration")),
-        (TOPICS, ("Confusion matrix of KD-LoRA", "Calibration")),
-        (SIMILARITY, ("Predictions of KD-LoRA against labels",)),
-        (TAGS, ("Every label", "Calibration")),
-        (INTENTS, ("Most frequent confusions of KD-LoRA", "Calibration")),  # a matrix of 30 labels cannot be read
+        (BINARY, "Confusion matrix of KD-LoRA"),
+        (SIMILARITY, "Predictions of KD-LoRA against labels"),
+        (TAGS, "Every label"),
+        (INTENTS, "Most frequent confusions of KD-LoRA"),  # a matrix of 30 labels cannot be read
     ],
     ids=lambda value: f"{value.kind}-{value.num_labels}" if isinstance(value, Task) else "",
 )
-def test_every_kind_of_task_has_its_plots(tmp_path, task, titles):
-    """A plot that silently disappears for one kind of task."""
-    report = _report(make_experiment(tmp_path / "e", task=task).root)
+def test_every_kind_of_task_has_its_plots_and_every_label_its_figures(tmp_path, task, title):
+    """A plot that disappears for one kind of task; a class that a student has lost hides behind any score."""
+    arms = {"fft": "FFT", "kd-lora": "KD-LoRA", "student-lora": "student LoRA"}  # the control shows who is to blame
+    layout = make_experiment(tmp_path / "e", task=task, arms=tuple(arms), seeds=(0,))
+    report = _report(layout.root)
     always = ("Score against parameters", "Score against latency", "Validation score")
-    for title in (*always, *titles, "Differences with their intervals"):
-        assert title in report.html
-    assert ("Confusion matrix" in report.html) == ("Confusion matrix of KD-LoRA" in titles)
+    for one in (*always, title, "Differences with their intervals"):
+        assert one in report.html
+    assert ("Calibration" in report.html) == (task.kind != "regression")
+    assert ("Confusion matrix" in report.html) == ("Confusion matrix" in title)
     assert len(report.html.encode()) < 3_000_000
-    checker = _check(report.html)
-    drawings = [one for one in checker.all("svg") if one.get("role") == "img"]
+    elements = _check(report.html)
+    drawings = [own for tag, own in elements if tag == "svg" and own.get("role") == "img"]
     assert len(drawings) >= 5
-    ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
+    ids = [own["id"] for _, own in elements if own.get("id")]
     assert len(ids) == len(set(ids))
-    assert all(set((one["aria-labelledby"] or "").split()) <= set(ids) for one in drawings)
+    assert all(set(own["aria-labelledby"].split()) <= set(ids) for own in drawings)
+    lines = [line.strip("| ").split(" | ") for line in report.markdown.splitlines() if line.startswith("| ")]
+    found = iter(lines[next((row for row, line in enumerate(lines) if line[:2] == ["label", "model"]), -1) + 2 :])
+    for (column, name), arm in product(enumerate(task.label_names if task.kind != "regression" else ()), arms):
+        kept = read_predictions(layout.run(arm, 0).predictions)
+        several = kept.labels.ndim == 2
+        wanted = kept.labels[:, column] if several else kept.labels == column
+        said = kept.logits[:, column] > 0 if several else kept.logits.argmax(axis=1) == column
+        figures = precision_recall_fscore_support(wanted, said, average="binary", zero_division=0)[:3]
+        told = [name, arms[arm], str(int(wanted.sum())), *(f"{100 * value:.1f}" for value in figures)]
+        assert next(found) == told
 
 
 def test_links_lead_to_the_records(tmp_path):
     """A figure that cannot be traced to its run is a claim."""
     layout = make_experiment(tmp_path / "a folder, with #signs?")
     report = make_report(layout.root, out=tmp_path / "elsewhere", draws=200)
-    checker = _check(report.html)
-    links = [one["href"] or "" for one in checker.all("a")]
-    files = [link for link in links if not link.startswith("#")]
-    assert {Path(unquote(link)).name for link in files} == {"run.json"}
-    for link in files:
+    elements = _check(report.html)
+    links = [own["href"] for tag, own in elements if tag == "a"]
+    records = [link for link in links if not link.startswith("#")]
+    assert {Path(unquote(link)).name for link in records} == {"run.json"}
+    for link in records:
         assert (tmp_path / "elsewhere" / unquote(link)).resolve().is_file()
-    ids = {attributes.get("id") for _, attributes in checker.tags}
+    ids = {own.get("id") for _, own in elements}
     assert {link[1:] for link in links if link.startswith("#")} <= ids
     in_markdown = re.findall(r"\]\(([^)#]+)\)", report.markdown)
-    assert {unquote(link) for link in in_markdown} == {unquote(link) for link in files}
+    assert {unquote(link) for link in in_markdown} == {unquote(link) for link in records}
 
 
 @pytest.mark.drawn
-def test_text_from_outside_is_escaped_in_html(tmp_path):
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task("single-label", HOSTILE[:1], HOSTILE[1:2], HOSTILE, (f"average_precision:{HOSTILE[0]}",)),
+        Task("tokens", ("words",), ("tags",), tag_names(("<i>x</i>", "PER|*a*")), ("entity_f1",)),
+    ],
+    ids=["labels", "types"],
+)
+def test_text_from_outside_is_escaped_in_html(tmp_path, task):
     """A label named <script> would run in the browser of whoever opens the report."""
-    task = Task("single-label", HOSTILE[:1], HOSTILE[1:2], HOSTILE, (f"average_precision:{HOSTILE[0]}",))
-    layout = make_experiment(tmp_path / "e", task=task, texts=HOSTILE, failed=[("lora", 0)])
+    layout = make_experiment(tmp_path / "e", task=task, texts=HOSTILE, failed=[("lora", 0)], rows=60)
     ship(layout, names=HOSTILE, recipe=HOSTILE[0])
     for run in layout.runs.iterdir():
         content = json.loads((run / "run.json").read_text())
@@ -327,12 +319,16 @@ def test_text_from_outside_is_escaped_in_html(tmp_path):
         content |= {"model": HOSTILE[3], "teacher_model": HOSTILE[0], "machine": {"cpu": HOSTILE[3]}}
         content |= {"error": HOSTILE[0]} if content["status"] == "failed" else {}
         (run / "run.json").write_text(json.dumps(seal(content)))
-    checker = _check(_report(layout.root).html)
-    assert {tag for tag, _ in checker.tags}.isdisjoint({"img", "iframe", "object", "base", "form"})
-    assert len(checker.all("script")) == 1, "the page's own, and the only one that its policy lets run"
-    for _, attributes in checker.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        assert not (attributes.get("href") or "").lower().startswith("javascript")
+    report = _report(layout.root)
+    assert task.kind != "tokens" or "<small> &lt;i&gt;x&lt;/i&gt;</small>" in report.html
+    assert task.kind != "tokens" or r"PER\|\*a\*" in report.markdown
+    elements = _check(report.html)
+    tags = [tag for tag, _ in elements]
+    assert set(tags).isdisjoint({"i", "img", "iframe", "object", "base", "form"})
+    assert tags.count("script") == 1, "the page's own, and the only one that its policy lets run"
+    for _, own in elements:
+        assert not any(name.startswith("on") for name in own)
+        assert not own.get("href", "").lower().startswith("javascript")
 
 
 def test_text_from_outside_is_escaped_in_markdown(tmp_path):
@@ -348,8 +344,8 @@ def test_text_from_outside_is_escaped_in_markdown(tmp_path):
     assert re.sub(r'<a id="[a-z]*">|</a>', "", html).strip() == ""
     hrefs = [str(child.attrGet("href")) for child in inline if child.type == "link_open"]
     assert hrefs
-    files = ("run.json", "benchmark.json", "kdlora_export.json")
-    assert all(href.startswith("#") or href.endswith(files) for href in hrefs)
+    known = ("run.json", "benchmark.json", "kdlora_export.json")
+    assert all(href.startswith("#") or href.endswith(known) for href in hrefs)
     headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     assert headings
     assert "no heading" not in headings
@@ -450,22 +446,3 @@ def test_a_record_without_costs_leaves_dashes_and_strange_histories_are_drawn(tm
         assert missing not in report.html
     assert "nan" not in report.html.lower().replace("finance", "")
     _check(report.html)
-
-
-@pytest.mark.parametrize("task", [BINARY, INTENTS, TAGS], ids=["binary", "many", "several"])
-def test_every_label_has_its_figures(tmp_path, task):
-    """A class that a student has lost hides behind any score; its control tells whether the teacher is to blame."""
-    layout = make_experiment(tmp_path / "e", task=task, arms=("fft", "kd-lora", "student-lora"), seeds=(0,))
-    markdown = _report(layout.root).markdown
-    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
-    start = next(place for place, line in enumerate(lines) if line.startswith("| label | model | rows | precision"))
-    found = iter(lines[start + 2 :])
-    for column, name in enumerate(task.label_names):
-        for arm, title in (("fft", "FFT"), ("kd-lora", "KD-LoRA"), ("student-lora", "student LoRA")):
-            kept = read_predictions(layout.run(arm, 0).predictions)
-            several = kept.labels.ndim == 2
-            wanted = kept.labels[:, column] if several else kept.labels == column
-            said = kept.logits[:, column] > 0 if several else kept.logits.argmax(axis=1) == column
-            figures = precision_recall_fscore_support(wanted, said, average="binary", zero_division=0)[:3]
-            cells = next(found).strip("| ").split(" | ")
-            assert cells == [name, title, str(int(wanted.sum())), *(f"{100 * value:.1f}" for value in figures)]

@@ -33,18 +33,21 @@ def _report(layout: ExperimentLayout) -> Report:
     return make_report(layout.root, draws=50)
 
 
-def _row(report: Report, start: str) -> list[str]:
-    line = next(line for line in report.markdown.splitlines() if line.startswith(f"| [{start}]"))
-    return [cell.strip().replace("\u00a0", " ") for cell in line.strip("|").split("|")]
+def _rows(report: Report) -> dict[str, list[str]]:
+    """Give the rows of all tables by their first cell, without links and emphasis."""
+    lines = [line for line in report.markdown.splitlines() if line.startswith("| ")]
+    plain = [re.sub(r"^\| \[(.*?)\]\S*", r"| \1", line).replace("\u00a0", " ").replace("**", "") for line in lines]
+    cells = [line.strip("| ").split(" | ") for line in plain]
+    return {row[0]: row[1:] for row in cells}
 
 
 @pytest.mark.drawn
 def test_each_model_stands_beside_the_teacher(report):
     """A speed-up upside down, or against the student, still looks like one; the int8 file is what a reader came for."""
-    row = _row(report, "student, int8")[1:]
+    row = _rows(report)["student, int8"]
     assert row[:4] == ["ONNX Runtime", "int8", "3.20 ms", "5.12 ms"]
     assert row[4:] == ["28.8×", "640", "32", "30.5×", "0.27 s", "61.0 MB", "23.0 MB", "91.05"]
-    assert _row(report, "teacher")[5] == "1.0×"
+    assert _rows(report)["teacher"][4] == "1.0×"
     assert "1,043 texts of the validation split, 3 rounds, 2 threads for each model, Intel Xeon, 2 cores" in report.html
     assert 'href="benchmark.json"' in report.html
 
@@ -54,9 +57,9 @@ def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     ship(layout, int8=False)
     report = _report(layout)
     assert "The export failed before its last stage" in report.html
-    row = _row(report, "quantised: int8 weights per channel")
-    assert row[1:4] == ["ONNX, optimised", "**failed**", "1,243"]
-    assert row[4:] == ["0.41", "97.31%", "90.38", "+0.82", "+0.52 to +1.12"]
+    row = _rows(report)["quantised: int8 weights per channel"]
+    assert row[:3] == ["ONNX, optimised", "failed", "1,243"]
+    assert row[3:] == ["0.41", "97.31%", "90.38", "+0.82", "+0.52 to +1.12"]
     assert (
         "**failed**, 97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points" in report.markdown
     )
@@ -73,8 +76,9 @@ def test_the_recipe_that_passed_follows_those_that_failed(report):
         "quantised: int8 weights per channel",
         "quantised: uint8 weights, embeddings left in fp32",
     ]
-    assert _row(report, "quantised: uint8 weights, embeddings left in fp32")[5] == "99.99%"
-    assert _row(report, "ONNX, as captured")[5] == "100%"
+    rows = _rows(report)
+    assert rows["quantised: uint8 weights, embeddings left in fp32"][4] == "99.99%"
+    assert rows["ONNX, as captured"][4] == "100%"
     assert "Quantisation: uint8 weights, embeddings left in fp32. Fused operators: 6 Attention, 13 Layer" in report.html
     assert "The export failed" not in report.html
 
@@ -91,12 +95,19 @@ def test_calibration_stands_with_both_errors(layout):
     assert "int8 file" not in text
 
 
-def test_what_was_not_shipped_is_said(layout):
-    """An empty heading is a promise; a missing extra must not look like a finished deployment."""
+def test_what_was_not_shipped_is_said_and_a_page_is_linked(layout):
+    """An empty heading is a promise; a missing extra must not look like a finished deployment; nobody finds a page."""
     assert "As shipped" not in _report(layout).markdown
     ship(layout)
     layout.export_record.unlink()
-    assert "The student was not exported to ONNX" in _report(layout).html
+    html = _report(layout).html
+    assert "The student was not exported to ONNX" in html
+    assert "http.server" not in html
+    layout.page.mkdir()
+    (layout.page / "index.html").touch()
+    html = _report(layout).html
+    assert 'href="page/index.html"' in html
+    assert "python -m http.server -d page" in html
 
 
 @pytest.mark.parametrize(
@@ -128,28 +139,9 @@ def test_missing_figures_leave_dashes(layout):
     blank = [model | {"score": None, "peak_memory_bytes": None, "p50_ms": 0} for model in models]
     layout.benchmark.write_text(json.dumps({"models": blank}), encoding="utf-8")
     report = _report(layout)
-    row = _row(report, "student, int8")
-    assert [row[place] for place in (5, 10, 12)] == ["–", "–", "–"]
+    row = _rows(report)["student, int8"]
+    assert [row[place] for place in (4, 9, 11)] == ["–", "–", "–"]
     assert "The conditions were not recorded" in report.html
-
-
-def test_the_report_leads_to_the_page_for_the_browser(layout):
-    """A page that nobody finds; a link to one that is not there."""
-    ship(layout)
-    assert "http.server" not in _report(layout).html
-    layout.page.mkdir()
-    (layout.page / "index.html").touch()
-    html = _report(layout).html
-    assert 'href="page/index.html"' in html
-    assert "python -m http.server -d page" in html
-
-
-def _rows(markdown: str) -> dict[str, list[str]]:
-    lines = [
-        line.strip("| ").replace("\u00a0", " ").replace("**", "") for line in markdown.splitlines() if line[:2] == "| "
-    ]
-    cells = [line.split(" | ") for line in lines]
-    return {row[0]: row[1:] for row in cells}
 
 
 def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path, monkeypatch):
@@ -161,7 +153,7 @@ def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path, 
         shutil.copy(source / f"fft-seed{seed}" / "predictions.parquet", target / f"kd-lora-seed{seed}")
     monkeypatch.setenv("HOME", str(tmp_path))
     report = compare(["~/one", tmp_path / "two"], out="~/both", draws=300)
-    rows = _rows(report.markdown)
+    rows = _rows(report)
     assert rows["one: KD-LoRA"][2] == "reference"
     assert rows["two: KD-LoRA"][2].startswith("+")
     assert " to " in rows["two: KD-LoRA"][3]
@@ -197,7 +189,7 @@ def test_single_runs_are_compared(tmp_path):
     layout = make_experiment(tmp_path / "one")
     places = [layout.run("kd-lora", 0), layout.run("student-lora", 1)]
     report = compare([place.root for place in places], draws=300)
-    rows = _rows(report.markdown)
+    rows = _rows(report)
     for place in places:
         score = read_record(place.record).score
         assert rows[f"one: {place.root.name}"][1].startswith(f"[{score:.1f}]")
@@ -212,7 +204,7 @@ def test_other_tasks_and_other_rows_are_not_paired(tmp_path):
     make_experiment(tmp_path / "four", task=PAIRS, arms=("kd-lora",), test_split=True)
     names = ("one", "two", "three", "four")
     report = compare([tmp_path / name for name in names], draws=300)
-    rows = _rows(report.markdown)
+    rows = _rows(report)
     assert rows["two: KD-LoRA"][3] == "not paired: the examples are not the same"
     assert rows["three: KD-LoRA"][2:4] == ["–", "another task"]
     assert rows["four: KD-LoRA"][2:4] == ["–", "scored on test"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
         ids = {split: read_column(part, "id") for split, part in rows.parts.items()}
         with Answers(folder, ids, rows.task.num_labels, settings) as answers:
             begun = time.perf_counter()
-            audit = _run(asking.carry_out(answers, progress))
+            audit = _run(asking.carry_out(answers, progress or (lambda done, total: None)))
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
             if answers.good:  # without an answer, the next call may be of another model
                 write_json_atomic(folder / Asked.FILE, asdict(asked))
@@ -219,7 +220,7 @@ class _Asking:
         for one in self.questions:
             one.check(row)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Questions in all: audited rows are asked with each prompt, the others with the best."""
         chosen, audit = self.rows.chosen, self.rows.audit
@@ -244,26 +245,21 @@ class _Asking:
             "selection": [settings.select, settings.seed, by, settings.rows if settings.select == "diverse" else None],
         }
 
-    async def carry_out(self, answers: Answers, progress: Progress | None) -> Audit | None:
+    async def carry_out(self, answers: Answers, progress: Progress) -> Audit | None:
         """Ask the audited rows with every prompt, then all others with the best."""
-        total, rows, audit = self.count, self.rows, None
-
-        def hear() -> None:
-            if progress is not None:
-                progress(answers.done, total)
-
-        hear()
+        rows, audit = self.rows, None
+        progress(answers.done, self.count)
         server = Server(self.settings, answers, self.questions[0].tokens_of_answer)
         async with server.client:
             enough = True
             if rows.audit is not None:
                 asked = [self._pending(answers, prompt, *rows.audit) for prompt in range(len(self.questions))]
-                if enough := await self._ask_all(server, answers, chain.from_iterable(asked), hear):
+                if enough := await self._ask_all(server, answers, chain.from_iterable(asked), progress):
                     audit = self._audit(answers, *rows.audit)
             if enough:
                 best = 0 if audit is None else audit.chosen
                 asked = [self._pending(answers, best, *part) for part in rows.chosen.items()]
-                await self._ask_all(server, answers, chain.from_iterable(asked), hear)
+                await self._ask_all(server, answers, chain.from_iterable(asked), progress)
         if not answers.done:
             raise ConfigError("the budget is less than one question may need; raise it, or shorten the prompt")
         return audit
@@ -274,7 +270,7 @@ class _Asking:
             yield Key(prompt, split, place), row
 
     async def _ask_all(
-        self, server: Server, answers: Answers, pending: Iterator[tuple[Key, Row]], hear: Callable[[], None]
+        self, server: Server, answers: Answers, pending: Iterator[tuple[Key, Row]], progress: Progress
     ) -> bool:
         """Ask about rows, some at a time; say whether the budget was enough."""
         enough = True
@@ -286,7 +282,7 @@ class _Asking:
                     answers.keep(key, await self._answer(server, key.prompt, row, known=answers.good > 0))
                 except BudgetSpentError:
                     enough = False
-                hear()
+                progress(answers.done, self.count)
                 if not answers.good:
                     answers.refuse_useless()
                 if not enough:

@@ -30,8 +30,7 @@ class OnnxBackend:
         file = folder.file or folder.path
         expected = recorded_hashes(folder) if verify else {}
         self.tokenizer_json = read_tokenizer(folder, expected)
-        is_ours = folder.record is not None
-        self._session = open_session(file, threads=threads, optimised=is_ours, expected=expected)
+        self._session = open_session(file, threads=threads, optimised=folder.record is not None, expected=expected)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:

@@ -88,9 +88,8 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self._texts = columns, self._find_columns(columns) if columns else ()
-            if self.form in ("conll", "jsonl"):  # as in training: by sentences, and without empty lines
-                rows = ((number, values) for number, (_, values) in enumerate(rows))
-            yield from islice(rows, self.start, None)
+            # As in training: by sentences, and without empty lines.
+            yield from islice(enumerate(values for _, values in rows), self.start, None)
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")

@@ -43,6 +43,7 @@ class Asker:
 def asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Asker]:
     """What most tests need: rows, and a server that answers at once; waits between attempts are short."""
     monkeypatch.setattr(server, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(server, "LONGEST_DELAY", 0.05)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     with llm_standin.running() as model:

@@ -13,6 +13,7 @@ from kdlora.asking.ask import ask, plan_asking
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
+from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError
 from kdlora.report.wording import duration
 from tiny import save_classifier, sentiment_rows, task, write_csv
@@ -122,7 +123,7 @@ def test_a_dry_run_asks_nothing(asking, cli):
     assert not asking.model.seen
 
 
-def test_some_rows_and_later_more_of_them(asking):
+def test_some_rows_and_later_more_of_them(asking, tiny_model_folder):
     """A larger selection that does not begin with the smaller one pays for the same rows twice."""
     assert asking(rows=20).rows == 20
     first = set(pd.read_parquet(asking.to / "train.parquet")["id"])
@@ -132,15 +133,14 @@ def test_some_rows_and_later_more_of_them(asking):
     assert asking(rows=20, select="diverse").rows == 20
     assert pd.read_parquet(asking.to / "train.parquet")["id"].nunique() == 20
 
-
-def test_a_model_chooses_the_rows_that_it_doubts(asking, tiny_model_folder, tmp_path):
-    """The order of the margins, not of the confidence in one label."""
-    from kdlora.deploy.predict import Classifier
-
-    save_classifier(tiny_model_folder("bert"), tmp_path / "student")
-    asking(rows=10, select="uncertain", select_by=str(tmp_path / "student"))
+    # A model chooses those that it doubts: the order of the margins, not of the confidence in one label.
+    student, asking.to = (
+        save_classifier(tiny_model_folder("bert"), asking.folder / "student"),
+        asking.folder / "doubted",
+    )
+    asking(rows=10, select="uncertain", select_by=str(student))
     rows = pd.read_csv(asking.data)
-    found = Classifier.load(tmp_path / "student").predict(rows["text"].tolist())
+    found = Classifier.load(student).predict(rows["text"].tolist())
     margin = pd.Series([abs(2 * one.probabilities["positive"] - 1) for one in found], index=rows["id"])
     chosen = pd.read_parquet(asking.to / "train.parquet")["id"]
     assert margin[chosen].max() <= margin.drop(chosen).min() + 1e-6

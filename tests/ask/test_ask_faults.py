@@ -179,6 +179,10 @@ def test_a_second_process_is_refused(asking):
     thread.join()
 
 
+def likely(answer: dict) -> list[dict]:
+    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
 def refused(asking, cli, *options: object, data: Path | None = None) -> str:
     """What the command says as it ends with exit code 2, in one line and without a traceback."""
     url = () if "--base-url" in options else ("--base-url", asking.model.url)
@@ -200,7 +204,10 @@ def test_bad_servers(asking, cli, monkeypatch):
     assert "has no model 'm'" in refused(asking, cli)
     asking.model.models, asking.model.logprobs = (), False
     assert "gives no log-probabilities; ask with votes in their place: --votes 5" in refused(asking, cli)
-    asking.model.logprobs, asking.model.key = True, "right"
+    asking.model.logprobs = True  # probabilities in their place would all be cut to 1
+    asking.model.edit = lambda answer: [one.update(logprob=0.9) for one in likely(answer)]
+    assert "a log-probability above 0" in refused(asking, cli)
+    asking.model.edit, asking.model.key = (lambda answer: None), "right"
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     assert "refuses the key in OPENAI_API_KEY" in refused(asking, cli)
     monkeypatch.setenv("MY_KEY", "right")
@@ -274,17 +281,6 @@ def test_usage_that_cannot_be_true_counts_as_the_most(asking, read):
     done = asking(max_tokens=3000)
     assert 0 < done.left < 60
     assert 2500 < done.tokens_read + done.tokens_written <= 3000
-
-
-def likely(answer: dict) -> list[dict]:
-    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-
-
-def test_log_probabilities_above_zero_are_none(asking):
-    """Probabilities or scores in their place would all be cut to 1, and teach that nothing is known."""
-    asking.model.edit = lambda answer: [one.update(logprob=0.9) for one in likely(answer)]
-    with pytest.raises(ConfigError, match="a log-probability above 0"):
-        asking()
 
 
 def test_answers_without_choices_leave_their_rows_out(asking):

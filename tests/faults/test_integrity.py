@@ -1,14 +1,16 @@
-"""Damage and exchange of what is reused: noticed, and then computed again or refused; never mixed."""
+"""Damage and exchange of what is reused, a disk that fills, a folder that goes: noticed; nothing is mixed or half."""
 
 import contextlib
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kill_driver import differences
 
 from experiments import edit_json, read_rows, snapshot
 from kdlora.config import Config
@@ -38,8 +40,8 @@ def made(workshop, tmp_path_factory) -> Made:
     root = tmp_path_factory.mktemp("integrity")
     train = write_csv(root / "train.csv", read_rows(workshop.train))
     student = Path(shutil.copytree(workshop.student, root / "student"))
-    changes = {"data": {"train": str(train)}, "student": {"model": str(student)}, "run": {"arms": ["kd-lora"]}}
-    config = workshop.config(changes)
+    changes = {"data": {"train": str(train)}, "student": {"model": str(student)}}
+    config = workshop.config(changes | {"run": {"arms": ["kd-lora"], "checkpoint_seconds": 0.05}})
     result = run_experiment(config, root / "out")
     assert not result.failed
     return Made(config, result.layout, train, student)
@@ -68,11 +70,10 @@ def flip_one_bit(path: Path) -> None:
 
 RECOMPUTED = [
     ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", flip_one_bit),
-    ("runs/kd-lora-seed0/adapter/adapter_config.json", Path.unlink),
     ("shipped.json", lambda path: path.write_text(path.read_text()[:-7])),
     ("teacher/model.safetensors", flip_one_bit),
     ("student/model.safetensors", flip_one_bit),
-    ("adapter/adapter_model.safetensors", flip_one_bit),
+    ("adapter/adapter_model.safetensors", Path.unlink),
 ]
 
 
@@ -172,3 +173,55 @@ def test_the_record_lists_what_the_run_left(made):
         assert f"runs/{arm}-seed0/predictions.parquet" in record.files
         assert {str(Path(name).parent) for name in record.files} - {f"runs/{arm}-seed0"} == folders
         assert set(record.fingerprints) >= {"config", "data", "base"}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 8 MiB in memory; skips where it cannot be mounted, which root alone may do."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={8 * 2**20}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {done and done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_costs_what_was_not_written_and_no_more_and_a_read_only_one_is_named(cli, disk, made):
+    """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
+
+    The sizes let it fill at the lock, in the teacher's training, and while models are kept. Root writes into every
+    folder, so it takes a disk that is mounted read-only.
+    """
+    command = ("run", made.layout.config, "--out", disk / "out")
+    ballast = disk / "ballast"
+    for kilobytes in (0, 300, 700):
+        ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - kilobytes * 1024))
+        shown = cli(*command, code=1)
+        assert "No space left on device" in shown.err
+        assert shown.err.strip().splitlines()[-1].endswith("free some space and run the same command again")
+        records = [read_record(place) for place in ExperimentLayout(disk / "out").runs.glob("*/run.json")]
+        assert {record.status for record in records} <= {"finished"}
+        ballast.unlink()
+    cli(*command)
+    assert differences(made.layout.root, disk / "out") == []
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    shown = cli("run", made.layout.config, "--out", disk / "another", code=1)
+    assert "Read-only file system" in shown.err
+    assert str(disk) in shown.err
+
+
+def test_a_folder_that_vanishes(made, tmp_path):
+    """A network disk that is gone leaves its empty mount point: results must not be scattered over two places."""
+    out, gone = tmp_path / "out", []
+
+    def take_away(stage, event):
+        if not gone:
+            gone.append(stage)
+            out.rename(tmp_path / "away")
+
+    with pytest.raises(FileNotFoundError, match="removed, moved or unmounted") as caught:
+        run_experiment(made.config, out, listen=take_away)
+    assert str(out) in str(caught.value)
+    assert not list(out.rglob("run.json"))

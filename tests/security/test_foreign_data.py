@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import graphs
@@ -193,36 +194,56 @@ DATA_CARDS = {
     "no list": ("data_files: train.csv\n- 5", "cannot be loaded from the Hub"),
     "usual": ("data_files: [{{split: train, path: train.csv}}]", "('text', 'label')"),
 }
-HUB_DATA = """
-import sys
+HUB = """
+import sys, tiny
 from kdlora.data.opening import open_hub
-from kdlora.errors import DataError
+from kdlora.errors import KdLoraError
+from kdlora.models.encoders import load_encoder
 for name in sys.argv[1:]:
     try:
-        print(open_hub(name, None, None)["train"].columns)
-    except DataError as refusal:
+        got = load_encoder(name, tiny.task(), seed=0) if "model" in name else open_hub(name, None, None)["train"]
+        print(got.columns)
+    except KdLoraError as refusal:
         print(" ".join(str(refusal).split()))
 """
 
 
-def test_a_data_sets_card_names_no_file_of_this_machine_and_no_other_host(tmp_path):
-    """`datasets` before 5.1 reads `/home/you/secret.csv` as rows; every version asks the host that a card names."""
+def test_what_the_hub_sends_leads_to_no_other_file_host_or_base_and_to_no_pickle(classifier, tmp_path):
+    """`datasets` before 5.1 reads `/home/you/secret.csv` as rows; every version asks the host that a card names.
+
+    With an adapter's settings beside a model, transformers went to a base that nobody named, and said nothing.
+    """
     secret = tmp_path / "secret" / "x.csv"
     secret.parent.mkdir()
     secret.write_text("text,label\nsecret,1\n")
+    files = {path.name: path.read_bytes() for path in classifier.iterdir()}
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "stranger/base", "target_modules": ["query"]}
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}
+    pickled = {"model.safetensors.index.json": json.dumps(index).encode(), "pytorch_model.bin": b"never read"}
+    expected = {
+        "someone/model-and-adapter": "beside a whole model",
+        "someone/model-of-pickles": "in the same folder",
+    }
     with hub_standin.running() as hub:
-        for number, (card, _) in enumerate(DATA_CARDS.values()):
+        for number, (card, told) in enumerate(DATA_CARDS.values()):
             front = card.format(secret=secret, folder=secret.parent, url=hub.url)
             readme = f"---\nconfigs:\n- config_name: default\n  {front}\n---\n".encode()
             hub.add(f"someone/d{number}", {"README.md": readme, "train.csv": b"text,label\nopen,0\n"}, kind="datasets")
+            expected[f"someone/d{number}"] = told
+        hub.add("stranger/base", files)
+        hub.add("someone/model-and-adapter", files | {"adapter_config.json": json.dumps(adapter).encode()})
+        del files["model.safetensors"]
+        hub.add("someone/model-of-pickles", files | pickled)
         environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
-        names = [f"someone/d{number}" for number in range(len(DATA_CARDS))]
-        done = run_python("-c", HUB_DATA, *names, env=environment)
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(hub_standin.__file__).parent), os.environ["PYTHONPATH"]])
+        done = run_python("-c", HUB, *expected, env=environment)
         said = done.stdout.splitlines()
-        assert len(said) == len(DATA_CARDS), done.stderr
-        for line, (card, expected) in zip(said, DATA_CARDS.values(), strict=True):
-            assert expected in line, (card, line)
+        assert len(said) == len(expected), done.stderr
+        for line, (name, told) in zip(said, expected.items(), strict=True):
+            assert told in line, (name, line)
         assert not [asked for asked in hub.unknown if "stolen" in asked]
+        assert not list((tmp_path / "cache").rglob("models--stranger--base"))
+        assert not list((tmp_path / "cache").rglob("pytorch_model.bin"))
 
 
 @pytest.mark.parametrize("content", ["[" * 99_999, '{"runs": ' + "9" * 5000 + "}"], ids=["deep", "an endless number"])

@@ -3,7 +3,6 @@
 import ast
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -13,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import run_python
 from safetensors.torch import load_file
 
-import hub_standin
 import tiny
 from experiments import edit_json
 from kdlora.deploy.predict import Classifier
@@ -184,37 +181,6 @@ def test_nothing_of_a_strangers_code_or_template_is_passed_on(folder, tmp_path):
     assert not list(tmp_path.rglob("*.jinja"))
     for name in ("config.json", "tokenizer_config.json"):
         assert "evil" not in (tmp_path / "a" / "b" / "saved" / name).read_text()
-
-
-HUB_MODELS = """
-import sys, tiny
-from kdlora.errors import ModelError
-from kdlora.models.encoders import load_encoder
-for name in sys.argv[1:]:
-    try:
-        load_encoder(name, tiny.task(), seed=0)
-    except ModelError as refusal:
-        print(" ".join(str(refusal).split()))
-"""
-
-
-def test_a_hub_model_leads_to_no_base_and_no_pickle(folder, tmp_path):
-    """With an adapter's settings beside it, transformers went to a base that nobody named, and said nothing."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    index = {"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}
-    weights = {"model.safetensors.index.json": json.dumps(index).encode(), "pytorch_model.bin": b"never read"}
-    with hub_standin.running() as hub:
-        hub.add("stranger/base", files)
-        hub.add("someone/both", files | {"adapter_config.json": json.dumps(ADAPTER).encode()})
-        hub.add("someone/index", {name: files[name] for name in files if name != "model.safetensors"} | weights)
-        environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
-        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE.parents[1] / "tests"), os.environ["PYTHONPATH"]])
-        done = run_python("-c", HUB_MODELS, "someone/both", "someone/index", env=environment)
-        both, pickled = done.stdout.splitlines()
-        assert "beside a whole model" in both, done.stderr
-        assert "in the same folder" in pickled, done.stderr
-        assert not list((tmp_path / "cache").rglob("models--stranger--base"))
-        assert not list((tmp_path / "cache").rglob("pytorch_model.bin"))
 
 
 def test_every_load_goes_through_one_place():

@@ -296,7 +296,7 @@ def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, m
     assert json.loads(shown.out)["problems"] == ["peft>=99 (0.1 is installed) is not met"]
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "hub.example"])
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://a mirror", "hub.example"])
 def test_a_hub_that_does_not_answer_is_no_crash(monkeypatch, endpoint):
     """Behind a firewall the doctor is needed most."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 
@@ -132,5 +133,5 @@ def _ask_hub(seconds: float) -> str:
             return f"{endpoint} answers"
     except urllib.error.HTTPError as error:  # an answer, too: a stand-in need not have a front page
         return f"{endpoint} answers" if error.code < 500 else f"{endpoint} answers with {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})"

@@ -15,12 +15,12 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, language_model, models, promises, scale, service
+from kdlora.cli import experiments, language_model, models, scale
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError, harmless, log_to_stderr
 from kdlora.extras import extras_named
 
-__all__ = ["app", "experiments", "language_model", "main", "models", "promises", "scale", "service"]
+__all__ = ["app", "experiments", "language_model", "main", "models", "scale"]
 
 
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

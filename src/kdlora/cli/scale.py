@@ -1,7 +1,9 @@
-"""The verbs that carry out many runs."""
+"""The verbs that carry out many runs, and the one that answers over HTTP."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Exit, Option
 
 from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
+from kdlora.deploy import Runtime
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
+    from kdlora.deploy.serving import Model
     from kdlora.experiment.search import SearchEvent
     from kdlora.experiment.suite import SuiteEvent, SuiteResult
 
@@ -166,3 +170,52 @@ def _show_search(event: SearchEvent, show: Show | None) -> None:
         epoch = getattr(event.detail, "epoch", None)
         now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
         show("trials", event.done, event.trials, count + best + now)
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What `kdlora serve` is told; the fields after `runtime` but the last are those of `Limits`."""
+
+    models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")]
+    host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1"
+    port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000
+    threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None
+    runtime: Annotated[Runtime, Option(help="auto: the fastest when kdlora benchmark measured it here.")] = (
+        "onnxruntime"
+    )
+    waiting: Annotated[int, Option(help="Texts that may wait for a model. Beyond, the answer is 503.")] = 1024
+    texts: Annotated[int, Option(help="Largest number of texts in one request.")] = 256
+    characters: Annotated[int, Option(help="Largest number of characters in one text.")] = 20_000
+    body_bytes: Annotated[int, Option(help="Largest request, in bytes.")] = 1_000_000
+    as_json: Json = False
+
+
+@verb(Serve)
+def serve(options: Serve) -> None:
+    """Serve models over HTTP: /predict, /health and /metrics. SIGTERM ends it when what has begun is answered.
+
+    Example: kdlora serve runs/reviews --port 8000
+
+    Example: kdlora serve film=runs/reviews topic=runs/topics --host 0.0.0.0
+    """
+    from kdlora.deploy.serving import Limits, describe
+    from kdlora.deploy.serving import serve as serve_models
+
+    def ready(address: str, models: Mapping[str, Model]) -> None:
+        if options.as_json:
+            print_json({"address": address, "models": {name: describe(one) for name, one in models.items()}})
+        else:
+            print("\n".join(f"{name}: {model!r}" for name, model in models.items()))
+            print(f"listening at {address}")
+        sys.stdout.flush()
+
+    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
+    serve_models(
+        options.models,
+        host=options.host,
+        port=options.port,
+        threads=options.threads,
+        runtime=options.runtime,
+        limits=limits,
+        ready=ready,
+    )

@@ -130,11 +130,11 @@ class Reading:
         values = source.read((name,)).table[name]
         if is_list(values.type):
             values = pc.list_flatten(values)
-        if pa.types.is_integer(values.type):
-            return bool(pc.any(pc.greater_equal(values, 0)).as_py())
-        if pa.types.is_floating(values.type):  # STS-B
-            return bool(pc.any(pc.not_equal(values, -1.0)).as_py())
-        return bool(values.null_count < len(values))
+        values = values.drop_null()
+        if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+            hidden = pc.is_in(values.cast(pa.float64(), safe=False), pa.array([-1.0, -100.0]))
+            return not pc.all(hidden, min_count=0).as_py()
+        return len(values) > 0
 
 
 def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:

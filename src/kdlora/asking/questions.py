@@ -87,12 +87,11 @@ class Questions:
                 f"{count} labels are too many for {most} likely tokens, even in two steps ({most * most}); raise "
                 "top_logprobs if the server shows more, or ask with votes"
             )
-        named = list(labels.items())
+        named = [(name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
         groups = []
         for places in np.array_split(np.arange(count), parts):
             codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
-            coded = zip(codes, places.tolist(), strict=False)
-            groups.append([Option(code, *named[place], (place,)) for code, place in coded])
+            groups.append([Option(code, *named[place]) for code, place in zip(codes, places, strict=False)])
         return groups
 
     @cached_property

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import compress, product
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task, full_metric
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
-from kdlora.evidence.ranking import entity_counts, entity_rates, weighted_entities
+from kdlora.evidence.ranking import counts_from_logits, entity_counts, weighted_entities
 from kdlora.evidence.stats import PairedArms, contrast
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
@@ -55,18 +56,14 @@ def test_regression_metrics_are_those_of_scipy():
     assert found["r2"] == pytest.approx(sk.r2_score(true, said))
 
 
-@pytest.mark.parametrize("task", [COLA, PAIRS])
-@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [0, 1, 1]])
-@pytest.mark.parametrize("said", [0, 1])
-def test_constant_predictions_and_labels_have_defined_metrics(task, labels, said):
+def test_degenerate_rows_have_defined_metrics():
     """A division by zero would give NaN, and NaN makes the best seed a lottery."""
-    found = compute_metrics(task, np.eye(2)[[said] * 3], np.array(labels))
-    assert all(np.isfinite(value) for value in found.values())
-    assert found.get("matthews", 0.0) == 0.0
+    for task, labels, said in product((COLA, PAIRS), ([0, 0, 0], [1, 1, 1], [0, 1, 1]), (0, 1)):
+        found = compute_metrics(task, np.eye(2)[[said] * 3], np.array(labels))
+        assert all(np.isfinite(value) for value in found.values())
+        assert found.get("matthews", 0.0) == 0.0
 
-
-def test_classes_that_do_not_occur_have_defined_metrics():
-    """A rare class is missing from many a small split: its F1 is 0 where it was said, and left out where it was not."""
+    # A rare class is missing from many a small split: its F1 is 0 where it was said, and left out where it was not.
     said, labels = np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 2])
     assert compute_metrics(TOPICS, said, labels)["macro_f1"] == pytest.approx((1.0 + 2 / 3 + 0.0) / 3)
     assert compute_metrics(TOPICS, np.eye(4)[[3] * 4], np.zeros(4, dtype=int))["macro_f1"] == 0.0
@@ -74,6 +71,11 @@ def test_classes_that_do_not_occur_have_defined_metrics():
         found = compute_metrics(TAGS, np.full((4, 3), -1.0), np.full((4, 3), marked))
         assert (found["micro_f1"], found["macro_f1"]) == (0.0, 0.0)
         assert found["subset_accuracy"] == 1.0 - marked
+
+    # Rounding noise around a constant must not turn into a correlation.
+    for constant, rows in product((1.0, 0.1 + 0.2), (1, 5)):
+        found = compute_metrics(SIMILARITY, np.full(rows, constant), np.arange(1.0, rows + 1))
+        assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
 
     # A binary F1 of three classes, or a sigmoid of a rating, is a number between 0 and 1 all the same.
     task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("f1",))
@@ -83,14 +85,6 @@ def test_classes_that_do_not_occur_have_defined_metrics():
         probabilities(np.zeros((2, 1)), "regression")
     with pytest.raises(ValueError, match="expected the metrics"):
         score(PAIRS, {"accuracy": 0.8})
-
-
-@pytest.mark.parametrize("constant", [1.0, 0.1 + 0.2])
-def test_constant_regression_correlates_with_nothing(constant):
-    """Rounding noise around a constant must not turn into a correlation."""
-    for rows in (1, 5):
-        found = compute_metrics(SIMILARITY, np.full(rows, constant), np.arange(1.0, rows + 1))
-        assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -162,20 +156,13 @@ def test_metrics_are_those_of_scikit_learn(kind, seed):
             assert found[names[1]] == found[names[2]] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("given", "kind", "full"),
-    [
-        ("macro_f1", "single-label", "macro_f1"),
-        ("f1", "single-label", "f1"),
-        ("recall@0.95:SPAM", "single-label", "recall@0.95:spam"),
-        ("average_precision:ham", "multi-label", "average_precision:ham"),
-        ({"cost": {"spam": {"ham": 5.0}}}, "single-label", "cost:[[0.0, 1.0], [5.0, 0.0]]"),
-        ("r2", "regression", "r2"),
-    ],
-)
-def test_a_metric_has_one_full_name(given, kind, full):
+def test_a_metric_has_one_full_name():
     """A cost at the transposed place would punish the harmless error."""
-    assert full_metric(given, kind, ("ham", "spam")) == full
+    given, labels = {"cost": {"spam": {"ham": 5.0}}}, ("ham", "spam")
+    assert full_metric(given, "single-label", labels) == "cost:[[0.0, 1.0], [5.0, 0.0]]"
+    assert full_metric("recall@0.95:SPAM", "single-label", labels) == "recall@0.95:spam"
+    assert full_metric("average_precision:ham", "multi-label", labels) == "average_precision:ham"
+    assert full_metric("r2", "regression", labels) == "r2"
 
 
 @pytest.mark.parametrize(
@@ -212,10 +199,14 @@ def entities(row):
     return set(found)
 
 
+def as_arrays(predicted, wanted):
+    """Give logits that say the tags of some rows, labels and offsets."""
+    said, labels = (np.array([NAMES.index(tag) for row in rows for tag in row], int) for rows in (predicted, wanted))
+    return np.eye(len(NAMES), dtype=np.float32)[said], labels, np.cumsum([0, *map(len, wanted)])
+
+
 def count(predicted, wanted):
-    """Count the entities of some rows of tags."""
-    flat = [np.array([NAMES.index(tag) for row in rows for tag in row], np.int64) for rows in (predicted, wanted)]
-    return entity_counts(*flat, NAMES, np.cumsum([0, *map(len, wanted)]))
+    return counts_from_logits(NAMES, *as_arrays(predicted, wanted))
 
 
 def drawn_rows(seed, rows=40):
@@ -228,66 +219,32 @@ def drawn_rows(seed, rows=40):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_counts_are_those_of_sets_of_entities(seed):
-    """A boundary or a type that is half right would count; a stray I- would be an entity."""
-    predicted, wanted = drawn_rows(seed)
-    found = count(predicted, wanted)
-    for row, (said, true) in enumerate(zip(predicted, wanted, strict=True)):
+    """A half right boundary or type would count; a stray I- be an entity, and a word that nobody labelled be wrong."""
+    predicted, wanted = ([[], *rows] for rows in drawn_rows(seed))  # an empty row that vanished would shift the others
+    logits, labels, offsets = as_arrays(predicted, wanted)
+    labelled = np.random.default_rng(seed).random(len(labels)) < 0.9
+    found = entity_counts(logits.argmax(axis=1), np.where(labelled, labels, -100), NAMES, offsets)
+    for row, rows in enumerate(zip(predicted, wanted, strict=True)):
+        kept = labelled[offsets[row] : offsets[row + 1]]
         for column, name in enumerate(TYPES):
-            sets = [{one for one in entities(tags) if one[2] == name} for tags in (said, true)]
-            assert found[row, column].tolist() == [len(sets[0] & sets[1]), len(sets[0]), len(sets[1])]
-
-
-def test_words_without_a_label_are_in_neither():
-    """A prediction on a word that nobody labelled would count as wrong."""
-    wanted = np.array([-100, 5, 6, -100, 0, -100])
-    predicted = np.array([1, 5, 6, 3, 0, 1])
-    found = entity_counts(predicted, wanted, NAMES, np.array([0, 4, 6]))
-    assert found.sum(axis=0).tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1]]
-    assert found[1].sum() == 0
-
-    # An empty row that vanishes shifts all rows after it, and pairs each with a stranger in the bootstrap.
-    found = count([[], ["B-LOC"], []], [[], ["B-LOC"], []])
-    assert found[:, 0, 0].tolist() == [0, 1, 0]
-
-
-METRICS = ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", "recall:PER")
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_draws_in_closed_form_are_those_of_rows_written_out(name):
-    """An interval of a mean of the rows' F1 would be about another figure; NaN makes the best epoch a lottery."""
-    assert weighted_entities(name, np.zeros((2, 3, 3), np.int64), TYPES)(np.ones((1, 2))).tolist() == [0.0]
-    predicted, wanted = drawn_rows(3)
-    draws = np.random.default_rng(1).multinomial(40, np.full(40, 1 / 40), size=15)
-    closed = weighted_entities(name, count(predicted, wanted), TYPES)(draws.astype(float))
-    for times, value in zip(draws, closed, strict=True):
-        rows = np.repeat(np.arange(40), times)
-        written = count([predicted[row] for row in rows], [wanted[row] for row in rows])
-        precision, recall, f1 = entity_rates(written.sum(axis=(0, 1)))
-        by_type = written.sum(axis=0)
-        occurring = by_type[by_type[:, 1:].sum(axis=1) > 0]
-        expected = {
-            "entity_f1": f1,
-            "entity_precision": precision,
-            "entity_recall": recall,
-            "macro_entity_f1": np.mean([2 * right / (said + true) for right, said, true in occurring]),
-            "recall:PER": by_type[2, 0] / by_type[2, 2],
-        }[name]
-        assert value == pytest.approx(expected)
+            said, true = ({one for one in entities(list(compress(tags, kept))) if one[2] == name} for tags in rows)
+            assert found[row, column].tolist() == [len(said & true), len(said), len(true)]
 
 
 TASK = Task("tokens", ("words",), ("tags",), NAMES, ("entity_f1",))
 
 
-def as_logits(rows):
-    """Give logits that say these tags."""
-    return np.eye(len(NAMES))[[NAMES.index(tag) for row in rows for tag in row]].astype(np.float32)
-
-
-def as_arrays(predicted, wanted):
-    """Give logits, labels and offsets."""
-    labels = np.array([NAMES.index(tag) for row in wanted for tag in row])
-    return as_logits(predicted), labels, np.cumsum([0, *map(len, wanted)])
+def test_draws_in_closed_form_are_those_of_rows_written_out():
+    """An interval of a mean of the rows' F1 would be about another figure; NaN makes the best epoch a lottery."""
+    assert weighted_entities("entity_f1", np.zeros((2, 3, 3), np.int64), TYPES)(np.ones((1, 2))).tolist() == [0.0]
+    predicted, wanted = drawn_rows(3)
+    counts, draws = count(predicted, wanted), np.random.default_rng(1).multinomial(40, np.full(40, 1 / 40), size=9)
+    closed = {name: weighted_entities(name, counts, TYPES)(draws.astype(float)) for name in metric_names(TASK)}
+    for place, times in enumerate(draws):
+        rows = np.repeat(np.arange(40), times)
+        *arrays, offsets = as_arrays([predicted[row] for row in rows], [wanted[row] for row in rows])
+        found = compute_metrics(TASK, *arrays, offsets=offsets)
+        assert found == pytest.approx({name: values[place] for name, values in closed.items()})
 
 
 def test_metrics_of_a_task_are_those_of_its_words():
@@ -297,6 +254,8 @@ def test_metrics_of_a_task_are_those_of_its_words():
     assert set(found) == set(metric_names(TASK))
     assert found["entity_precision"] == 1.0  # the stray I-LOC begins an entity
     assert found["entity_recall"] == pytest.approx(2 / 3)
+    assert found["macro_entity_f1"] == pytest.approx(2 / 3)  # all of PER and LOC, none of ORG
+    assert (found["recall:PER"], found["recall:ORG"]) == (1.0, 0.0)
     assert score(TASK, found) == pytest.approx(80.0)
     assert predict_labels(TASK, logits, offsets).tolist() == [5, 1, 0, 0]
 
@@ -313,21 +272,13 @@ def test_metrics_of_a_task_are_those_of_its_words():
 
 def test_arms_are_contrasted_over_rows_and_not_over_words():
     """Words of one sentence are not independent: an interval over them is too narrow, and speaks of no example."""
-    runs = [drawn_rows(seed, rows=60) for seed in (5, 6)]
-    wanted = runs[0][1]
+    said, wanted = drawn_rows(5, rows=60)
     worse = [[tag if place % 3 else "O" for place, tag in enumerate(row)] for row in wanted]
-    logits, labels, offsets = as_arrays(runs[0][0], wanted)
-    pair = PairedArms(TASK, labels, [logits], [as_logits(worse)], offsets=offsets)
-    found = contrast([pair], draws=400)
-    first, second = (compute_metrics(TASK, one, labels, offsets=offsets) for one in (logits, as_logits(worse)))
-    assert found.difference == pytest.approx(100 * (first["entity_f1"] - second["entity_f1"]))
+    (first, labels, offsets), (second, *_) = (as_arrays(one, wanted) for one in (said, worse))
+    found = contrast([PairedArms(TASK, labels, [first], [second], offsets=offsets)], draws=400)
+    f1 = [compute_metrics(TASK, one, labels, offsets=offsets)["entity_f1"] for one in (first, second)]
+    assert found.difference == pytest.approx(100 * (f1[0] - f1[1]))
     assert found.n_examples == 60
-    draw, differences = np.random.default_rng(4), []
-    for _ in range(300):
-        rows = draw.integers(0, 60, 60)
-        f1 = [
-            entity_rates(count([said[row] for row in rows], [wanted[row] for row in rows]).sum(axis=(0, 1)))[2]
-            for said in (runs[0][0], worse)
-        ]
-        differences.append(100 * (f1[0] - f1[1]))
-    assert (found.high - found.low) / 4 == pytest.approx(np.std(differences), rel=0.2)
+    draws = np.random.default_rng(4).multinomial(60, np.full(60, 1 / 60), size=300).astype(float)
+    f1 = [weighted_entities("entity_f1", count(one, wanted), TYPES)(draws) for one in (said, worse)]
+    assert (found.high - found.low) / 4 == pytest.approx(100 * np.std(f1[0] - f1[1]), rel=0.2)

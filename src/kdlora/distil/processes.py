@@ -35,17 +35,11 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def largest(self, value: int) -> int:
-        return int(self._reduce(torch.tensor([value]), distributed.ReduceOp.MAX))
-
     def total(self, values: Tensor) -> Tensor:
-        return self._reduce(values, distributed.ReduceOp.SUM)
-
-    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.count == 1:
             return values
         shared = values.detach().cpu().clone()
-        distributed.all_reduce(shared, op=operation, group=self.group)
+        distributed.all_reduce(shared, group=self.group)
         return shared.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,10 +62,7 @@ _groups: list[Any] = []
 
 
 def current_processes() -> Processes:
-    """Name the processes that train together with this one, by what torch.distributed was set up with.
-
-    The first call of several processes is one that all of them make.
-    """
+    """Name the processes that torch.distributed has joined with this one; all of them make the first call."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return ALONE
     if not _groups:

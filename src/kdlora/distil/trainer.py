@@ -40,16 +40,12 @@ from kdlora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
-_GO_ON, _SAVE, _STOP = range(3)
 _ADAPTED = "base_model.model."  # what PEFT puts before the names of a model's parameters
 
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Where a training stands, of `epochs` and optimiser `steps` in all.
-
-    Losses are means over the epoch's rows so far; speed and seconds leave evaluation out; `score` is the newest.
-    """
+    """Where a training stands, of `epochs` and optimiser `steps` in all; losses are means over the epoch so far."""
 
     epoch: float
     epochs: float
@@ -58,8 +54,8 @@ class ProgressEvent:
     loss: float | None
     hard_loss: float | None
     soft_loss: float | None
-    examples_per_second: float
-    score: float | None
+    examples_per_second: float  # without evaluation
+    score: float | None  # the newest
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,7 @@ class Surroundings:
 
 
 class ArmTrainer(DistillationTrainer, TrainerCallback):
-    """Trains one arm, and is the last of its own callbacks; one batch of the loader is one optimiser step.
-
-    It evaluates after every epoch and keeps the history. Asked to stop, it saves at once and for the last time.
-    """
+    """Trains one arm, and is the last of its own callbacks; one batch of the loader is one optimiser step."""
 
     def __init__(self, model: nn.Module, args: TrainingArguments, around: Surroundings, **trainer: Any) -> None:
         self.around, self.options, self.processes = around, around.options, around.processes
@@ -114,7 +107,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.epoch_sums = LossSums(args.device)
 
     def run(self) -> None:
-        """Train, from the last checkpoint where there is one."""
         if self.processes.count > 1:  # each draws its own dropout; the weights are those of the first
             torch.manual_seed(self.options.seed * self.processes.count + self.processes.rank)
         checkpoint = self.checkpoints.latest()
@@ -169,7 +161,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
             self._tell()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluate, keep the best, stop early."""
         settings, means = self.around.settings, self._epoch_means(everywhere=True)
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self.rate}
         with self._paused():
@@ -215,19 +206,19 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     def _is_due(self) -> bool:
         """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
         late = self.seconds() - self.saved_at >= self.options.checkpoint_seconds
-        wish = self.processes.largest(_STOP if self.stop.received is not None else _SAVE if late else _GO_ON)
-        if wish == _STOP and self.stop.received is None:
+        wishes = torch.tensor([int(late), int(self.stop.received is not None)])
+        save, stop = self.processes.total(wishes).tolist()
+        if stop and self.stop.received is None:
             self.stop.received = signal.SIGTERM
-        return wish != _GO_ON
+        return save + stop > 0
 
     # The steps.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give the loader; Accelerate's wrapper is left out, which would shard batches that are whole steps."""
-        ours = self.processes
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.sampler if ours.count == 1 else SharedSampler(self.sampler, ours.rank, ours.count),
+            batch_sampler=SharedSampler(self.sampler, self.processes.rank, self.processes.count),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -254,7 +245,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward over the micro-batches of a step."""
         rows = self._rows_of_step()
         self.examples += rows
         own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
@@ -285,7 +275,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         return next(itertools.islice(iter(self.sampler), place, None))
 
     def record(self, terms: LossTerms) -> None:
-        """Add the terms to the means since the last log, and to those of the epoch."""
         if not self.weightless:
             super().record(terms)
             self.epoch_sums.add(terms, self.state.global_step + 1)

@@ -204,5 +204,7 @@ def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):
     write_lines(path, [row for row in table if row["split"] == "train"])
     with pytest.raises(DataError, match="no row is of split 'unlabelled'"):
         check_table(config, splits)
+    nobody = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("student-lora",)})})
+    assert check_table(nobody, splits) == []  # whom it does not teach, it need not cover
     write_lines(path, [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
     assert check_table(config, splits) == [f"{path}: 1 rows belong to no unlabelled example and are not used."]

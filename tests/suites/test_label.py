@@ -206,6 +206,7 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label(model, texts, tmp_path / "out", text=("body",))
+    assert not (tmp_path / "out").exists()  # begun with wrong columns, it would refuse the right ones
     for file in ("a.parquet", "b.jsonl", "c.csv"):
         with pytest.raises(DataError, match=rf"{file}: no column 'nope'; there are id, text"):
             label(model, texts / file, tmp_path / "out", id_column="nope")

@@ -179,6 +179,8 @@ def test_names_stand_for_sections():
         ({"config": {"report": {"paper": True}}}, "config.report.paper: a suite's tables have.*Delete the key"),
         ({"config": {"defer": {"error": 0.1}}}, "config.defer.error: a suite ships nothing"),
         ({"config": {"export": {"thresholds": 0.1}}}, "config.export.thresholds: a suite ships nothing"),
+        ({"tasks": {"cola": {"export": {"thresholds": "f1"}}}}, "tasks.cola.export.thresholds: a suite ships nothing"),
+        ({"families": {"one": {"run": {"seeds": [1]}}}}, "families.one.run.seeds: a suite has its own seeds"),
         ({"families": {"bert": {"family": "bert", "teacher": {"fine_tuned": "one"}}}}, "a suite trains its teachers"),
         ({"config": {"teacher": 5}}, "s: cola, one: teacher: expected keys such as 'model:', got 5"),
         ({"grids": {"adapters": {"lora.rank": [8, 0]}}}, "s: cola, one, lora.*lora.rank"),

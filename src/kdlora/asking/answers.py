@@ -113,8 +113,7 @@ class Answers:
 
     def __enter__(self) -> Self:
         """Read what is there; a line that a kill cut short goes."""
-        binary = getattr(os, "O_BINARY", 0)  # Windows would write two characters for a line's end
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o644)
+        self.path.touch()
         whole, places = 0, dict[str, dict[str, int]]()
         with self.path.open("rb") as file:
             for text in file:
@@ -126,6 +125,8 @@ class Answers:
                     names = {split: ids.to_pylist() for split, ids in self._ids.items()}
                     places = {split: dict(zip(ids, range(len(ids)), strict=True)) for split, ids in names.items()}
                 self._count(line, places.get(line.split, {}).get(line.id or ""))
+        binary = getattr(os, "O_BINARY", 0)  # Windows would write two characters for a line's end
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | binary)  # last, since a fault above leaves it closed
         os.ftruncate(self._file, whole)
         self.resumed = self.done
         return self

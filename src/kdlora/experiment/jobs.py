@@ -43,8 +43,7 @@ def inspect_task(
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         raise ConfigError("arms: a bag of words has one answer a text, and a task of tokens wants one a word; drop it")
     for one in configs.values():
-        if set(one.run.arms) & DISTILLED_ARMS:
-            check_table(one, splits)
+        check_table(one, splits)
     facts, texts = look_at(splits, first), sample_texts(splits.train)
     read = {first.row_settings: splits}  # files are read once, whatever the number of copies
     for section in sections:

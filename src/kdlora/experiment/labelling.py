@@ -213,10 +213,6 @@ def _refuse_doubles(store: LogitStore) -> None:
 
 def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job:
     files = _find_files(data, folder)
-    for file in files if settings.id_column != "id" else ():  # somebody named it
-        columns = Columns((settings.id_column,), None, settings.id_column, None)
-        with contextlib.closing(iter(RowReader(file, columns))) as rows:
-            next(rows, None)
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
     task = read_task(
@@ -226,6 +222,10 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
+    columns = Columns(settings.text, task.text, settings.id_column, 1, words=task.kind == "tokens")
+    for file in files:  # before the folder is begun with columns that are not there
+        with contextlib.closing(iter(RowReader(file, columns))) as rows:
+            next(rows, None)
     task = task if settings.text is None else replace(task, text=settings.text)
     precision = settings.precision
     if precision == "auto":  # as it was found when this collection was begun: a second timing may come out otherwise

@@ -125,6 +125,8 @@ def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
 
 def check_table(config: Config, splits: Splits) -> list[str]:
     """Check that a table of teacher outputs, or a labelled collection, fits the experiment and covers its rows."""
+    if not set(config.run.arms) & DISTILLED_ARMS:
+        return []  # it teaches nobody
     collection = _collection(config)
     if collection is not None and config.data.augment:
         raise ConfigError(

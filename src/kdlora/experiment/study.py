@@ -245,8 +245,7 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
 def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
     """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
     splits = load_held_out(config, search)
-    if set(config.run.arms) & DISTILLED_ARMS:
-        check_table(config, splits)
+    check_table(config, splits)
     rows, task = hash_splits(splits), splits.task
     if not task.name and task.metrics != DEFAULT_METRICS[task.kind]:
         rows = hash_json([rows, task.metrics])  # trials by another metric are another study

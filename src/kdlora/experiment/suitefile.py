@@ -150,26 +150,30 @@ class SuiteConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        run = self.config.get("run") or {}
-        if not isinstance(run, Mapping):
-            raise ValueError(f"config.run: expected keys such as 'threads:', got {run!r}")  # noqa: TRY004 - as above
         for key in ("arms", "seeds"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
-            if key in run:
-                raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
-        ships = "a suite ships nothing, so it decides nothing"
-        paper = "a suite's tables have the paper's figures as they are; its claims stand in the report of an experiment"
-        for section, key, why in (
-            ("report", "paper", paper),
-            ("defer", "error", ships),
-            ("export", "thresholds", ships),
-        ):
-            values = self.config.get(section)
-            if isinstance(values, Mapping) and values.get(key):
-                raise ValueError(f"config.{section}.{key}: {why}. Delete the key")
+        parts = {"config": self.config} | {f"families.{name}": part for name, part in self.families.items()}
+        for where, part in (parts | {f"tasks.{name}": part for name, part in self.tasks.items()}).items():
+            _refuse_idle_keys(where, part)
         return self
+
+
+def _refuse_idle_keys(where: str, part: Partial) -> None:
+    """Refuse the keys of an experiment that a suite would read and not follow."""
+    run = part.get("run") or {}
+    if not isinstance(run, Mapping):
+        raise ValueError(f"{where}.run: expected keys such as 'threads:', got {run!r}")  # noqa: TRY004 - as above
+    for key in ("arms", "seeds"):
+        if key in run:
+            raise ValueError(f"{where}.run.{key}: a suite has its own {key}; set `{key}` at the top level")
+    ships = "a suite ships nothing, so it decides nothing"
+    paper = "a suite's tables have the paper's figures as they are; its claims stand in the report of an experiment"
+    for section, key, why in (("report", "paper", paper), ("defer", "error", ships), ("export", "thresholds", ships)):
+        values = part.get(section)
+        if isinstance(values, Mapping) and values.get(key):
+            raise ValueError(f"{where}.{section}.{key}: {why}. Delete the key")
 
 
 def configurations(axes: Axes) -> Iterator[Settings]:

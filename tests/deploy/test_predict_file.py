@@ -1,6 +1,7 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -157,6 +158,14 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
         summary = predict_file(model, source, out)
     assert (summary.rows, summary.resumed, asked) == (60, 30, TEXTS[30:])
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_names_that_are_not_utf_8(tmp_path, model, source):
+    """A file of an old system is read like any other; the note of what was begun could not be written."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    odd.write_bytes(source.read_bytes())
+    _interrupt(model, odd, tmp_path / "out.jsonl", 30)
+    assert predict_file(model, odd, tmp_path / "out.jsonl").resumed == 30
 
 
 def test_stale_parts_are_refused(tmp_path, exported, source):

@@ -102,6 +102,7 @@ def test_pairs_are_read_whole_and_outputs_must_be_there(label, tmp_path, make_ex
     with pytest.raises(ConfigError, match=r"got 'bf61'\. Did you mean 'bf16'"):
         label(precision="bf61")
     assert not (tmp_path / "logits").exists(), "the right number format would be refused as stale"
+    assert len(label(precision="auto", folder=tmp_path / "auto").logits) == 23
     rows = make_examples("single-label", 6)
     pairs = rows.add_column("text_pair", ["a wonderful film"] * 6)
     alone = label(dataset=rows, folder=tmp_path / "alone")

@@ -21,9 +21,10 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, DataError
 
 
-def test_gradient_checkpointing_recomputes_the_same_bits_and_another_seed_gives_others(make_setup, tmp_path):
+@pytest.mark.parametrize("lora", [True, False])
+def test_gradient_checkpointing_recomputes_the_same_bits_and_another_seed_gives_others(make_setup, tmp_path, lora):
     """Dropout that drew other elements the second time would train on gradients of another network."""
-    kept, again = (make_setup(epochs=1, gradient_checkpointing=wanted) for wanted in (False, True))
+    kept, again = (make_setup(lora=lora, epochs=1, gradient_checkpointing=wanted) for wanted in (False, True))
     calls, histories = [], []
     for setup in (kept, again):
         calls.append(0)
@@ -37,7 +38,7 @@ def test_gradient_checkpointing_recomputes_the_same_bits_and_another_seed_gives_
         handle.remove()
     assert_same_bits(weights(kept.model), weights(again.model))
     assert calls[1] == 2 * calls[0] > 0
-    assert histories[0] == histories[1] != make_setup(epochs=1).run(tmp_path / "other", seed=4).history
+    assert histories[0] == histories[1] != make_setup(lora=lora, epochs=1).run(tmp_path / "other", seed=4).history
     assert not any(getattr(module, "gradient_checkpointing", False) for module in again.model.modules())
 
 

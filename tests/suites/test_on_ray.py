@@ -125,7 +125,9 @@ def test_a_lost_worker_loses_no_row_and_doubles_none(model, texts, tmp_path):
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_faults_come_back_in_our_words(model, texts, tmp_path):
+def test_faults_come_back_in_our_words(model, tmp_path):
     """Ray wraps what a worker raises in pages of its own."""
-    with pytest.raises(DataError, match="no column 'body'"):
-        label_collection(str(model), texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a film"}\n{"text": null}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="row 1: column 'text' is empty or missing"):
+        label_collection(str(model), str(file), tmp_path / "out", LabelSettings(strict=True), on="ray")

@@ -85,6 +85,7 @@ def test_a_fault_keeps_its_class_and_its_words():
         (threading.Lock, (), Exception, "pickle"),
         (signal.raise_signal, (signal.SIGKILL,), ChildDiedError, r"killed by SIGKILL.*out of memory"),
         (os._exit, (7,), ChildDiedError, "exit status 7"),
+        (os._exit, (255,), ChildDiedError, "exit status 255"),
     ):
         with pytest.raises(kind, match=match) as caught:
             run_in_child(function, *arguments)

@@ -26,7 +26,7 @@ from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
-_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys; characters, for whether they are an array
+_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
 _QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
@@ -50,7 +50,8 @@ class RawTable:
         """Name a row for a message; rows are counted from 1 and a header does not count. A sentence's is its line."""
         if LINES in self.table.column_names:
             return f"{self.source}, line {self.table[LINES][position][0].as_py()}"
-        return f"{self.source}, row {self.numbers[position].as_py() + 1}"
+        row = position if self.rows is None else self.rows[position].as_py()
+        return f"{self.source}, row {row + 1}"
 
     def drop(self, mask: pa.ChunkedArray) -> RawTable:
         """Drop the rows where `mask` is true; the others keep their row number."""
@@ -219,9 +220,11 @@ class _RowFile:
 
 
 def _begins_an_array(stream: TextIO) -> bool:
-    start = stream.read(_LOOKED_AT).lstrip()
+    start = stream.read(1)
+    while start.isspace():
+        start = stream.read(1)
     stream.seek(0)
-    return start.startswith("[")
+    return start == "["
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Numbered]:

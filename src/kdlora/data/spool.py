@@ -24,6 +24,8 @@ TEXTS = ("text", "text_pair")
 SLICE_ROWS = 10_000
 """Rows that are in memory at a time where they have to be: some megabytes of short texts, some dozen of long ones."""
 _HASHED_ROWS = 100_000
+_MOST_BYTES = 1 << 30
+"""From more bytes of text at once nothing is taken: pyarrow joins them into one array, which holds 2 GiB."""
 _SPREAD = 16
 """So many times its own rows may lie between the first and the last row of a slice, to be taken from there at once."""
 
@@ -70,7 +72,12 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     column = dataset.data.table[name]
     # A selection keeps all rows beside a list of row numbers; the public ways to apply it go through Python integers.
     chosen = dataset._indices
-    return column if chosen is None else column.take(chosen.column(0).combine_chunks())
+    if chosen is None:
+        return column
+    if column.nbytes < _MOST_BYTES:
+        return column.take(chosen.column(0).combine_chunks())
+    parts = [part.column(0).chunks for part in slice_rows(dataset, [name])]
+    return pa.chunked_array(list(itertools.chain.from_iterable(parts)), column.type)
 
 
 def text_columns(dataset: Dataset) -> list[str]:
@@ -84,7 +91,7 @@ def read_texts(dataset: Dataset) -> dict[str, list[str]]:
 def label_array(examples: Dataset) -> npt.NDArray[Any]:
     """Give the labels of a data set: a value a row, in a multi-label task a row of 0 and 1 a row, or one a word."""
     column = read_column(examples, "label")
-    if not pa.types.is_list(column.type):
+    if not pa.types.is_nested(column.type):
         return np.asarray(column.to_numpy())
     values = np.asarray(pc.list_flatten(column).to_numpy())
     return values if pa.types.is_integer(column.type.value_type) else values.reshape(len(column), -1)
@@ -99,8 +106,9 @@ def slice_rows(dataset: Dataset, names: Sequence[str], rows: int = SLICE_ROWS) -
             continue
         numbers = chosen.column(0).slice(start, rows).to_numpy()
         low, high = int(numbers.min()), int(numbers.max())
-        if high - low < _SPREAD * rows:  # as where some rows were drawn from all
-            yield table.slice(low, high - low + 1).take(pa.array(numbers - low))
+        part = table.slice(low, high - low + 1)
+        if high - low < _SPREAD * rows and part.nbytes < _MOST_BYTES:  # as where some rows were drawn from all
+            yield part.take(pa.array(numbers - low))
         else:  # shuffled: `take` may copy all that it takes from
             chunk = dataset.select_columns(list(names)).with_format("arrow")[start : start + rows]
             yield chunk.select(list(names))
@@ -121,8 +129,9 @@ def hash_columns(dataset: Dataset, columns: Sequence[str]) -> str:
     for column in columns:
         digest.update(f"\n{column} {column in dataset.column_names}\n".encode())
         if column in dataset.column_names:
-            for part in slice_rows(dataset, [column], _HASHED_ROWS):
-                _update(digest, pa.concat_arrays(part.column(0).chunks))
+            parts = slice_rows(dataset, [column])  # of a slice, all rows between its first and last are read
+            while some := list(itertools.islice(parts, _HASHED_ROWS // SLICE_ROWS)):
+                _update(digest, pa.concat_arrays([chunk for part in some for chunk in part.column(0).chunks]))
     return digest.hexdigest()
 
 

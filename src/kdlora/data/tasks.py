@@ -119,7 +119,7 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
         unset = {"windows"} if self.windows is None else None  # as earlier versions wrote it, for hashes
-        return {"name": self.name} | _STORED.dump_python(self, mode="json", exclude=unset)
+        return {"name": self.name} | _STORED.dump_python(self, mode="json", exclude=unset, warnings=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:

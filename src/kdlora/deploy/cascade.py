@@ -55,7 +55,7 @@ class Cascade:
         sureness: Sureness = "probability",
     ) -> None:
         """Join two loaded models; most callers want `load`, which says what they are."""
-        models = [model for model in (student, teacher) if isinstance(model, Classifier)]
+        models = [student, *([teacher] if isinstance(teacher, Classifier) else [])]
         for model in models:
             if model.folder.kind != "single-label":
                 raise ModelError(f"{model.folder.path}: a cascade wants single-label models, got {model.folder.kind}.")

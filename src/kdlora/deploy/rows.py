@@ -97,7 +97,8 @@ class RowReader:
 
         from kdlora.data.parquet import parquet_faults
 
-        with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
+        # Not buffered ahead: the first rows would wait until all texts of the file are in memory.
+        with parquet_faults(self.name), pq.ParquetFile(self._path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             self._texts = self._find_columns(names)
             number = 0

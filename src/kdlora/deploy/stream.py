@@ -102,6 +102,7 @@ def predict_file(
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
+        refuse_replacing(source, Path(to))
         made_of = _fingerprint(classifier, source, columns, reader.form) | {"strict": strict}
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
@@ -154,10 +155,10 @@ def _fingerprint(classifier: Network, source: str | Path, columns: Columns, inpu
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
     state = Path(source).stat() if str(source) != "-" else None
     return {
-        "source": str(Path(source).absolute()) if state else "-",
+        "source": _in_utf8(Path(source)) if state else "-",
         "source_bytes": state.st_size if state else None,
         "source_time": state.st_mtime_ns if state else None,
-        "model": str(folder.path.absolute()),
+        "model": _in_utf8(folder.path),
         "settings": dict(folder.digests),
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "runs_on": [folder.backend, folder.precision],
@@ -168,6 +169,11 @@ def _fingerprint(classifier: Network, source: str | Path, columns: Columns, inpu
         "id": columns.id,
         "input_format": input_format,
     }
+
+
+def _in_utf8(path: Path) -> str:
+    """Name a place in a text that can be written, whatever bytes its name has."""
+    return str(path.absolute()).encode("utf-8", "backslashreplace").decode()
 
 
 class _Form:
@@ -286,7 +292,6 @@ class PartialResult(_Output):
     def __init__(self, form: _Form, to: Path, made_of: dict[str, Any], *, resume: bool) -> None:
         """Make the folder, or take over that of an interrupted run."""
         super().__init__(form)
-        refuse_replacing(made_of["source"], to)
         self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
         made_of |= {"output_format": form.name}

@@ -99,8 +99,7 @@ def predict_logits(
             logits: torch.Tensor = model(**batch).logits.float()
             yield logits if places is None else logits.flatten(0, 1)[places]
 
-    model.eval()
-    with freed_memory_kept(device), torch.inference_mode(), autocast(precision, device):
+    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
         # The batches are those of a single process, so that the figures are the same to the bit.
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
@@ -121,7 +120,20 @@ def predict_logits(
     logits = np.full((size, found[0][1].shape[1]), np.nan, dtype=np.float32)
     for numbers, values in found:
         logits[numbers] = values
+    del own, found
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and put every module back into the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:

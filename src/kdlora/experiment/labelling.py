@@ -223,7 +223,7 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
         trust_remote_code=settings.trust_remote_code,
     )
     columns = Columns(settings.text, task.text, settings.id_column, 1, words=task.kind == "tokens")
-    for file in files:  # before the folder is begun with columns that are not there
+    for file in () if (folder / COLLECTION_MANIFEST).exists() else files:  # else begun with columns that are not there
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
             next(rows, None)
     task = task if settings.text is None else replace(task, text=settings.text)

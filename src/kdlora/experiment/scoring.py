@@ -331,7 +331,7 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
         encoder, columns = found
         result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
         if thresholds:
-            temperature = getattr(encoder.model.config, TEMPERATURE_KEY, 1.0)
+            temperature = getattr(encoder.model.config, TEMPERATURE_KEY, None) or 1.0
             shifted = shift_logits(result.logits, task.label_names, thresholds, temperature)
             result = _judge(task, examples, shifted, result.truncated)
         figures = {"score": result.score, "metrics": result.metrics, "truncated": result.truncated}

@@ -80,7 +80,7 @@ def refuse_links(folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read what a folder of ours says of itself; None where it is not ours."""
     path = folder / MANIFEST
-    with contextlib.suppress(ArtifactError):
+    with contextlib.suppress(ArtifactError, OSError):
         content = {} if path.is_symlink() else read_json(path)
         if content.get("made_by") == "kdlora" and isinstance(content.get("kind"), str):
             return content
@@ -91,7 +91,7 @@ def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
     """Say whether a folder without manifest holds a record of ours beside its settings, as kdlora 0.1 left them."""
     if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
         return False
-    with contextlib.suppress(ArtifactError, StopIteration):
+    with contextlib.suppress(ArtifactError, StopIteration, OSError):
         record = read_json(next(folder.glob("runs/**/run.json")))
         return {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
     return False

@@ -17,9 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_can_be_imported_and_is_on_the_page():
-    """A name whose home moved; a function that only its source describes; a lazy module that hides misspellings;
-    a name that an editor promises and Python refuses.
-    """
+    """A name whose home moved; one that only its source describes, or that an editor promises and Python refuses."""
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     for name in kdlora.__all__:
         assert getattr(kdlora, name) is not None

@@ -126,12 +126,16 @@ def ask_about(options: argparse.Namespace, folder: Path, shots: int, labels: Seq
     return to
 
 
-def write_answered(folder: Path, asked: Path, count: int) -> Path:
-    """Write those of the rows that people labelled about which the model answered."""
-    rows = pd.read_csv(folder / f"people-{count}.csv", dtype=str, keep_default_na=False)
+def write_answered(folder: Path, asked: Path, options: argparse.Namespace, count: int) -> Path:
+    """Write those of the rows that people labelled about which the model answered; every label keeps one."""
     answered = pd.read_parquet(asked / "probabilities.parquet", columns=["id"])["id"]
+    known = pd.read_csv(folder / f"people-{max(options.human)}.csv", dtype=str, keep_default_na=False)
+    known = known[known["id"].isin(answered)]
+    chosen = pd.read_csv(folder / f"people-{count}.csv", dtype=str, keep_default_na=False)["id"]
+    rows = known[known["id"].isin(chosen)]
+    more = known[~known["label"].isin(rows["label"])].drop_duplicates("label")
     file = folder / f"{asked.name}-{count}.csv"
-    rows[rows["id"].isin(answered)].to_csv(file, index=False)
+    pd.concat([rows, more]).to_csv(file, index=False)
     return file
 
 
@@ -205,7 +209,7 @@ def run_prompted(options: argparse.Namespace, name: str) -> None:
                 "distil": {"alpha": alpha},
                 "run": arms(*(("fft",) if alpha == 0 and texts == most else ()), "kd-lora"),
             }
-            train = write_answered(folder, asked, labels)
+            train = write_answered(folder, asked, options, labels)
             places.append(experiment(options, folder / "runs" / job, train, names, **given))
         print(compare(places, out=folder / f"compared-{asking}").markdown)
     header = (

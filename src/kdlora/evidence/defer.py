@@ -187,11 +187,16 @@ def rarity(answered: Any, wrong: Any, error: float) -> Any:
     return binom.cdf(wrong, answered, error)
 
 
+def stated(share: float, digits: int) -> str:
+    """Write a rate that is promised, never rounded to one that is not."""
+    exact = round(100 * share, 10)
+    return f"{exact:.{digits}f}%" if round(exact, digits) == exact else f"{exact:.10g}%"
+
+
 def _refuse(sureness: np.ndarray, wrong: np.ndarray, error: float, confidence: float) -> str:
     """Say what is missing: rows, or a better model."""
-    said = (
-        f"an error of at most {error:.1%} cannot be promised with {confidence:.0%} confidence on {len(sureness)} rows"
-    )
+    said = f"an error of at most {stated(error, 1)} cannot be promised with {stated(confidence, 0)} confidence on "
+    said += f"{len(sureness)} rows"
     coverage, risk = risk_coverage(sureness, wrong)
     places = np.unique(np.searchsorted(coverage, np.arange(0.05, 1.0, 0.05)).clip(max=len(coverage) - 1))
     coverage, risk = coverage[places], risk[places]

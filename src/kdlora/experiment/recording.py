@@ -306,7 +306,7 @@ def forget_decisions(config: Config, layout: ExperimentLayout) -> list[str]:
 def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice) -> None:
     """Write down the reasons for what is shipped already, where other runs have changed them."""
     told = read_choice(layout.shipped)
-    if told is not None and told.sentence != choice.sentence:
+    if told is not None and (told.sentence, told.scores) != (choice.sentence, choice.scores):
         _write_card(config, layout, best, choice, layout.student)
         write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": told.files})
 

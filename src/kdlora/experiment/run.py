@@ -37,7 +37,7 @@ from kdlora.experiment.settle import check_table, look_at_models, sample_texts, 
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.collect import load_run
-from kdlora.report.findings import choose_student
+from kdlora.report.findings import choose_student, read_choice
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.report.tables import arm_table
@@ -228,7 +228,13 @@ def _lead(
             write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
         records = _run_all(config, layout, facts, finished, team, lock, listen)
+        before_it = read_choice(layout.shipped)
         shipped = _ship_best(config, layout, splits.task, records)
+        if shipped is not None and before_it is not None and before_it.arm not in config.run.arms:
+            notes.append(
+                f"{before_it.arm}, which was shipped, is not in run.arms: {shipped.arm} takes its place. Name both to "
+                "choose between them."
+            )
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
         if shipped is not None and not is_decided(config, layout):
             with logged("decide", "student", config.teacher_seed):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS
 from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
 from kdlora.foreign import as_code
@@ -46,7 +47,7 @@ def student_card(
         "types": task.label_types,
         "windows": task.windows,
         "student": _code(_short(record.student_model)),
-        "teacher": _code(_short(record.teacher_model)),
+        "teacher": _code(_short(record.teacher_model)) if record.arm in DISTILLED_ARMS else "none, but the labels",
         "licence": licence,
         "reason": reason,
         "decisions": list(decisions),
@@ -64,6 +65,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
     base = _hub_id(config.get("student", {}).get("model") or config.get("teacher", {}).get("model"))
     source, (split, metrics) = _hub_id(data.get("path")), _scored(record)
     title = " ".join(record.experiment.split())
+    taught = record.arm in DISTILLED_ARMS
     kind = "token-classification" if record.task["kind"] == "tokens" else "text-classification"
     dataset = {
         "type": source or "custom",
@@ -89,7 +91,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
         "base_model_relation": "finetune" if base else None,
         "datasets": [source] if source else None,
         "metrics": list(dict.fromkeys(_HUB_METRICS[name] for name in metrics if name in _HUB_METRICS)),
-        "tags": ["kdlora", "knowledge-distillation", "lora"],
+        "tags": ["kdlora", *["knowledge-distillation"] * taught, *["lora"] * (record.arm in LORA_ARMS)],
         "model-index": [{"name": f"{title} student", "results": [result]}],
     }
     return _known(metadata)

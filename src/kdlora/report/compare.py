@@ -138,8 +138,9 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
         return told + "."
     found = paired[best.name]
     why = span(found.difference) if found.difference else found.reason
-    return told + Prose(", <strong>{} points</strong> against {} ({}).").format(
-        signed(found.plain), reference.name, why
+    both = "" if len(best.runs) == len(reference.runs) else " on the seeds that both have"
+    return told + Prose(", <strong>{} points</strong> against {}{} ({}).").format(
+        signed(found.plain), reference.name, both, why
     )
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, FittedModel, Threshold, Thresholds, Unknown
+from kdlora.evidence.defer import (
+    EVERYTHING,
+    POINTS,
+    Deferral,
+    Deferring,
+    FittedModel,
+    Threshold,
+    Thresholds,
+    Unknown,
+    stated,
+)
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
@@ -60,7 +70,7 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
     if found is not None:
         told = (
             "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
-            f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
+            f"at most {stated(found.error, 1)} are wrong, with {stated(found.confidence, 0)} confidence."
         )
         if bare := [_title(model.name) for model in found.models if model.reason]:
             told += f" Of {', '.join(bare)} nothing can be promised, so every text is answered."
@@ -84,8 +94,8 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
         if one.name == "student" and (promise := one.promise) is not None:
             said.append(
                 f"no label is given where the {promise.sureness} is below {_threshold(one)}: of the answers, "
-                f"{promise.coverage:.1%} of {promise.rows:,} rows, at most {promise.error:.1%} are wrong, with "
-                f"{promise.confidence:.0%} confidence"
+                f"{promise.coverage:.1%} of {promise.rows:,} rows, at most {stated(promise.error, 1)} are "
+                f"wrong, with {stated(promise.confidence, 0)} confidence"
             )
     return said
 
@@ -103,7 +113,7 @@ def deferral_tables(found: Deferral) -> list[Table]:
         f"least {found.sureness}": _threshold,
         "error, mean over coverages": lambda one: f"{one.area:.2%}",
     }
-    promised = f"at most {found.error:.1%} wrong with {found.confidence:.0%} confidence"
+    promised = f"at most {stated(found.error, 1)} wrong with {stated(found.confidence, 0)} confidence"
     note = f"{found.rows} rows of {found.source}, {promised}.{left_out}{''.join(reasons)}"
     tables = [Table.of("What may be acted on", found.models, columns, note=note)]
     if rows := [(model, met) for model in found.models for met in model.unknown]:

@@ -224,13 +224,15 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
         return f"{shipped}: it is the only student with a score"
     found, points, other = weighed.difference, f"{abs(weighed.plain):.1f} points", describe(weighed.second)
     if found is None:
-        why = f"is {points} above {other} ({weighed.reason})"
+        why = f"is {points} {'below' if weighed.plain < 0 else 'above'} {other} ({weighed.reason})"
     elif not is_best:
         why = f"is within the interval of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
     elif found.sign == 1:
         why = f"is better than {other} by {points} ({span(found)})"
     elif points == "0.0 points":
         why = f"scores as high as {other} ({span(found)})"
+    elif weighed.plain < 0:  # arms whose seeds differ
+        why = f"has the highest mean of its own seeds, {points} below {other} on those of both ({span(found)})"
     else:
         why = f"scores highest, {points} above {other} ({span(found)})"
     return f"{shipped}: on validation it {why}"

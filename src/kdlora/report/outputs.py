@@ -88,9 +88,12 @@ def _confusion_counts(outputs: Outputs) -> np.ndarray:
 def _confusion_matrix(outputs: Outputs) -> Table:
     counts, names = _confusion_counts(outputs), outputs.task.label_names
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows = tuple((name, *(f"{share:.0f}%" for share in own)) for name, own in zip(names, shares, strict=True))
+    rows = tuple(
+        (name, *(f"{share:.0f}%" if own.any() else "–" for share in own))
+        for name, own in zip(names, shares, strict=True)
+    )
     caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
-    note = f"Each row adds up to 100%. {of_seeds(len(outputs.logits))}"
+    note = f"Each row adds up to 100%; – where no row has the label. {of_seeds(len(outputs.logits))}"
     return Table(caption, ("label", *names), rows, note=note, side=True)
 
 

@@ -156,6 +156,8 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         if one != taught_by and (score := experiment.score(one)) is not None
     }
     facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
+    facts["ran"] = any(run.record.arm in (taught_by, *CONTROLS) for run in experiment.runs)
+    facts["unpaired"] = bool(others.keys() & CONTROLS) and bool(others.keys() & set(CONTROLS.values()))
     if experiment.choice is not None:
         subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
         facts |= {"shipped": f"{subject}{verb}", "reason": reason, "distilled": arm in CONTROLS}
@@ -204,12 +206,13 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
     else:
         share = f"{plus_minus(score)} of {plus_minus(teacher)}"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
+    none = "no teacher to compare with" if teacher is None else "not known of the teacher"
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
         one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
-            tiles.append(Tile(label, cost.write(one), detail or "no teacher to compare with", href))
+            tiles.append(Tile(label, cost.write(one), detail or none, href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
         tiles.append(Tile("Gain by distillation", signed(found.plain), detail, href))

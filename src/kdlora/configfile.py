@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
-from kdlora.searchconfig import SearchConfig
+from kdlora.searchconfig import Choices, Range, SearchConfig
 
 Override = str | tuple[str, Any]
 _MOST_PARTS = 400_000  # of JSON: about four for each value
@@ -169,7 +169,9 @@ def build_search(
             if key in leaves and isinstance(value, Mapping):  # such as weights by label, which are one value
                 assign(merged, (key, value))
         search = merged.pop("search", None) or {}
-        return Config.model_validate(merged), SearchConfig.model_validate(search)
+        wanted = SearchConfig.model_validate(search)
+        space = {key: _absolute_choices(key, one, base or Path.cwd()) for key, one in wanted.space.items()}
+        return Config.model_validate(merged), wanted.model_copy(update={"space": space})
     except ValidationError as error:
         root: type[BaseModel] = SearchConfig if error.title == SearchConfig.__name__ else Config
         raise ConfigError(describe_faults(error, where if root is Config else f"{where}, search", root)) from None
@@ -251,6 +253,14 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
             is_path = not is_name or candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         part[key] = str(candidate) if is_path else value
     return resolved
+
+
+def _absolute_choices(key: str, choices: Range | Choices, base: Path) -> Range | Choices:
+    section, _, name = key.partition(".")
+    if (section, name) not in PATH_KEYS or not isinstance(choices, Choices):
+        return choices
+    parts = [absolute_paths({section: {name: one}}, base, has_source=False) for one in choices.values]
+    return Choices(values=tuple(part[section][name] for part in parts))
 
 
 def expand_home(path: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """What becomes of a user's data: columns, kinds, labels, splits and ids."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,23 @@ def test_negative_labels_are_labels(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"text": [f"text {n}" for n in range(20)], "label": [-3, -2] * 10})
     DatasetDict(dict.fromkeys(("train", "validation", "test"), rows)).save_to_disk(tmp_path / "set")
     assert load(path=tmp_path / "set").test is not None
+
+
+def test_decimals_of_a_data_base_are_numbers(tmp_path: Path) -> None:
+    """DuckDB, Spark and Snowflake write a score as DECIMAL; it was "no number"."""
+    scores = [Decimal(row) / 4 for row in range(20)]
+    rows = {"text": [f"text {row}" for row in range(20)], "score": pa.array(scores, pa.decimal128(5, 2))}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    splits = load({"label": "score"}, train=tmp_path / "a.parquet")
+    assert splits.task.kind == "regression"
+    assert set(labels(splits.train)) <= {row / 4 for row in range(20)}
+    codes = pa.table(rows | {"score": pa.array([Decimal(row % 3) for row in range(20)], pa.decimal128(38, 0))})
+    pq.write_table(codes, tmp_path / "b.parquet")
+    assert load({"label": "score", "kind": "single-label"}, train=tmp_path / "b.parquet").task.label_names == (
+        "0",
+        "1",
+        "2",
+    )
 
 
 def test_what_is_neither_hub_nor_folder(tmp_path, csv_file):

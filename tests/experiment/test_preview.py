@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from experiments import snapshot
-from fabricate import BINARY
+from fabricate import BINARY, SIMILARITY, make_experiment
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import build_config, load_config
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, score
-from kdlora.evidence.predictions import read_predictions
-from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.evidence.predictions import read_predictions, write_predictions
+from kdlora.evidence.records import ExperimentLayout, read_record, read_results
 from kdlora.experiment.plan import identity
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
@@ -116,6 +116,14 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     assert doubt.startswith("The teacher is below a bag of words: on validation it has")
     student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
     assert doubts_of_teacher(taught, ExperimentLayout(tmp_path), [student, teacher]) == []
+
+    scored = make_experiment(tmp_path / "pairs", task=SIMILARITY, arms=("fft", "student-lora"), seeds=(0,))
+    records = [read_record(scored.run(arm, 0).record) for arm in ("fft", "student-lora")]
+    assert doubts_of_teacher(taught, scored, records) == []
+    file = scored.run("fft", 0).predictions
+    told = read_predictions(file)
+    write_predictions(file, replace(told, logits=told.logits / 5))  # correlation sees no units
+    assert "If they are in other units, bring them to" in doubts_of_teacher(taught, scored, records)[0]
 
     before = snapshot(kept.root)
     run_experiment(config, result.folder)

@@ -202,6 +202,13 @@ def test_an_adapter_is_read_from_its_safetensors(tiny_model_folder, tmp_path, mo
         load_adapter(encoder_of(tiny_model_folder("bert")), tmp_path)
 
 
+def test_an_adapter_is_loaded_where_its_base_is(tiny_model_folder, tmp_path, monkeypatch):
+    """PEFT takes any GPU that it sees: a run on the CPU failed as it shipped where that GPU was full."""
+    save_adapter(add_adapter(encoder_of(tiny_model_folder("bert")), LoraSettings(), seed=0), tmp_path)
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("looked for a GPU"))
+    load_adapter(encoder_of(tiny_model_folder("bert")), tmp_path)
+
+
 def test_half_precision_is_merged_in_fp32(adapted):
     """A merge in bf16 rounds the adapter away, and NaN weights ship as a model that always says the first label."""
     model, tokenizer = adapted("bert")

@@ -10,15 +10,19 @@ import pytest
 import fabricate
 from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
 from kdlora.data.tags import spans_of
+from kdlora.data.tasks import Task
+from kdlora.evidence.defer import stated
 from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
+from kdlora.evidence.stats import Difference
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
 from kdlora.report.compare import compare
-from kdlora.report.findings import align, compare_arms, pair_runs, read_choice
-from kdlora.report.outputs import OUTCOMES, outcomes
+from kdlora.report.findings import Comparison, _reason, align, compare_arms, pair_runs, read_choice
+from kdlora.report.outputs import OUTCOMES, Outputs, _confusion_matrix, outcomes
 from kdlora.report.paper import family_of
+from kdlora.report.plots import arm_style
 from kdlora.report.report import make_report
 
 
@@ -136,6 +140,32 @@ def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(
         assert f"within the interval of the best, {'the distilled' if 'kd-fft' in found.scores else 'the'} student" in (
             found.sentence
         )
+
+
+def test_arms_of_other_seeds_are_not_said_to_be_above(tmp_path):
+    """Of three seeds and of two: the mean may be above where the common seeds are below."""
+    below = Comparison("kd-lora", "student-lora", Difference(-1.0, -1.5, -0.5, 0.01, 100, 2, 100, 0.95), -1.0)
+    told = _reason("kd-lora", below, is_best=True)
+    assert "has the highest mean of its own seeds, 1.0 points below the student without a teacher" in told
+
+
+def test_a_promise_is_not_rounded_to_another():
+    """0.25% were "0.2%", and a confidence of 99.9% was "100%"."""
+    assert [stated(0.0025, 1), stated(0.02, 1), stated(0.999, 0), stated(0.95, 0)] == ["0.25%", "2.0%", "99.9%", "95%"]
+
+
+def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):
+    """A model on the Hub that says it was distilled, and was not."""
+    record = read_record(make_experiment(tmp_path, arms=("student-fft",)).run("student-fft", 0).record)
+    assert card_metadata(record)["tags"] == ["kdlora"]
+    assert "- teacher: none" in student_card(record)
+
+
+def test_a_class_without_rows_is_no_row_of_zeros():
+    """0% of a class that no row has reads as a class that the student never gets right."""
+    task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
+    outputs = Outputs(task, "KD-LoRA", arm_style("kd-lora"), (np.eye(3)[[0, 1, 2]],), np.array([0, 1, 1]))
+    assert _confusion_matrix(outputs).rows[2] == ("c", "–", "–", "–")
 
 
 def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):

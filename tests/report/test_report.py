@@ -140,6 +140,10 @@ def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(t
         (("fft", "kd-lora"), "What distillation adds is not known, since there is no student without a teacher"),
         (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; its teacher’s own score is not available)"),
         (("fft", "student-lora"), "No distilled student has finished"),
+        (
+            ("fft", "kd-lora", "student-fft"),
+            "is not known, since no distilled student has its own control (student-lora",
+        ),
         (("student-fft",), "it is the only student with a score. It scores"),
         (("fft", "lora"), "There is no answer yet: no student run of reviews has finished (the teacher scores"),
     ],

@@ -145,7 +145,9 @@ def test_processes_share_the_trials_of_an_arm(search_of, tmp_path):
     assert {trial.params["lora.rank"] for trial, _ in taken} == {2, 4}
     assert ask(studies[0], settings, tmp_path / "locks") is None
     other, _ = search_of({"lora.rank": [2, 4]}, {"run": {"arms": ["student-fft"]}})
-    assert begin_search(other, settings, tmp_path / "s").study().study_name != studies[0].study_name
+    another = begin_search(other, settings, tmp_path / "s").study()
+    assert another.study_name != studies[0].study_name
+    assert ask(another, settings, tmp_path / "locks")[0].number == 0  # beside a trial 0 that is running
 
 
 def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
@@ -251,6 +253,11 @@ def test_spaces_are_read_as_they_are_written(workshop, tmp_path):
     point = settings_of(search, {key: values[0] for key, values in grid.items()})
     assert point == {"lora.rank": 2, "lora.targets": ["query"], "distil.alpha": 0.0}
     assert grid_of(search.model_copy(update={"trials": 23})) is None
+
+    file = tmp_path / "models.yaml"
+    file.write_text(yaml.safe_dump(workshop.values() | {"search": {"space": {"student.model": ["./a", "b/c"]}}}))
+    space = load_search(file)[1].space["student.model"]  # paths are the config's, ids stay
+    assert space.values == (str(tmp_path.resolve() / "a"), "b/c")
 
     # `kdlora run` must take the same file, and the search must not become part of the experiment.
     values = workshop.values() | {"search": {"space": {"lora.rank": [2, 4]}, "trials": 7}}

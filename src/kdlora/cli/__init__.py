@@ -69,6 +69,8 @@ def main() -> NoReturn:
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            _fail(f"{error}; give fewer or shorter texts at a time, or another device", 1)
         if not hasattr(error, "format_message"):  # click's own usage errors have one
             raise
         if message := error.format_message():

@@ -69,7 +69,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     kind = values.type
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = values.cast(pa.float64())
         fractional = pc.and_(pc.is_finite(values), pc.not_equal(pc.floor(values), values))
         if (position := first_true(fractional)) is not None:
@@ -97,7 +97,8 @@ def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Arr
 def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     """Read a column of numbers, or of text that spells numbers."""
     values = raw.table[column]
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type):
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    if any(is_one(values.type) for is_one in numbers):
         return values.cast(pa.float64(), safe=False)
     if not is_text(values.type):
         raise DataError(f"{raw.source}: the label column {column!r} holds {values.type}; expected numbers")
@@ -279,7 +280,7 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
         return "multi-label"
     if column in raw.class_names or pa.types.is_boolean(values.type):
         return "single-label"
-    if pa.types.is_floating(values.type):
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
         refuse_missing(raw, column, pc.is_null(values, nan_is_null=True))
         return _kind_of_decimals(raw, column)
     strings = label_strings(raw, column)

@@ -37,6 +37,8 @@ def resolve_device(device: str) -> torch.device:
     _check_name("run.device", device, ["auto", "cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but PyTorch finds no CUDA device here; use auto or cpu")
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on", "y", "t"}:
+        device = "cpu"  # as `accelerate launch --cpu` asks
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

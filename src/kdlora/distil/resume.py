@@ -180,7 +180,7 @@ def pack_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take the state of every global random generator; of GPUs, of the one in use, for another day may see fewer."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a training on the CPU does not begin with CUDA here
         tensors["cuda"] = torch.cuda.get_rng_state()
     numbers = [str(name), int(position), int(has_gauss), float(cached)]
     return tensors, {"python": random.getstate(), "numpy": numbers}

@@ -113,6 +113,8 @@ def carry_out(
         raise
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; its module is not loaded here
+            fault += ". Lower micro_batch_tokens in teacher.train or student.train"
         logger.error("%s failed: %s", job.key, fault, exc_info=not isinstance(error, KdLoraError))
     if job.kind == "train":
         if check is not None:

@@ -37,7 +37,7 @@ from kdlora.searchconfig import Resources
 from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import hold_lock, write_text_atomic
 
-_CUDA_BATCH_TOKENS = 65536
+_CUDA_BATCH_TOKENS = 16384
 Progress = Callable[[int, int | None], None]
 """Called with rows done and rows in all; the latter is None where the input does not say how many it has."""
 

@@ -23,7 +23,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.folder import DECISIONS, TEMPERATURE_KEY
 from kdlora.distil.inference import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import settle_precision
+from kdlora.distil.precision import resolve_device, settle_precision
 from kdlora.distil.train import Trained
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
@@ -147,7 +147,7 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
         )
     if arm in DISTILLED_ARMS | {config.teacher_arm} and config.teacher_arm == "lora":
         notes.insert(0, "the teacher is tuned by adapters (teacher.tuning: lora), merged before it labels")
-    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = arm == "words" or resolve_device(config.run.device).type == "cpu"
     update = {"precision": precision, "device": "cpu" if on_cpu else str(torch.cuda.get_device_name())}
     return record.model_copy(update=update | {"started": now(), "notes": [*record.notes, *notes]})
 
@@ -213,6 +213,7 @@ def keep_weights(
     """Merge the adapter; keep what others need, the teacher, every adapter, every fully tuned student, and name it."""
     place, encoder, kept = layout.run(arm, seed), trained.encoder, list[Path]()
     if arm in LORA_ARMS:
+        trained.model.to("cpu")  # where it is merged again to ship: the same bits, and no second copy on a GPU
         kept.append(place.adapter)
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)

@@ -273,6 +273,14 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
         found.append(
             f"The teacher gets no validation {thing} of {names} right: it does not know what it would teach there."
         )
+    if place.exists() and task.kind == "regression":
+        seen = read_predictions(place).only("validation")
+        said, labels = seen.logits[:, 0].astype(np.float64), np.asarray(seen.labels, dtype=np.float64)
+        if np.mean((said - labels) ** 2) > labels.var() > 0:
+            found.append(
+                f"The teacher's values (mean {said.mean():.3g}) are further from the labels (mean {labels.mean():.3g}) "
+                "than their mean is. If they are in other units, bring them to those of the labels."
+            )
     train, remedy = settings_for(config, arm), "Give another teacher, or ship the control."
     if not config.given_teacher:
         rate = "train.learning_rate" if arm == "fft" else "adapter_learning_rate"
@@ -329,6 +337,8 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
         name: str, found: tuple[Encoder, list[int]], max_length: int, thresholds: Mapping[str, float] | None = None
     ) -> dict[str, Any]:
         encoder, columns = found
+        # The folder may come from a machine with a GPU.
+        encoder.model.to(resolve_device("cpu" if config.run.device == "cpu" else "auto"))
         result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
         if thresholds:
             temperature = getattr(encoder.model.config, TEMPERATURE_KEY, None) or 1.0

@@ -314,6 +314,7 @@ def _end(search: Search) -> SearchResult:
     write_text_atomic(search.folder / "trials.csv", to_csv(_lines(trials, search.settings)))
     counts, paths = (len(ranked), len(pruned), len(failed)), (*report.paths, search.folder / "trials.csv")
     if not ranked:
+        remove(search.folder / "best.yaml")  # of another search in this folder
         return SearchResult(search.folder, {}, None, *counts, paths)
     best = settings_of(search.settings, ranked[0].params)
     write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, best)))

@@ -27,7 +27,7 @@ from kdlora.data.spool import label_array, read_texts
 from kdlora.data.word_tokens import words_seen
 from kdlora.distil.inference import teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
-from kdlora.distil.precision import settle_precision
+from kdlora.distil.precision import resolve_device, settle_precision
 from kdlora.distil.processes import current_processes
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.train import Trained, train_model
@@ -100,6 +100,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
         encoder, kept = keep_weights(config, layout, splits.task, trained, arm, seed)
+        encoder.model.to(resolve_device(config.run.device))
     with logged("evaluate", arm, seed):
         record = score_model(record, encoder, splits, closed(settings).max_length, place)
     count, rows = processes.count, settings.batch_size

@@ -114,9 +114,14 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
             random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
             study.enqueue_trial(next(point for point in points if point not in tried))
         trial = study.ask(distributions(search))
-        lock = FileLock(folder / f"running-{trial.number}.lock")
+        lock = _lock_of(study, trial.number, folder)
         lock.acquire(timeout=0)
         return trial, lock
+
+
+def _lock_of(study: Study, number: int, folder: Path) -> FileLock:
+    """Name the lock of a trial; the trials of each study of a folder are numbered from 0."""
+    return FileLock(folder / f"running-{study.study_name[-10:]}-{number}.lock")
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
@@ -131,7 +136,7 @@ def _revive(study: Study, folder: Path) -> None:
     from optuna.trial import TrialState
 
     for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        with contextlib.suppress(Timeout), FileLock(folder / f"running-{one.number}.lock", timeout=0):
+        with contextlib.suppress(Timeout), _lock_of(study, one.number, folder).acquire(timeout=0):
             study.tell(one.number, state=TrialState.FAIL)
             study.enqueue_trial(one.params, user_attrs={"continues": one.number})
 

@@ -156,7 +156,7 @@ def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
             "run's folder, and the same command trains it again"
         )
     with _quiet_peft():
-        return PeftModel.from_pretrained(encoder.model, folder)
+        return PeftModel.from_pretrained(encoder.model, folder, torch_device="cpu")  # else on any GPU in sight
 
 
 @contextmanager

@@ -321,7 +321,8 @@ def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_na
     where = place.name if label_names is None else "teacher.label_names"
     remedy = (
         "Set teacher.label_names to the task's names in the order of the model's outputs, which its card gives, if "
-        "only the names differ; a teacher must have the labels of the task, all of them and no others"
+        "only the names differ. Where the data lack a label that it has, name all of its labels in task.label_names: "
+        "a teacher must have the labels of the task, all of them and no others"
     )
     columns = match_labels(names, task.label_names, where, remedy, ModelError)
     if label_names is not None:

@@ -214,6 +214,16 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 
 
+def test_logits_keep_their_number_format_on_another_machine(model, workshop, tmp_path):
+    """A folder that a GPU began in bf16 took no further seed on a CPU: its logits were "stale", for good."""
+    run = {"arms": ["kd-lora"], "precision": "auto"}
+    config, layout = workshop.config({"teacher": {"fine_tuned": str(model)}, "run": run}), ExperimentLayout(tmp_path)
+    label_training_rows(config, layout)
+    found = json.loads(layout.precision.read_text())["cpu"][0]
+    layout.precision.write_text(json.dumps({"cpu": ["fp32" if found == "bf16" else "bf16", "as another machine is"]}))
+    label_training_rows(config, layout)
+
+
 def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_folder, tmp_path):
     """A collection is there so that the teacher need not read it again; as a table it covers the training rows."""
     label(model, texts, tmp_path / "labelled", rows_per_shard=16)

@@ -61,7 +61,7 @@ _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "
 BATCH_TOKENS = 4096
 """Tokens of one pass: a larger pass is no faster, and its activations would be the peak of a small student's memory."""
 _TEACHER_TOKENS = 16384
-_MANIFEST = "manifest.json"
+LOGITS_MANIFEST = "manifest.json"
 
 
 def predict_logits(
@@ -211,7 +211,7 @@ def teacher_logits(
         store = None
         if processes.is_first:
             held.enter_context(hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True))
-            store = begin_store(teacher.new_store(Path(folder) / _MANIFEST, ingredients, rows_per_shard))
+            store = begin_store(teacher.new_store(Path(folder) / LOGITS_MANIFEST, ingredients, rows_per_shard))
         store = processes.first_says(store)
         finished = _fill(store, teacher, dataset, resolve_device(device), progress, processes)
         return TeacherLogits.of(finished, task.label_names, task)
@@ -346,7 +346,7 @@ class Teacher:
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:
-    path = Path(folder) / _MANIFEST
+    path = Path(folder) / LOGITS_MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder}: there are no stored teacher logits. Run the same command again to compute them")
     store = open_store(path)

@@ -71,7 +71,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
             f"{place} is no experiment folder, so int8 has no rows to be checked on: give them with --data, "
             "or take --format onnx"
         )
-    return export_onnx(place, to, texts=() if data is None else _read_labelled(place, data), formats=wanted)
+    return export_onnx(place, to, texts=() if data is None else _read_labelled([place], data), formats=wanted)
 
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
@@ -83,7 +83,7 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
         named.update({f"{place} ({way.runtime} {way.precision})": way for way in ways})
         if not ways:
             named[str(place)] = place
-    texts = () if data is None else _read_labelled(places[0], data)
+    texts = () if data is None else _read_labelled(places, data)
     result = benchmark(named, texts, threads=threads)
     _store_speeds(named, result)
     return result
@@ -107,7 +107,7 @@ def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, thread
         raise ConfigError("a cascade wants two models, the small one first, and labelled rows: --data FILE")
     places = _locate(models)
     small, large = (Classifier.load(place, threads=threads, decisions="thresholds") for place in places)
-    return measure_cascade(small, large, _read_labelled(places[0], data))
+    return measure_cascade(small, large, _read_labelled(places, data))
 
 
 def _locate(models: Sequence[Path]) -> list[Path]:
@@ -115,12 +115,14 @@ def _locate(models: Sequence[Path]) -> list[Path]:
     return [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
 
 
-def _read_labelled(folder: Path, data: str) -> LabelledTexts:
+def _read_labelled(folders: Sequence[Path], data: str) -> LabelledTexts:
     """Read a labelled file by the task that a model folder of ours carries."""
-    stated = read_model_folder(folder).task
+    stated = next(
+        (found for found in (read_model_folder(folder).task for folder in folders) if found is not None), None
+    )
     if stated is None:
         raise DataError(
-            f"{folder} does not say which columns its task has; name the experiment folder, or leave the data out"
+            f"{folders[0]} does not say which columns its task has; name the experiment folder, or leave the data out"
         )
     task = Task.from_dict(stated)
     return labelled(load_examples(data, task, labelled=True), task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ from kdlora.config import (
 )
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits, load_splits
+from kdlora.data.logit_table import open_store
 from kdlora.data.spool import label_array, read_texts
 from kdlora.data.word_tokens import words_seen
-from kdlora.distil.inference import teacher_logits
+from kdlora.distil.inference import LOGITS_MANIFEST, teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
 from kdlora.distil.precision import resolve_device, settle_precision
 from kdlora.distil.processes import current_processes
@@ -33,7 +35,7 @@ from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.train import Trained, train_model
 from kdlora.distil.trainer import ProgressEvent, TrainingOptions
 from kdlora.distil.words import fit_words
-from kdlora.errors import ModelError
+from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.recording import (
     add_origin,
@@ -183,6 +185,10 @@ def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progr
             if progress is not None:
                 progress(before + part, total)
 
+        precision = settle_precision(config.run.precision, config.run.device, layout.precision)[0]
+        if config.run.precision == "auto":  # as these logits were begun, perhaps on another device
+            with contextlib.suppress(ArtifactError):
+                precision = str(open_store(folder / LOGITS_MANIFEST).ingredients.get("precision", precision))
         with logged("label", folder.name, config.teacher_seed):
             teacher_logits(
                 encoder,
@@ -191,7 +197,7 @@ def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progr
                 splits.task,
                 folder,
                 max_length=closed(config.teacher.train).max_length,
-                precision=settle_precision(config.run.precision, config.run.device, layout.precision)[0],
+                precision=precision,
                 device=config.run.device,
                 # What a crash can cost, against the number of files.
                 rows_per_shard=min(max(2_000, len(rows) // 200), 50_000),

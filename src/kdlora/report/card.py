@@ -48,7 +48,9 @@ def student_card(
         "windows": task.windows,
         "is_pair": len(task.text) == 2,
         "student": _code(_short(record.student_model)),
-        "teacher": _code(_short(record.teacher_model)) if record.arm in DISTILLED_ARMS else "none: it learnt from the labels",
+        "teacher": _code(_short(record.teacher_model))
+        if record.arm in DISTILLED_ARMS
+        else "none: it learnt from the labels",
         "licence": licence,
         "reason": reason,
         "decisions": list(decisions),

@@ -121,6 +121,10 @@ class SearchConfig(Section):
     resources: Resources = Resources()
     """What a trial needs of a cluster's node."""
 
+    @property
+    def names_models(self) -> bool:
+        return any(key.partition(".")[2] in ("model", "revision", "from_teacher_layers") for key in self.space)
+
     @field_validator("arm")
     @classmethod
     def _trains_a_model(cls, value: Arm | None) -> Arm | None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
+from transformers import AutoConfig, AutoModel
 
 from experiments import copy_experiment, read_rows
 from kdlora.configfile import build_search, load_config, load_search
@@ -29,6 +31,7 @@ from kdlora.experiment.study import (
     train_trial,
 )
 from kdlora.searchconfig import SearchConfig
+from kdlora.system.children import run_in_child
 from tiny import write_csv
 
 SPACE = {"student.train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "lora.rank": [2, 4]}
@@ -184,6 +187,28 @@ def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training
     assert {one.detail.steps for one in heard if isinstance(one.detail, ProgressEvent)} == {64 // 8}
     trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
     assert trial["history"][-1]["step"] == 64 // 8
+
+
+def test_each_model_of_a_search_is_trained_at_its_own_rate(workshop, tmp_path, monkeypatch):
+    """All at the rate of the config's own model, the search would compare rates and not models."""
+    wide = shutil.copytree(workshop.teacher, tmp_path / "wide")
+    AutoModel.from_config(AutoConfig.from_pretrained(wide, hidden_size=64)).save_pretrained(wide)
+    train = {"epochs": 1, "batch_size": 8, "learning_rate": None}
+    space = {"student.model": [str(workshop.student), str(wide)]}
+    values = workshop.values({"student": {"model": str(workshop.student), "train": train}})
+    config, settings = build_search(values | {"search": {"space": space, "trials": 2}})
+    rates = {}
+
+    def watch(job, config, *others, **options):
+        if job is train_trial:
+            rates[config.student.model] = config.student.train.learning_rate
+        return run_in_child(job, config, *others, **options)
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", watch)
+    result = run_search(config, settings, tmp_path / "s")
+    assert rates == {str(workshop.student): 0.012, str(wide): 0.006}
+    best = load_config(result.folder / "best.yaml").student
+    assert (best.model, best.train.learning_rate) == (result.best["student.model"], None)  # settled by `kdlora run`
 
 
 def test_the_pruner_gets_each_epochs_own_score_and_the_training_stops(search_of, tmp_path):

@@ -155,7 +155,8 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
-    given, config = chosen.fill_in(given), chosen.fill_in(config)
+    if not settings.names_models:
+        given, config = chosen.fill_in(given), chosen.fill_in(config)
     search = Search(given, config, settings, arm, folder, rows)
     claim_folder(folder, "search")
     search.study()
@@ -233,6 +234,8 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
 def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callable[[Any], None]) -> float | None:
     """Score a trial's config, trained unless another trial has trained the very same; None where it was stopped."""
     config, arm = with_settings(search.config, settings), search.arm
+    if search.settings.names_models:  # rates and lengths are those of the trial's own models
+        config = run_in_child(inspect_rows, config, search.settings)[1].fill_in(config)
     key = search.key(reset_unused(config, arm), arm)
     layout = ConfigurationLayout(search.folder / "trials" / key, shared_folder=search.folder)
     stop, known = layout.root / "stop", layout.root / "trial.json"

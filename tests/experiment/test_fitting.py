@@ -1,6 +1,7 @@
 """`kdlora thresholds`, what it does to a model's answers, and what a config asks for after the export."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
 from kdlora.experiment.deferral import fit_thresholds, settle_goals
-from kdlora.experiment.deployment import benchmark_models
+from kdlora.experiment.deployment import benchmark_models, load_without_copies
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -92,6 +93,19 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
     assert "120 rows of the test split" in report
     card = (fitted / "student" / "README.md").read_text()
     assert f"film is said above a probability of {read(fitted)['film']:.4f}" in card
+
+
+def test_a_test_split_of_known_texts_judges_nothing_and_ends_nothing(fitted: Path, monkeypatch) -> None:
+    """No threshold could be fitted, although it is fitted on validation rows."""
+
+    def load(*given):
+        splits = load_without_copies(*given)
+        return replace(splits, test=splits.validation)
+
+    monkeypatch.setattr("kdlora.experiment.deferral.load_without_copies", load)
+    found = fit_thresholds(fitted)
+    assert (found.source, found.judged) == ("validation", 200)
+    assert "all 200 texts of the test split are training, validation or unlabelled texts" in " ".join(found.notes)
 
 
 def test_scores_are_those_of_the_answers_by_thresholds(fitted: Path, finished: Path, cli, monkeypatch) -> None:

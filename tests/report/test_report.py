@@ -433,6 +433,16 @@ def test_models_of_one_size_save_nothing(tmp_path):
         assert f"accuracy on validation, 3 seeds){told}. No distilled student" in _opening(_report(layout.root))
 
 
+def test_times_of_two_machines_are_not_compared(tmp_path):
+    """A teacher of a CPU and a student of the GPU on which the folder went on: "99% less time per text"."""
+    layout = make_experiment(tmp_path / "e")
+    for seed in range(3):
+        edit_record(layout.run("kd-lora", seed).record, device="cuda:0 (NVIDIA H100)")
+    report = _report(layout.root)
+    assert "39% fewer parameters. " in _opening(report)
+    assert report.html.count("the teacher was measured on another machine") == 2
+
+
 @pytest.mark.drawn
 def test_a_record_without_costs_leaves_dashes_and_strange_histories_are_drawn(tmp_path):
     """0 bytes and 0 ms would be the best model of all, and of a teacher with score 0 every share is infinite."""

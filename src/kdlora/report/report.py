@@ -208,10 +208,12 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
     none = "no teacher to compare with" if teacher is None else "not known of the teacher"
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
-        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
+        runs = [experiment.finished(name) for name in (arm, taught_by)]
+        one, whole = map(cost.mean, runs)
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
+            detail = detail if cost.is_alike(*runs) else "the teacher was measured on another machine"
             tiles.append(Tile(label, cost.write(one), detail or none, href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)

@@ -45,6 +45,7 @@ class Cost:
     title: str
     read: Callable[[RunRecord], float | None]
     write: Callable[[float | None], str]
+    by_machine: bool = False
 
     def mean(self, runs: Sequence[Run]) -> float | None:
         values = [float(value) for run in runs if (value := self.read(run.record)) is not None]
@@ -52,6 +53,11 @@ class Cost:
 
     def text(self, runs: Sequence[Run]) -> str:
         return self.write(self.mean(runs))
+
+    def is_alike(self, *arms: Sequence[Run]) -> bool:
+        """Say whether the arms' costs can be compared: an experiment may have gone on on another machine."""
+        machines = {(run.record.device, run.record.machine.get("cpu")) for runs in arms for run in runs}
+        return not self.by_machine or len(machines) < 2
 
 
 def _latency(rows: int) -> Callable[[RunRecord], float | None]:
@@ -62,16 +68,17 @@ TRAINABLE = Cost("trainable", lambda one: one.trainable_parameters, count)
 ADAPTER = Cost("adapter", lambda one: one.adapter_parameters or None, count)
 HEAD = Cost("head", lambda one: one.head_parameters, count)
 PARAMETERS = Cost("in all", lambda one: one.total_parameters, count)
-MEMORY = Cost("training memory", lambda one: one.peak_memory_bytes, size)
-TIME = Cost("latency, batch 1", _latency(1), milliseconds)
-TIME_OF_32 = Cost("batch 32", _latency(32), milliseconds)
+MEMORY = Cost("training memory", lambda one: one.peak_memory_bytes, size, by_machine=True)
+TIME = Cost("latency, batch 1", _latency(1), milliseconds, by_machine=True)
+TIME_OF_32 = Cost("batch 32", _latency(32), milliseconds, by_machine=True)
 DISK = Cost("on disk", lambda one: one.size_bytes, size)
 
 
 def saving(experiment: Experiment, cost: Cost, *, arm: str, than: str) -> float | None:
-    """Compute how many per cent less an arm costs than another; None where either is unknown or the other is 0."""
-    one, other = (cost.mean(experiment.finished(name)) for name in (arm, than))
-    return None if one is None or not other else 100 * (1 - one / other)
+    """Compute how many per cent less an arm costs than another; None where that cannot be said."""
+    runs = [experiment.finished(name) for name in (arm, than)]
+    one, other = map(cost.mean, runs)
+    return None if one is None or not other or not cost.is_alike(*runs) else 100 * (1 - one / other)
 
 
 def cost_plots(

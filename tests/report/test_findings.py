@@ -125,17 +125,18 @@ def choose(folder, **noise):
         ({"kd_lora": 0.52, "student_lora": 0.50}, "kd-lora", "student-lora"),  # within the interval of the best
         ({"kd_lora": 0.52, "kd_fft": 0.50}, "kd-lora", "kd-fft"),
         ({"kd_lora": 0.80, "kd_fft": 0.40, "student_fft": 0.60}, "kd-fft", "student-fft"),
+        ({"fft": 0.55, "kd_lora": 0.52, "student_lora": 0.50}, "student-lora", "kd-lora"),  # the teacher is below
         ({"student_fft": 0.5}, "student-fft", None),
     ],
 )
-def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(tmp_path, noise, shipped, against):
+def test_the_best_on_validation_ships_and_within_its_interval_of_a_good_teacher_the_distilled_one(tmp_path, noise, shipped, against):
     """An arm that always ships may be the worst by ten points."""
     found = choose(tmp_path / "e", **noise)
     assert (found.arm, found.against) == (shipped, against)
     experiment = load_experiment(tmp_path / "e")
     scores = {run.record.seed: run.record.score for run in experiment.finished(shipped)}
     assert found.seed == max(scores, key=lambda seed: scores[seed])
-    assert set(found.scores) == {arm.replace("_", "-") for arm in noise}
+    assert set(found.scores) == {arm.replace("_", "-") for arm in noise if arm != "fft"}
     if max(found.scores, key=lambda arm: found.scores[arm]) != shipped:
         assert f"within the interval of the best, {'the distilled' if 'kd-fft' in found.scores else 'the'} student" in (
             found.sentence

@@ -98,6 +98,9 @@ def test_a_public_repository_is_not_pushed_to_by_accident(hub, finished, tmp_pat
     repository = hub.repositories["models/someone/open"]
     assert {"report.html", "report.md"} <= set(repository.commits[repository.branches["second"]])
     assert set(repository.commits[repository.branches["main"]]) == {"README.md"}
+    hub.add("someone/closed", {"README.md": b"here"}, private=True)
+    refused = call(hub, tmp_path, *push[:-1], "someone/closed", "--public")  # the Hub ignores the wish
+    assert (refused.returncode, "is private; make it public there" in refused.stderr) == (2, True), refused
 
 
 def test_data_sets_and_fine_tuned_teachers_load_by_id_and_revision(hub, classifier_folder, tmp_path):

@@ -173,16 +173,22 @@ def config(workshop, tmp_path):
 
 
 def test_the_teacher_labels_them_and_the_student_learns_from_both(config, tmp_path):
-    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
+    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed.
+
+    `lora` had a student's epochs, which are few where there are many unlabelled texts, of its own few rows.
+    """
+    config = config.model_copy(update={"run": config.run.model_copy(update={"arms": (*config.run.arms, "lora")})})
     result, splits = run_experiment(config, tmp_path / "out"), load_splits(config.task, config.data)
     stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
     assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
     np.testing.assert_array_equal(np.asarray(stored.attach(splits.unlabelled)["teacher_logits"]), stored.logits)
-    teacher, control, student = result.records
-    assert [record.status for record in result.records] == ["finished"] * 3
+    assert [record.status for record in result.records] == ["finished"] * 4
+    teacher, control, student, large = (
+        next(one for one in result.records if one.arm == arm) for arm in ("fft", "student-lora", "kd-lora", "lora")
+    )
     assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
     steps = 2 * math.ceil(104 / 8)
-    assert student.history[-1]["step"] == control.history[-1]["step"] == steps
+    assert [one.history[-1]["step"] for one in (student, control, large)] == [steps] * 3
     assert teacher.history[-1]["step"] == 2 * math.ceil(64 / 8)
     assert student.history[-1]["soft_loss"] > 0
     assert student.truncated["unlabelled (by the teacher)"] == student.truncated["unlabelled"] == 0

@@ -129,7 +129,9 @@ def choose(folder, **noise):
         ({"student_fft": 0.5}, "student-fft", None),
     ],
 )
-def test_the_best_on_validation_ships_and_within_its_interval_of_a_good_teacher_the_distilled_one(tmp_path, noise, shipped, against):
+def test_the_best_on_validation_ships_and_within_its_interval_what_a_good_teacher_taught(
+    tmp_path, noise, shipped, against
+):
     """An arm that always ships may be the worst by ten points."""
     found = choose(tmp_path / "e", **noise)
     assert (found.arm, found.against) == (shipped, against)

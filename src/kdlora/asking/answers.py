@@ -30,7 +30,7 @@ _MEANING = {
     "model": "the model",
     "data": "the data, or what is read of it",
     "method": "how answers are read (votes, temperature, top_logprobs, protocol, codes)",
-    "selection": "how rows are chosen (select, select_by, seed)",
+    "selection": "how rows are chosen (select, select_by, seed; of diverse ones rows)",
 }
 
 

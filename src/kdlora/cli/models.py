@@ -239,7 +239,7 @@ def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
 def push(
     experiment: Annotated[Path, Argument(help="Experiment folder, or a merged model folder.")],
     repo: Annotated[str, Argument(help="Hub repository, USER/NAME. It is created if it does not exist.")],
-    public: Annotated[bool, Option("--public", help="Make it public. Default: private.")] = False,
+    public: Annotated[bool, Option("--public", help="Create it as public. Default: private.")] = False,
     report: Annotated[bool, Option("--report", help="Send the report, too. It quotes rows of your data.")] = False,
     revision: Annotated[str | None, Option(help="Branch. It is created if it does not exist.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files, and send nothing.")] = False,

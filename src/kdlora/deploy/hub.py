@@ -107,7 +107,7 @@ def push_experiment(
     Raises:
         ModelError: nothing to push.
         ConfigError: a name that no repository can have.
-        KdLoraError: not allowed, or a public repository without `public`.
+        KdLoraError: not allowed, or a public repository without `public`, or a private one with it.
         OSError: the Hub cannot be reached or fails.
 
     Examples:
@@ -125,6 +125,8 @@ def push_experiment(
         private = bool(api.repo_info(repo).private)
         if not private and not public:
             raise KdLoraError(f"{repo} exists on the Hub and is public; say --public (public=True) to push there")
+        if private and public:
+            raise KdLoraError(f"{repo} exists on the Hub and is private; make it public there, or leave --public out")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         added = [CommitOperationAdd(name, content) for name, content in contents.items()]

@@ -28,7 +28,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     Columns: `id`, one per label name (case does not count; `logit:<label>` is accepted too), optionally `split`.
     Without `split` the table covers the training split. For regression the one column is named as the label or
     `prediction`. In place of a column per label, probabilities of a single-label task may be one column `label` of
-    label names: such a label has probability 0.9, and 0.1 is spread evenly over all labels. For tokens every column
+    label names: such a label has 0.9 and its share of the 0.1 that is spread evenly over all. For tokens every column
     holds a list, a value for each word of the example; null for a word that the teacher could not see.
 
     Args:

@@ -159,7 +159,7 @@ def make_plan(
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)
         if arm != "words":
-            of_epoch = math.ceil(_drawn(arm, rows) / (settings.batch_size * processes))
+            of_epoch = math.ceil(_drawn(config, arm, rows) / (settings.batch_size * processes))
             steps = math.ceil(closed(settings).epochs * of_epoch)
         one = RUN_SECONDS + training_seconds(config, arm, rows, looks, processes)
         trainings.append(PlannedTraining(arm, runs, steps, one))
@@ -190,13 +190,13 @@ def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: L
     epochs = closed(settings_for(config, arm)).epochs
     scored = (epochs / processes + 1) * rows.get("validation", 0) + rows.get("test", 0)
     copied = 2 if config.data.augment and arm in DISTILLED_ARMS else 1  # a copy beside every row
-    passes = (ADAPTERS if arm in LORA_ARMS else FULL) * epochs * _drawn(arm, rows) * copied / processes + scored
+    passes = (ADAPTERS if arm in LORA_ARMS else FULL) * epochs * _drawn(config, arm, rows) * copied / processes + scored
     return passes * _row_seconds(config, looks, arm)
 
 
-def _drawn(arm: Arm, rows: Mapping[str, int]) -> int:
+def _drawn(config: Config, arm: Arm, rows: Mapping[str, int]) -> int:
     """Count the rows that an epoch draws, as `rows_per_epoch` does."""
-    return rows["train"] + (0 if arm in TEACHER_ARMS else rows.get("unlabelled", 0))
+    return rows["train"] + (0 if arm in ("fft", config.teacher_arm) else rows.get("unlabelled", 0))
 
 
 def _row_seconds(config: Config, looks: Looks, arm: Arm) -> float:

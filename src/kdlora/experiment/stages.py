@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from kdlora.config import (
     DISTILLED_ARMS,
     LORA_ARMS,
-    TEACHER_ARMS,
     Arm,
     Config,
     LoraSettings,
@@ -159,7 +158,9 @@ def train_splits(
             device=config.run.device,
             checkpoint_seconds=config.run.checkpoint_seconds,
             keep_checkpoints=config.run.keep_checkpoints,
-            rows_per_epoch=len(splits.train) + splits.held_out if arm in TEACHER_ARMS else rows_per_epoch(splits),
+            rows_per_epoch=len(splits.train) + splits.held_out
+            if arm in ("fft", config.teacher_arm)
+            else rows_per_epoch(splits),
             progress=progress,
             callbacks=callbacks,
         )

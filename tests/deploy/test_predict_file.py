@@ -1,5 +1,7 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import pytest
 from deploy_folders import PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.predict import Classifier
-from kdlora.deploy.stream import predict_file
+from kdlora.deploy.stream import csv_bytes, predict_file
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from tiny import write_csv
 
@@ -158,6 +160,52 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
         summary = predict_file(model, source, out)
     assert (summary.rows, summary.resumed, asked) == (60, 30, TEXTS[30:])
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_a_second_process_and_a_half_removed_folder_spoil_nothing(tmp_path, model, source):
+    """Two commands wrote their parts among each other; a kill at the very end made the next call write half a file."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    predict_file(model, source, whole)
+
+    def again(rows, fraction):
+        for resume in (True, False):
+            with pytest.raises(ArtifactError, match=r"another process writes predictions into .*out\.jsonl"):
+                predict_file(model, source, out, resume=resume)
+
+    assert predict_file(model, source, out, progress=again).rows == 60
+    assert out.read_bytes() == whole.read_bytes()
+    _interrupt(model, source, out, 30)
+    next((tmp_path / "out.jsonl.partial").glob("part-00000000-*")).unlink()
+    assert predict_file(model, source, out).resumed == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_columns_are_those_of_the_first_row_wherever_it_goes_on(tmp_path, model):
+    """The row at which a killed run goes on had no text: all that was done before was deleted."""
+    rows = [{"id": str(number), "review": text} for number, text in enumerate(TEXTS)]
+    del rows[30]["review"]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    predict_file(model, source, tmp_path / "whole.jsonl", text="review")
+    out = tmp_path / "out.jsonl"
+
+    def stop(done, fraction):
+        if done >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(model, source, out, text="review", progress=stop)
+    summary = predict_file(model, source, out, text="review")
+    assert (summary.resumed, summary.errors) == (30, 1)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_carriage_return_in_a_cell_makes_no_other_row():
+    """Python 3.11 leaves it bare where lines end otherwise, and one row is read back as two."""
+    rows = [["1", "a\rb", "x"], ["2", 'c"d\ne', ""]]
+    assert csv_bytes(rows) == b'1,"a\rb",x\n2,"c""d\ne",\n'
+    assert list(csv.reader(io.StringIO(csv_bytes(rows).decode(), newline=""))) == rows
 
 
 def test_names_that_are_not_utf_8(tmp_path, model, source):

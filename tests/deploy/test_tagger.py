@@ -331,6 +331,11 @@ def test_the_verbs(cli, exported, tagger, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
     done = cli("redact", folder / "model.onnx", "-", *options)
     assert done.out.splitlines() == expected
+    rows = "".join(f"{json.dumps({'id': name, 'text': text})}\n" for name, text in zip("abcd", TEXTS, strict=False))
+    for verb in ("redact", "predict"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(rows.encode())))
+        done = cli(verb, folder, "-", "--input-format", "jsonl")
+        assert [json.loads(line)["id"] for line in done.out.splitlines()] == [*"abcd"], "not the lines themselves"
     done = cli("redact", folder, source, "--to", tmp_path / "o.txt", "--types", "PER", "--with", "LOC=x", code=2)
     assert "'LOC' is none of the types to replace, PER" in done.err
     for sentence, *arguments in (

@@ -69,6 +69,16 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
     assert not [note for note in notes if "was not" in note]
 
 
+def test_arms_may_be_added_whose_models_nobody_looked_at(workshop, tmp_path):
+    """The rates of a teacher that was not there yet were open; settled later, they were "another config"."""
+    values = {"teacher": {"train": FAST | {"learning_rate": None}}}
+    first = run_experiment(workshop.config(values), tmp_path / "out")
+    both = run_experiment(workshop.config(values | {"run": {"arms": ["fft", "student-lora"]}}), tmp_path / "out")
+    assert [one.arm for one in both.records] == ["fft", "student-lora"]
+    assert both.records[1] == first.records[0]
+    assert load_config(both.layout.config).teacher.train.learning_rate > 0
+
+
 def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop):
     """Weights deleted to save space: the scores still hold. With the arms narrowed, another arm ships and has none."""
     shutil.rmtree(copied.run("student-fft", 0).model)

@@ -168,6 +168,8 @@ def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) 
     done = cli("thresholds", folder)
     assert "'music' keeps 0.5: none of 200 rows have the label" in " ".join(done.out.split())
     assert set(read(folder)) == {"film", "praise"}
+    cli("thresholds", folder, "--precision", "0.4")
+    assert set(read(folder)) == {"film", "praise"}
     refused = cli("thresholds", folder, "--label", "music", code=2)
     assert "none of 200 rows have the label" in refused.err
 

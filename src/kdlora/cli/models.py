@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
+from kdlora.data.lines import Format
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import draw_bars
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from kdlora.deploy.cascade import CascadeCurve
 
 _FORMATS = ("onnx", "onnx-int8", "all", "openvino")
+InputFormat = Annotated[
+    Format | None, Option(help="Format of the input. Default: by its name; of standard input, a text a line.")
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Predict:
     to: Annotated[str, Option("--to", help="Output file, or - for JSON Lines on standard output.")] = "-"
     text: Text = None
     id_column: IdColumn = "id"
+    input_format: InputFormat = None
     batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32
     strict: Annotated[bool, Option(help="Stop at the first bad row.")] = False
     as_json: Json = False
@@ -60,6 +65,7 @@ def predict(options: Predict) -> None:
             options.to,
             text=options.text,
             id_column=options.id_column,
+            input_format=options.input_format,
             batch_size=options.batch_size,
             strict=options.strict,
             progress=advance,
@@ -80,6 +86,7 @@ class Redact:
     text: Annotated[str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")] = (
         None
     )
+    input_format: InputFormat = None
     types: Annotated[str | None, Option(metavar="TYPE,...", help="Only these types. Default: all.")] = None
     replacements: Annotated[
         list[str] | None,
@@ -106,7 +113,13 @@ def redact(options: Redact) -> None:
     types = [name.strip() for name in options.types.split(",")] if options.types else list(model.types)
     placeholders = _placeholders(types, options.replacements or ())
     summary = redact_file(
-        model, options.source, options.to, text=options.text, placeholders=placeholders, batch_size=options.batch_size
+        model,
+        options.source,
+        options.to,
+        text=options.text,
+        placeholders=placeholders,
+        input_format=options.input_format,
+        batch_size=options.batch_size,
     )
     if options.as_json and options.to != "-":
         print_json(asdict(summary))
@@ -339,13 +352,18 @@ def defer(
 
     Example: kdlora defer runs/reviews --error 0.02 --confidence 0.95
     """
+    from kdlora.evidence.defer import NoPromiseError
     from kdlora.experiment.deferral import defer_experiment
     from kdlora.report.deferred import deferral_tables
     from kdlora.report.report import make_report
 
-    found = defer_experiment(
-        experiment, data=data, unknown=unknown, error=error, confidence=confidence, sureness=sureness
-    )
+    try:
+        found = defer_experiment(
+            experiment, data=data, unknown=unknown, error=error, confidence=confidence, sureness=sureness
+        )
+    except NoPromiseError:
+        make_report(experiment)  # which must not go on with an earlier promise
+        raise
     make_report(experiment)
     if as_json:
         print_json(asdict(found))

@@ -88,7 +88,7 @@ def benchmark(
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
     ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
     example = _check_alike([way.describe() for way in ways.values()]).example
-    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts or [*map(example, _DEFAULT_TEXTS)])
+    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(list(texts) or [*map(example, _DEFAULT_TEXTS)])
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
     rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")

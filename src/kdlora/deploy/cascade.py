@@ -121,7 +121,7 @@ class Cascade:
         Raises:
             DataError: an empty text; a function that gives another number of labels, or one that nobody knows.
         """
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = [texts] if isinstance(texts, str) else list(texts)
         logits = self.student.predict_logits(texts)
         if not len(logits):
             return []
@@ -222,7 +222,12 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         shift_logits(logits, model.label_names, model.decisions.thresholds, model.folder.temperature)
         for model, logits in zip((student, teacher), outputs, strict=True)
     )
-    large = large[:, [teacher.label_names.index(name) for name in student.label_names]]
+    if set(given.task.label_names) != set(student.label_names):
+        raise DataError("the labelled rows have other labels than the models; give rows of their task.")
+    small, large = (
+        logits[:, [model.label_names.index(name) for name in given.task.label_names]]
+        for model, logits in ((student, small), (teacher, large))
+    )
     thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), sys.float_info.max)
     points = []
     for threshold in thresholds:

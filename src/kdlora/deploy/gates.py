@@ -98,7 +98,7 @@ class Checks:
         self.least_recall = recall or {}  # share of the entities of a type that every stage must find
         self.stages: list[Parity] = []  # that held
         self.attempts: list[Parity] = []  # that did not
-        self.texts = check_texts(given.texts, task.kind, "validation text")
+        self.texts, more = check_texts(given.texts, task.kind, "validation text"), list(more)
         wanted = min(len(more), max(0, ENOUGH_ROWS - len(self.texts)))
         for row in np.linspace(0, len(more) - 1, wanted, dtype=int):
             self.texts += check_texts([more[row]], task.kind, "training text", row)

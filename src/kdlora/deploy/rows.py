@@ -7,7 +7,6 @@ import io
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -89,7 +88,11 @@ class RowReader:
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self._texts = columns, self._find_columns(columns) if columns else ()
             # As in training: by sentences, and without empty lines.
-            yield from islice(enumerate(values for _, values in rows), self.start, None)
+            for number, (_, values) in enumerate(rows):
+                if number >= self.start:
+                    yield number, values
+                elif not self._texts and not isinstance(values, str):  # as the interrupted run chose them
+                    self._texts = self._find_columns(list(values))
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -209,7 +212,7 @@ def _choose_format(path: Path | None, wanted: Format | None) -> Format:
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from {path.suffix or 'a name without extension'!r}; expected "
-            f"{', '.join(SUFFIXES)}, or name the format."
+            f"{', '.join(SUFFIXES)}, or name the format (--input-format)."
         )
     return found
 

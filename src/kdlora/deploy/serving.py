@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -88,6 +89,10 @@ class _Queue:
     waiting: int = 0
     asked: deque[tuple[list[Text], asyncio.Future[list[Answer]]]] = field(default_factory=deque)
     tasks: set[Any] = field(default_factory=set)
+    pool: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pool = ThreadPoolExecutor(self.at_once)  # the loop's own has few threads, which all models share
 
     async def ask(self, texts: list[Text]) -> list[Answer]:
         """Wait for the predictions of one request; a full queue takes none."""
@@ -119,7 +124,7 @@ class _Queue:
         texts = [text for some, _ in batch for text in some]
         try:
             predict: Callable[..., Sequence[Answer]] = self.model.predict
-            answers = iter(await asyncio.to_thread(predict, texts))
+            answers = iter(await asyncio.get_running_loop().run_in_executor(self.pool, predict, texts))
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kdlora.data.lines import Format
@@ -25,7 +26,7 @@ from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
 from kdlora.system.ownership import MANIFEST, is_ours_by_name, read_manifest, remove, remove_abandoned
-from kdlora.system.storage import atomic_file, claim_folder
+from kdlora.system.storage import atomic_file, hold_lock, mark_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,7 +108,8 @@ def predict_file(
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
-    _predict(classifier, reader, output, batch_size, strict, progress)
+    with contextlib.closing(output):
+        _predict(classifier, reader, output, batch_size, strict, progress)
     return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
@@ -250,9 +252,12 @@ def _as_object(row: Row, prediction: Answer | None) -> dict[str, Any]:
 
 def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
     """Write rows as CSV; bytes that were no UTF-8 where they were read stay what they were."""
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue().encode(errors="surrogateescape")
+    lines: list[str] = []
+    writer = SimpleNamespace(write=lambda line: lines.append(f"{line[:-2]}\n"))
+    csv.writer(writer, lineterminator="\r\n").writerows(
+        rows
+    )  # quotes what holds \r, too; with "\n" Python 3.11 does not
+    return "".join(lines).encode(errors="surrogateescape")
 
 
 def refuse_replacing(source: str | Path, to: Path) -> None:
@@ -285,6 +290,9 @@ class _Output:
     def finish(self) -> None:
         """Put the windows together."""
 
+    def close(self) -> None:
+        """Let others write there."""
+
 
 class PartialResult(_Output):
     """The folder beside an output file that holds finished parts until the last one is written."""
@@ -294,20 +302,32 @@ class PartialResult(_Output):
         super().__init__(form)
         self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
-        made_of |= {"output_format": form.name}
-        if not resume:
-            remove(self.folder)
-        elif found := read_manifest(self.folder):
-            for key in sorted(key for key, value in made_of.items() if found.get(key) != value):
-                raise ArtifactError(
-                    f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
-                    f"is {made_of[key]!r}). Delete the folder, or predict without resuming."
-                )
-        claim_folder(self.folder, "prediction", **made_of)
-        remove_abandoned(self.folder)
+        self._lock = contextlib.ExitStack()
+        what, remedy = f"writes predictions into {to}", ", or name another file with --to"
+        self._lock.enter_context(hold_lock(self.folder / ".lock", what, remedy=remedy))
+        try:
+            self._take_over(made_of | {"output_format": form.name}, resume=resume)
+        except BaseException:
+            self.close()
+            raise
         counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
         self.rows = self.resumed = sum(rows for rows, _ in counts)
         self.errors = sum(errors for _, errors in counts)
+
+    def _take_over(self, made_of: dict[str, Any], *, resume: bool) -> None:
+        parts, found = self._parts(), read_manifest(self.folder)
+        if resume and found is not None:
+            for key in sorted(key for key, value in made_of.items() if found.get(key) != value):
+                raise ArtifactError(
+                    f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
+                    f"is {made_of[key]!r}). Delete the folder."
+                )
+        is_whole = [int(part.name.split("-")[1]) for part in parts] == list(range(len(parts)))
+        if not resume or not is_whole:  # a kill while the folder was being removed left some
+            for part in parts:
+                remove(part)
+        mark_folder(self.folder, "prediction", **made_of)
+        remove_abandoned(self.folder)
 
     def write(self, content: bytes, rows: int, errors: int) -> None:
         with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
@@ -315,7 +335,11 @@ class PartialResult(_Output):
 
     def discard(self) -> None:
         self._refuse_foreign()
+        self.close()  # some systems remove no file that is open
         remove(self.folder)
+
+    def close(self) -> None:
+        self._lock.close()
 
     def finish(self) -> None:
         """Join the parts into the output file, which appears whole, and remove them."""
@@ -329,12 +353,14 @@ class PartialResult(_Output):
     def _refuse_foreign(self) -> None:
         if not os.path.lexists(self.folder):
             return
-        if self.folder.is_symlink() or not self.folder.is_dir() or read_manifest(self.folder) is None:
+        is_folder = self.folder.is_dir() and not self.folder.is_symlink()
+        is_new = is_folder and [entry.name for entry in self.folder.iterdir()] == [".lock"]
+        if not is_folder or (read_manifest(self.folder) is None and not is_new):
             raise ArtifactError(
                 f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "
                 "away, or name another file with --to"
             )
         for entry in self.folder.iterdir():
-            known = _PART.fullmatch(entry.name) or entry.name == MANIFEST or is_ours_by_name(entry)
+            known = _PART.fullmatch(entry.name) or entry.name in (MANIFEST, ".lock") or is_ours_by_name(entry)
             if not known or entry.is_symlink():
                 raise ArtifactError(f"{entry} was not made by kdlora and would be lost; move it away")

@@ -154,12 +154,15 @@ def defer_experiment(
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and not config.given_teacher and layout.teacher.exists():
         deferral = _with_teacher(deferral, config.teacher_arm, layout.teacher, task, (splits.validation, rows), strange)
+    earlier = getattr(read_part(layout.deferral, Deferral, "")[0], "models", ())
+    had_promise = any(one.promise is not None for one in earlier)
     for folder, decisions in decided:
         write_decisions(folder, decisions)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
-        raise NoPromiseError(" ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
+        gone = ["What was promised before is gone, so every text is answered."] if had_promise else []
+        raise NoPromiseError(" ".join([*dict.fromkeys(reasons), *gone]) or f"{layout.root} ships no student")
     return deferral
 
 
@@ -311,7 +314,7 @@ def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset
         try:
             fitted[name] = fit_threshold(odds, labels, goal)
         except NoThresholdError as fault:
-            if not isinstance(goal, str):
+            if 0 < labels.sum() < len(labels):  # the rows know the label, and no threshold reaches the precision
                 raise NoThresholdError(f"{name!r:.80} of {model.folder.file or model.folder.path}: {fault}") from None
             reasons.append(f"{name!r:.80} keeps 0.5: {fault}")
     return fitted, reasons

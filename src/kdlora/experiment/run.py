@@ -208,7 +208,7 @@ def _lead(
     before: Callable[[ExperimentPlan], None] | None,
 ) -> ExperimentResult:
     config, splits, facts, finished = _look(config, layout)
-    notes, plan = list(splits.notes), None
+    asked, notes, plan = config, list(splits.notes), None
     if len(finished) < len(plan_runs(config)):
         notes += check_table(config, splits)
         plan = _plan(config, layout, splits, finished, team.launch.count)
@@ -220,7 +220,8 @@ def _lead(
     doing = f"runs the experiment in {layout.root}"
     with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as lock:
         claim_folder(layout.root, "experiment")
-        check_folder(config, layout)  # another call may have come between the plan and the lock
+        # Another call may have come between the plan and the lock, and have settled what is open here.
+        check_folder(asked if with_recorded(asked, layout.config) == asked else config, layout)
         finished = _finished(config, layout, facts.fingerprint(config), finished)
         remove_abandoned(layout.root)
         write_text_atomic(layout.config, save_config(config))

@@ -235,7 +235,7 @@ def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
     load_examples(csv_file("c.csv", text=["t", "u"], label=[1.5, 1.5]), number, labelled=True)
     told = [message.rpartition("/")[2] for message in caplog.messages]
     assert told == [
-        "a.csv: no row has 'b', 'c' (2 of 3 labels). The score says nothing of these, and their own figures are 0.",
+        "a.csv: no row has 'b', 'c' (2 of 3 labels). Macro F1 counts these as 0, and their own figures are 0.",
         "c.csv: every label is 1.5, so correlations are 0.",
     ]
 

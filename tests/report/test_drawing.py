@@ -131,7 +131,7 @@ def test_figures_are_written_as_people_read_them():
     assert [count(7), count(None), size(None), signed(None)] == ["7", "–", "–", "–"]
     assert [signed(-0.04), signed(0.04), signed(-1.25, 2), signed(3)] == ["0.0", "0.0", "−1.25", "+3.0"]
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
-    assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
+    assert [share(99.97), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
     assert [change(100, after, "fewer") for after in (61, 99.7, 100.4, 102)] == [
         *("39% fewer than", "about as many as", "about as many as", "2% more than"),
     ]

@@ -6,6 +6,7 @@ from html import unescape
 
 import numpy as np
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
 import fabricate
 from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
@@ -20,7 +21,7 @@ from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
 from kdlora.report.compare import compare
 from kdlora.report.findings import Comparison, _reason, align, compare_arms, pair_runs, read_choice
-from kdlora.report.outputs import OUTCOMES, Outputs, _confusion_matrix, outcomes
+from kdlora.report.outputs import OUTCOMES, Outputs, _confusion_matrix, _per_label, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.plots import arm_style
 from kdlora.report.report import make_report
@@ -169,6 +170,18 @@ def test_a_class_without_rows_is_no_row_of_zeros():
     task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
     outputs = Outputs(task, "KD-LoRA", arm_style("kd-lora"), (np.eye(3)[[0, 1, 2]],), np.array([0, 1, 1]))
     assert _confusion_matrix(outputs).rows[2] == ("c", "–", "–", "–")
+
+
+def test_the_figures_of_an_only_label_are_of_the_label():
+    """Of one label scikit-learn gives the figures of its absence: 86 for a model that never says it."""
+    task = Task("multi-label", ("text",), ("urgent",), ("urgent",), ("micro_f1",))
+    found = Outputs(task, "KD-LoRA", arm_style("kd-lora"), (np.full((4, 1), -1.0),), np.array([[1], [0], [0], [0]]))
+    assert _per_label(found)[0, :, 0].tolist() == [0, 0, 0]
+    logits, labels = np.random.default_rng(0).normal(size=(50, 3)), np.random.default_rng(1).integers(0, 2, (50, 3))
+    task = Task("multi-label", ("text",), ("a", "b", "c"), ("a", "b", "c"), ("micro_f1",))
+    found = _per_label(Outputs(task, "KD-LoRA", arm_style("kd-lora"), (logits,), labels))
+    wanted = precision_recall_fscore_support(labels, logits > 0, average=None)[:3]
+    np.testing.assert_allclose(found[0], wanted)
 
 
 def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):

@@ -433,6 +433,17 @@ def test_models_of_one_size_save_nothing(tmp_path):
         assert f"accuracy on validation, 3 seeds){told}. No distilled student" in _opening(_report(layout.root))
 
 
+def test_what_only_rounds_to_everything_is_not_everything(tmp_path):
+    """A decoder of 1.24 billion teaches a student of 4.4 million: "100% fewer parameters"."""
+    layout = make_experiment(tmp_path / "e", arms=("fft", "student-lora"))
+    for arm, total in (("fft", 1_240_000_000), ("student-lora", 4_400_000)):
+        for seed in range(3):
+            edit_record(layout.run(arm, seed).record, total_parameters=total)
+    report = _report(layout.root)
+    assert "with 99.6% fewer parameters" in _opening(report)
+    assert "100% fewer" not in report.html
+
+
 def test_times_of_two_machines_are_not_compared(tmp_path):
     """A teacher of a CPU and a student of the GPU on which the folder went on: "99% less time per text"."""
     layout = make_experiment(tmp_path / "e")

@@ -102,6 +102,23 @@ def test_a_page_fetches_nothing_fits_any_screen_and_serves_every_reader(browser,
         assert name in ("tags", "spans", "both") or browser.execute_script(OVERLAPS) == []
 
 
+def test_columns_sort_by_what_their_figures_mean(browser, server):
+    """739 k stood above 109 M, and 85.4 s above 2.1 min."""
+    _show(browser, server, "mrpc", 1280)
+    sort = """
+        const [table, title] = [...document.querySelectorAll('table')].map(one => [one,
+          [...one.querySelectorAll('thead button')].find(button => button.textContent === 'trainable')])
+          .find(([, button]) => button);
+        title.click();
+        const column = title.closest('th').cellIndex;
+        return [...table.tBodies[0].rows].map(row => row.cells[column].firstChild.textContent.trim());
+    """
+    found = browser.execute_script(sort)
+    numbers = [float(one.split()[0]) * {"k": 1e3, "M": 1e6}[one.split()[1]] for one in found]
+    assert {one.split()[1] for one in found} == {"k", "M"}
+    assert numbers in (sorted(numbers), sorted(numbers, reverse=True))
+
+
 def test_text_can_be_read_in_light_and_dark(browser, server):
     """Grey on grey: WCAG asks for a contrast of 4.5. And a checker that was not loaded finds nothing wrong."""
     for scheme in ("light", "dark"):

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
 import pytest
 
 from experiments import edit_json
-from fabricate import PAIRS, SIMILARITY, edit_record, make_experiment, ship
+from fabricate import PAIRS, SIMILARITY, TOPICS, edit_record, make_experiment, ship
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.report.compare import compare
 from kdlora.report.report import Report, make_report
@@ -182,6 +183,11 @@ def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
     figure = html[html.index("Score against texts") :]
     assert {"5000", "10000"} <= set(re.findall(r">(\d+)</text>", figure))
     assert "Score against texts" not in compare([tmp_path / "few"], draws=50).html
+    other = make_experiment(
+        tmp_path / "topics", task=replace(TOPICS, metrics=("accuracy",)), seeds=(0,), arms=("fft", "kd-lora")
+    )  # another's few rows
+    edit_record(other.run("kd-lora", 0).record, rows={"train": 900, "validation": 400})
+    assert "Score against texts" not in compare([tmp_path / "few", other.root], draws=50).html
 
 
 def test_single_runs_are_compared(tmp_path):

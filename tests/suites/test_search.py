@@ -118,6 +118,7 @@ def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, works
     assert best.student.train.learning_rate == finished_search.best["student.train.learning_rate"]
     assert best.run.arms == workshop.config().run.arms
     page = (finished_search.folder / "search.html").read_text(encoding="utf-8")
+    assert "seed" not in page[page.index("<figure") : page.rindex("</figure>")]
     assert page.count("<figure") == 1
     lines = read_rows(finished_search.folder / "trials.csv")
     assert [line["state"] for line in lines] == ["complete"] * 2

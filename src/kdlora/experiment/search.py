@@ -334,7 +334,9 @@ def _curves(ranked: Sequence[FrozenTrial], pruned: Sequence[FrozenTrial]) -> Fig
         Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))
         for number, (name, members) in enumerate(groups.items())
     ]
-    return learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
+    return learning_curves(
+        curves, title="Score by epoch", value="score on the held-out rows", identity="epochs", of="trial"
+    )
 
 
 def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:

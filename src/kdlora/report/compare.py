@@ -165,7 +165,7 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
 
 def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
     """Draw the students' scores over the texts that they learnt from, where these differ."""
-    curves: dict[tuple[str, bool, str], list[tuple[float, float]]] = {}
+    curves: dict[tuple[str, bool, str, str], list[tuple[float, float]]] = {}
     for one in group:
         for run in one.runs:
             score, config = run.score(one.experiment.split), run.record.config
@@ -174,12 +174,15 @@ def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figur
                 alone = distilled and (config.get("distil") or {}).get("alpha") == 0
                 table = (config.get("teacher") or {}).get("probabilities") or run.record.teacher_model
                 taught_by = "/".join(Path(str(table)).parts[-2:]) if distilled else ""
-                curves.setdefault((one.arm, alone, taught_by), []).append((_texts_seen(run.record), score))
+                key = one.arm, alone, taught_by, model_title(run.record.model)
+                curves.setdefault(key, []).append((_texts_seen(run.record), score))
     if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
-    many, drawn = len({taught_by for *_, taught_by in curves} - {""}) > 1, []
-    for (arm, alone, taught_by), points in curves.items():
+    many, drawn = len({taught_by for *_, taught_by, _ in curves} - {""}) > 1, []
+    models = len({model for *_, model in curves}) > 1
+    for (arm, alone, taught_by, model), points in curves.items():
         name = arm_title(arm) + (", no labels" if alone else "") + (f", {taught_by}" if many and taught_by else "")
+        name += f", {model}" if models else ""
         drawn.append(Series(name, replace(arm_style(arm), dashed=alone), tuple(points)))
     value = f"score on {group[0].experiment.split}"
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
@@ -193,9 +196,10 @@ def _texts_seen(record: RunRecord) -> int:
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:
-    tasks: dict[tuple[str, ...], list[Candidate]] = {}
+    tasks: dict[tuple[Any, ...], list[Candidate]] = {}
     for one in candidates:
-        tasks.setdefault((one.experiment.task.name, *one.experiment.task.metrics, one.experiment.split), []).append(one)
+        task = one.experiment.task
+        tasks.setdefault((task.name, task.kind, task.metrics, _labels(task), one.experiment.split), []).append(one)
     drawn: list[Block | None] = []
     for number, group in enumerate(tasks.values()):
         shown = group[0].experiment

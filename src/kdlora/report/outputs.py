@@ -139,6 +139,10 @@ def _per_label(outputs: Outputs) -> np.ndarray:
 
     if outputs.task.kind == "tokens":
         return np.array([entity_rates(counts) for counts in _entities(outputs)])
+    if outputs.task.kind == "multi-label":  # scikit-learn takes a single column for two classes
+        had = outputs.labels
+        sums = [np.stack([(one * had).sum(0), one.sum(0), had.sum(0)], axis=-1) for one in _decisions(outputs)]
+        return np.array([entity_rates(counts) for counts in sums])
     how: dict[str, Any] = {"labels": range(outputs.task.num_labels), "average": None, "zero_division": 0}
     return np.array([precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in _decisions(outputs)])
 

@@ -243,9 +243,9 @@ def log_ticks(axes: Any, low: float, high: float) -> None:
 
 
 def learning_curves(
-    curves: Sequence[Series], *, title: str, value: str, identity: str, across: str = "epoch"
+    curves: Sequence[Series], *, title: str, value: str, identity: str, across: str = "epoch", of: str = "seed"
 ) -> Figure | None:
-    """Plot means over seeds with bands from the lowest to the highest seed, over epochs or something else."""
+    """Plot means over seeds, or other trainings, with bands from the lowest to the highest, over epochs or the like."""
     drawn = [(curve, curve.by_epoch()) for curve in curves if curve.points]
     if not drawn:
         return None
@@ -264,7 +264,7 @@ def learning_curves(
 
     said = "; ".join(f"{curve.name} ends at {np.mean(list(epochs.values())[-1]):.3g}" for curve, epochs in drawn)
     many = any(len(values) > 1 for _, epochs in drawn for values in epochs.values())
-    caption = "Lines: mean over seeds. Bands: from the lowest to the highest seed." if many else "One seed."
+    caption = f"Lines: mean over {of}s. Bands: from the lowest to the highest {of}." if many else f"One {of}."
     return draw(paint, title, f"{value} by {across}: {said}.", identity, caption=caption)
 
 

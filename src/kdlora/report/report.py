@@ -41,6 +41,7 @@ from kdlora.report.wording import (
     plus_minus,
     points,
     score_title,
+    share,
     signed,
     span,
 )
@@ -125,7 +126,7 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[
     """Say what ships and why, what it keeps, saves and gains; and then what limits all this."""
     environment = engine("prose")
     environment.filters |= {"figure": plus_minus, "signed": signed, "points": points, "span": span}
-    environment.filters["arm_title"] = arm_title
+    environment.filters |= {"arm_title": arm_title, "share": share}
     words = environment.get_template("answer.html").make_module(_facts(experiment, comparisons))
 
     def said(part: str) -> list[Prose]:
@@ -204,8 +205,8 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
     if kept is None or kept.mean > 100:  # there is nothing to keep of
         tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
     else:
-        share = f"{plus_minus(score)} of {plus_minus(teacher)}"
-        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
+        both = f"{plus_minus(score)} of {plus_minus(teacher)}"
+        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both, href)]
     none = "no teacher to compare with" if teacher is None else "not known of the teacher"
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
         runs = [experiment.finished(name) for name in (arm, taught_by)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import inf
+from math import floor, inf
 
 from kdlora.data.tasks import METRICS
 from kdlora.evidence.stats import Difference, MeanSd
@@ -143,10 +143,10 @@ duration = partial(_scaled, ((90, 1, ".1f", "\u00a0s"), (5400, 60, ".1f", "\u00a
 
 def change(before: float, after: float, less: str = "less") -> str:
     """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
-    share = 100 * (after / before - 1)
-    if round(share) == 0:
+    part = 100 * (after / before - 1)
+    if round(part) == 0:
         return f"about as {'many' if less == 'fewer' else 'much'} as"
-    return f"{abs(share):.0f}% {less if share < 0 else 'more'} than"
+    return f"{share(abs(part))} {less if part < 0 else 'more'} than"
 
 
 def times(larger: float, smaller: float) -> str:
@@ -160,7 +160,7 @@ def share(value: float | None) -> str:
     """Write per cent without decimals, but never 100% for what only rounds to it."""
     if value is None:
         return "–"
-    return f"{points(value, 1 if 99.5 <= value < 100 else 0)}%"
+    return f"{floor(10 * value) / 10:.1f}%" if 99.5 <= value < 100 else f"{points(value, 0)}%"
 
 
 UNKNOWN = 0.02

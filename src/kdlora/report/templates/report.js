@@ -1,9 +1,11 @@
 "use strict";
 // Comfort on top of a page that is whole without it: columns sort.
 (() => {
+  const UNITS = { k: 1e3, M: 1e6, MB: 1e6, B: 1e9, GB: 1e9, s: 1e3, min: 6e4, h: 3.6e6 }; // of ms
+  const FIGURE = /(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?:\s(k|MB?|G?B|s|min|h)\b)?/;
   const figureIn = (text) => {
-    const found = text.replace(/\u2212/g, "-").replace(/[,\u202f\u00a0](?=\d{3})/g, "").match(/-?\d+(\.\d+)?(e[-+]?\d+)?/);
-    return found ? Number(found[0]) : null;
+    const found = text.replace(/\u2212/g, "-").replace(/[,\u202f\u00a0](?=\d{3})/g, "").match(FIGURE);
+    return found ? Number(found[1]) * (UNITS[found[2]] ?? 1) : null;
   };
   const textOf = (row, column) => {
     const cell = row.cells[column].cloneNode(true);

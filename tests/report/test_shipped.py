@@ -183,9 +183,8 @@ def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
     figure = html[html.index("Score against texts") :]
     assert {"5000", "10000"} <= set(re.findall(r">(\d+)</text>", figure))
     assert "Score against texts" not in compare([tmp_path / "few"], draws=50).html
-    other = make_experiment(
-        tmp_path / "topics", task=replace(TOPICS, metrics=("accuracy",)), seeds=(0,), arms=("fft", "kd-lora")
-    )  # another's few rows
+    topics = replace(TOPICS, metrics=("accuracy",))  # another task of as few rows
+    other = make_experiment(tmp_path / "topics", task=topics, seeds=(0,), arms=("fft", "kd-lora"))
     edit_record(other.run("kd-lora", 0).record, rows={"train": 900, "validation": 400})
     assert "Score against texts" not in compare([tmp_path / "few", other.root], draws=50).html
 

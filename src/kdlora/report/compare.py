@@ -196,7 +196,7 @@ def _texts_seen(record: RunRecord) -> int:
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:
-    tasks: dict[tuple[Any, ...], list[Candidate]] = {}
+    tasks: dict[tuple[object, ...], list[Candidate]] = {}
     for one in candidates:
         task = one.experiment.task
         tasks.setdefault((task.name, task.kind, task.metrics, _labels(task), one.experiment.split), []).append(one)

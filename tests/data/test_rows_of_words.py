@@ -53,10 +53,12 @@ def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits,
 
     # Punctuation that stands alone in every copy, as it does in no text of the user's.
     row = {"text": "well, said (Paris)!", "spans": [{"start": 12, "end": 17, "label": "PLACE"}]}
-    train = load(train=write_lines(tmp_path / "train.jsonl", [row] * 8)).train
+    more = {"text": "张三在北京", "spans": [{"start": 3, "end": 5, "label": "PLACE"}]}
+    train = load(train=write_lines(tmp_path / "train.jsonl", [row, more] * 8)).train
     texts = augment_texts(train, 30)["text"]
     assert any("(Paris)" in text for text in texts)
     assert any("well," in text for text in texts)
+    assert any("三在北" in text for text in texts)
     assert not any(" ," in text or "saidParis" in text for text in texts)
 
 

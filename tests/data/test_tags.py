@@ -13,6 +13,7 @@ from loading import words_of
 from kdlora.config import TaskConfig
 from kdlora.data.read import open_dataset, open_file
 from kdlora.data.tags import (
+    Span,
     check_spans,
     decode,
     entity_bounds,
@@ -147,6 +148,16 @@ def test_words_of_a_text():
     ]
     assert split_words("") == ([], [])
     assert split_words("a" * 10_000) == ([0], [10_000])
+
+
+def test_a_script_without_spaces_has_the_same_words_with_spans_as_without():
+    """A name that training cut out of its clause, and serving does not, is scored well and never found."""
+    text = "张三在北京工作，iPhone手机か\u3099กำ 서울에서"
+    starts, ends, tags = tags_from_spans(text, [Span(0, 2, "PER"), Span(3, 5, "LOC")], "here")
+    assert (starts, ends) == split_words(text)
+    assert tags[:6] == ["B-PER", "I-PER", "O", "B-LOC", "I-LOC", "O"]
+    words = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+    assert words == [*"张三在北京工作，", "iPhone", *"手机", "か\u3099", *"กำ", "서울에서"]
 
 
 def test_any_spans_come_back_as_they_went_in():

@@ -108,7 +108,7 @@ CASES = [
     ),
     file("csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
     # Latin-1 bytes that are replaced or skipped change texts without a word.
-    file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9"),
+    file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9", "or gb18030"),
     file("jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2", "UTF-8"),
     file("csv", csv().decode().encode("utf-16"), "UTF-16"),
     file("tsv", b"\x00\x01\x02"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from kdlora.data.spool import (
     spool,
     text_columns,
 )
+from kdlora.data.tags import NO_SPACES
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS, word_columns
 from kdlora.system.integrity import hash_file, hash_json
@@ -37,6 +39,7 @@ ECHOED = 0.2
 MOST = 10
 """A row of a rare class has so many times the copies of an average one at most."""
 _PLACES = pa.list_(pa.int32())
+_NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
 
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
@@ -174,10 +177,10 @@ def _marked_words(text: str, starts: Sequence[int], ends: Sequence[int]) -> list
 
 
 def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
-    """Put marked words together, and say where they are; two of letters that meet are kept apart."""
+    """Put marked words together, and say where they are; letters that meet get a space where their script has one."""
     text, starts, ends = "", list[int](), list[int]()
     for is_apart, word in words:
-        meet = text[-1:].isalnum() and word[:1].isalnum()
+        meet = text[-1:].isalnum() and word[:1].isalnum() and not _NO_SPACE.search(text[-1:] + word[:1])
         text += " " if text and (is_apart or meet) else ""
         starts.append(len(text))
         text += word

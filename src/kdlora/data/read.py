@@ -265,7 +265,8 @@ def _encoding_error(file: Path) -> DataError:
             except UnicodeDecodeError as error:
                 return DataError(
                     f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset + error.start} is not "
-                    "UTF-8; save the file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f windows-1252 -t utf-8)"
+                    "UTF-8; save the file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f ENCODING -t utf-8, "
+                    "with the file's own encoding, such as windows-1252 or gb18030)"
                 )
             offset += len(line)
     return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")

@@ -35,6 +35,11 @@ _RARE_TAGS = tuple(
     re.compile(form.replace("TYPE", "(?P<type>[^,;|]+)").replace("MARK", "(?P<prefix>[BIMLEUSW])"))
     for form in ("MARK[_:]TYPE", "TYPE[-_]MARK")
 )
+NO_SPACES = (
+    r"\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff"
+    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+"""Characters of scripts that put no spaces between words, as ranges of a regular expression: each of them is a word."""
 
 
 class Span(NamedTuple):
@@ -160,7 +165,7 @@ def _words() -> re.Pattern[str]:
     # As ranges: a set of single characters takes twenty times as long.
     marks = "".join(f"{chr(begin)}-{chr(end)}" for begin, end in zip(begins, ends, strict=True))
     marks += "\U000e0100-\U000e01ef"  # selectors of variants
-    return re.compile(rf"[\w{marks}]+|\S[{marks}\u200d]*")
+    return re.compile(rf"(?:(?![{NO_SPACES}])[\w{marks}])+|\S[{marks}\u200d]*")
 
 
 def split_words(text: str) -> tuple[list[int], list[int]]:

@@ -103,7 +103,8 @@ class Tagger(Network):
     def predict_logits(self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Compute float32 logits (words of all texts, labels) as `Classifier.predict_logits`; NaN: no token is left.
 
-        The words of a plain text are its runs of letters and digits, and single other characters.
+        The words of a plain text are its runs of letters and digits, and single other characters. In a script without
+        spaces, such as Chinese, each character is a word.
         """
         return self._run_on(_check_all(texts), batch_size)
 

@@ -32,7 +32,7 @@ def logits(layout, arm, seed):
     return read_predictions(layout.run(arm, seed).predictions).logits
 
 
-def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, monkeypatch):
+def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tmp_path, monkeypatch):
     """A second call that trains again, as where a check of damage cries wolf, costs hours, and may ship another."""
     (copied.root / MANIFEST).unlink()  # which version 0.1 did not write
     before = snapshot(copied.root)
@@ -46,6 +46,12 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, mo
     assert after.keys() >= before.keys()
     kept = {name for name in before if name.split("/")[0] in ("runs", "teacher", "student", "adapter")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+    # The remedy of a want of memory was "another config", and so were data that had moved with the folder.
+    less = {"train": FAST | {"micro_batch_tokens": 64, "gradient_checkpointing": True}}
+    data = {"train": shutil.copy(workshop.train, tmp_path), "validation": str(workshop.validation)}
+    changes = {"data": data, "teacher": less, "student": less}
+    assert run_experiment(workshop.config(ALL | changes), copied.root).records == experiment.records
 
 
 def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every kind of task through the whole experiment, with every kind of teacher and with unlabelled text."""
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,14 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import copy_experiment, edit_json, read_rows, snapshot, write_lines
+from experiments import FAST, copy_experiment, edit_json, read_rows, snapshot, write_lines
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
+from kdlora.distil import inference
 from kdlora.distil.inference import read_stored_logits
-from kdlora.errors import DataError
+from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.predictions import read_examples, read_predictions
-from kdlora.evidence.records import ExperimentLayout
+from kdlora.evidence.records import ExperimentLayout, write_record
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
@@ -142,8 +144,14 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
     assert (result.layout.adapter / "base" / "model.safetensors").is_file()
 
 
-def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(experiment, workshop, tmp_path):
-    """Columns matched by position teach every student the opposite, and the loss still falls."""
+def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(
+    experiment, workshop, tmp_path, monkeypatch
+):
+    """Columns matched by position teach every student the opposite, and the loss still falls.
+
+    One that is exchanged after it was scored would teach under another's score; labelling by as many tokens as ever ran
+    out of memory again.
+    """
     turned = copy_experiment(experiment.layout.teacher, tmp_path / "reversed")
     weights = load_file(turned / "model.safetensors")
     for name in ("classifier.weight", "classifier.bias"):
@@ -152,15 +160,29 @@ def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(ex
     edit_json(turned / "config.json", id2label={"0": "positive", "1": "negative"})
     edit_json(turned / "config.json", label2id={"positive": 0, "negative": 1})
     layout = ExperimentLayout(tmp_path / "out")
-    config = workshop.config({"teacher": {"fine_tuned": str(turned)}, "run": {"arms": ["fft", "kd-lora"]}})
+    teacher = {"fine_tuned": str(turned), "train": FAST | {"micro_batch_tokens": 64}}
+    config = workshop.config({"teacher": teacher, "run": {"arms": ["fft", "kd-lora"]}})
     record = train_run(config, layout, "fft", 0, lambda event: None)
+    write_record(layout.run("fft", 0).record, record)
     assert record.metrics == experiment.records[0].metrics
     assert any("evaluated, not trained" in note for note in record.notes)
+    tokens, predict_logits = [], inference.predict_logits
+
+    def watch(*given, **named):
+        tokens.append(named["batch_tokens"])
+        return predict_logits(*given, **named)
+
+    monkeypatch.setattr(inference, "predict_logits", watch)
     label_training_rows(config, layout)
+    assert tokens == [64]
     task, before = Task.from_dict(experiment.records[0].task), experiment.layout
     np.testing.assert_allclose(predicted(layout, "fft").logits, predicted(before, "fft").logits, atol=1e-5)
     said, wanted = (read_stored_logits(one.teacher_logits, task).logits for one in (layout, before))
     np.testing.assert_allclose(said, wanted, atol=1e-5)
+    shutil.rmtree(layout.teacher_logits)
+    shutil.copy(experiment.layout.teacher / "model.safetensors", turned)
+    with pytest.raises(ArtifactError, match=r"other weights than when it was scored.*fft-seed0 to have it scored anew"):
+        label_training_rows(config, layout)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "
 
 BATCH_TOKENS = 4096
 """Tokens of one pass: a larger pass is no faster, and its activations would be the peak of a small student's memory."""
-_TEACHER_TOKENS = 16384
+TEACHER_TOKENS = 16384
 LOGITS_MANIFEST = "manifest.json"
 
 
@@ -176,6 +176,7 @@ def teacher_logits(
     precision: str = "fp32",
     device: str = "auto",
     rows_per_shard: int = 50_000,
+    batch_tokens: int = TEACHER_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> TeacherLogits:
     """Let a teacher read every example once, with its own tokenizer, and store its logits by example id.
@@ -193,6 +194,7 @@ def teacher_logits(
         precision: `fp32`, `bf16`, `fp16` or `auto` matrix products.
         device: `auto`, `cpu` or `cuda`.
         rows_per_shard: examples in one file.
+        batch_tokens: largest number of padded tokens in one pass; fewer need less memory.
         progress: called with rows done and rows in all.
 
     Raises:
@@ -205,7 +207,7 @@ def teacher_logits(
     """
     processes, precision = current_processes(), resolve_precision(precision, device)[0]
     places = [int(column) for column in columns]
-    teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), _TEACHER_TOKENS)
+    teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens)
     ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
     with contextlib.ExitStack() as held:
         store = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
-from kdlora.configfile import build_config, expand_home, known_keys, load_config, save_config
+from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
@@ -56,10 +56,12 @@ Listener = Callable[[Stage, Any], None]
 _FREE_KEYS = {
     *("name", "report.paper", "run.arms", "run.seeds", "run.fail_fast", "run.devices", "run.report_to"),
     *("run.checkpoint_seconds", "run.keep_checkpoints"),
+    *(f"{role}.train.micro_batch_tokens" for role in ("teacher", "student")),
+    *(f"{role}.train.gradient_checkpointing" for role in ("teacher", "student")),
     *(f"export.{key}" for key in ExportConfig.model_fields),
     *(f"defer.{key}" for key in DeferConfig.model_fields),
 }
-"""Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
+"""Keys that may change between two calls on one folder: they add runs, or change no figure but by rounding."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,10 @@ def check_folder(config: Config, layout: ExperimentLayout) -> None:
     if not layout.config.exists():
         return
     there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
-    if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS]:
+    data = [f"{section}.{key}" for section, key in PATH_KEYS if section == "data"]
+    # Files may lie elsewhere now: finished runs carry a fingerprint of their rows.
+    moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}
+    if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS | moved]:
         shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
         shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         told = f"{layout.root} belongs to another config; name another folder with --out, or delete it"

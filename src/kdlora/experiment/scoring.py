@@ -26,7 +26,7 @@ from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import word_offsets
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import TEMPERATURE_KEY, read_model_folder
-from kdlora.distil.inference import predict_logits
+from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
@@ -105,6 +105,8 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
     place, outputs, notes = layout.run("fft", record.seed), {}, []
     if not config.teacher.is_table:
         encoder, columns = load_teacher(config, splits.task)
+        given = record.fingerprints | {"given": hash_model(encoder.model)}
+        record = record.model_copy(update={"fingerprints": given})
         encoder.model.to(resolve_device(config.run.device))
         record = score_model(record, encoder, splits, closed(config.teacher.train).max_length, place, columns)
         return finish(record, layout, [place.predictions], ["the teacher was given: evaluated, not trained"])

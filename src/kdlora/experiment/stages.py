@@ -26,7 +26,7 @@ from kdlora.data.load import Splits, load_splits
 from kdlora.data.logit_table import open_store
 from kdlora.data.spool import label_array, read_texts
 from kdlora.data.word_tokens import words_seen
-from kdlora.distil.inference import LOGITS_MANIFEST, teacher_logits
+from kdlora.distil.inference import LOGITS_MANIFEST, TEACHER_TOKENS, hash_model, teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
 from kdlora.distil.precision import resolve_device, settle_precision
 from kdlora.distil.processes import current_processes
@@ -35,7 +35,7 @@ from kdlora.distil.train import Trained, train_model
 from kdlora.distil.trainer import ProgressEvent, TrainingOptions
 from kdlora.distil.words import fit_words
 from kdlora.errors import ArtifactError, ModelError
-from kdlora.evidence.records import ExperimentLayout, RunRecord
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.recording import (
     add_origin,
     add_training,
@@ -176,6 +176,7 @@ def label_training_rows(config: Config, layout: ExperimentLayout, progress: Coun
 def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progress: Counted | None = None) -> None:
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
     check_collection(config, encoder)
+    _check_scored(config, layout, encoder)
     parts = [(splits.train, layout.teacher_logits)]
     if splits.unlabelled is not None and labels_unlabelled(config):
         parts.append((splits.unlabelled, layout.unlabelled_logits))
@@ -202,9 +203,21 @@ def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progr
                 device=config.run.device,
                 # What a crash can cost, against the number of files.
                 rows_per_shard=min(max(2_000, len(rows) // 200), 50_000),
+                batch_tokens=min(TEACHER_TOKENS, config.teacher.train.micro_batch_tokens or TEACHER_TOKENS),
                 progress=count_on,
             )
         done += len(rows)
+
+
+def _check_scored(config: Config, layout: ExperimentLayout, teacher: Encoder) -> None:
+    """Refuse a given teacher other than the one that was scored, whose score stands beside its students'."""
+    place = layout.run("fft", config.run.seeds[0])
+    scored = read_record(place.record).fingerprints.get("given") if place.record.exists() else None
+    if scored is not None and scored != hash_model(teacher.model):
+        raise ArtifactError(
+            f"{teacher.source} (teacher.fine_tuned) has other weights than when it was scored. Put back what was "
+            f"there, or delete {place.root} to have it scored anew"
+        )
 
 
 def train_teacher(

@@ -1,18 +1,21 @@
 """The same command again, another command on the same folder, and what goes wrong on the way."""
 
+import importlib
 import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from experiments import ARMS, FAST, copy_experiment, snapshot
 from kdlora.configfile import load_config
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, jobs
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import plan_experiment, run_experiment
+from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.stages import train_run
 from kdlora.report.shipped import BenchmarkResult
 from kdlora.section import DataConfig
@@ -83,6 +86,31 @@ def test_arms_may_be_added_whose_models_nobody_looked_at(workshop, tmp_path):
     assert [one.arm for one in both.records] == ["fft", "student-lora"]
     assert both.records[1] == first.records[0]
     assert load_config(both.layout.config).teacher.train.learning_rate > 0
+
+
+def test_what_cannot_be_had_of_the_student_is_refused_and_takes_nothing(copied, workshop, monkeypatch):
+    """The export went before the missing package was noticed; a misspelt label was a note after all trainings."""
+    before = snapshot(copied.root)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "nncf" else find(name, *more))
+    for changes, told in (
+        ({"export": {"formats": ["onnx", "openvino"]}}, r"export\.formats: openvino.*openvino-export"),
+        ({"export": {"thresholds": {"negativ": "f1"}}}, r"no label 'negativ'.*Did you mean 'negative'"),
+        ({"defer": {"error": 0.1}}, r"defer\.error: .*on its test split"),
+    ):
+        with pytest.raises(KdLoraError, match=told):
+            run_experiment(workshop.config(ALL | changes), copied.root)
+    assert snapshot(copied.root) == before
+
+
+def test_a_given_teacher_that_is_not_there_costs_the_student_no_score(copied, workshop, caplog):
+    """On the machine to which the folder was moved, nothing was told at all."""
+    shutil.rmtree(copied.teacher)
+    config = yaml.safe_load(copied.config.read_text())
+    config["teacher"]["fine_tuned"] = "/gone/teacher"
+    copied.config.write_text(yaml.safe_dump(config))
+    assert [row["model"] for row in evaluate_experiment(copied.root, str(workshop.validation))] == ["student"]
+    assert "the teacher is not scored" in caplog.text
 
 
 def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop):

@@ -13,7 +13,8 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
-from kdlora.experiment.deferral import fit_thresholds, settle_goals
+from kdlora.evidence.defer import settle_goals
+from kdlora.experiment.deferral import fit_thresholds
 from kdlora.experiment.deployment import benchmark_models, load_without_copies
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report

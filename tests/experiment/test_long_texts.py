@@ -1,5 +1,8 @@
 """Texts longer than a model takes, in windows; decoders, and teachers that are tuned by adapters."""
 
+import json
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -7,9 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import read_rows
+from experiments import edit_json, read_rows
 from fabricate import BINARY
-from kdlora.configfile import build_config
+from kdlora.configfile import build_config, load_config
 from kdlora.data.tasks import Task
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
@@ -85,6 +88,20 @@ def test_what_is_scored_exported_and_served_is_one_answer(result, values):
     assert [row["score"] for row in again] == [
         pytest.approx(next(one.score for one in result.records if one.arm == arm)) for arm in ("kd-fft", "fft")
     ]
+
+
+def test_a_teacher_that_would_be_cut_is_not_measured(result, values, tmp_path, monkeypatch):
+    """A given folder knows no windows: its time and score were those of the beginnings of the texts."""
+    given, asked = shutil.copytree(result.layout.teacher, tmp_path / "teacher"), []
+    monkeypatch.setattr(deployment, "benchmark", lambda models, *_, **more: asked.append(models) or BenchmarkResult())
+    config, layout = load_config(result.layout.config), result.layout
+    splits = deployment.load_without_copies(config, layout)
+    own = json.loads((given / "config.json").read_text())["kdlora_task"]
+    for task in (None, own):
+        edit_json(given / "config.json", kdlora_task=task)
+        teacher = config.teacher.model_copy(update={"fine_tuned": str(given)})
+        deployment._benchmark_student(config.model_copy(update={"teacher": teacher}), layout, splits, print)
+    assert ["teacher" in models for models in asked] == [False, True]
 
 
 def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp_path):

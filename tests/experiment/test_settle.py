@@ -13,6 +13,7 @@ from kdlora.configfile import build_config
 from kdlora.data.batches import LengthBucketSampler
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
+from kdlora.data.windows import WindowSettings
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions
@@ -154,3 +155,13 @@ def test_latency_of_a_model_on_real_rows(tiny_model_folder):
     assert model.training
     measure_latency(model, tokenizer, rows, max_length=512)
     assert max(shape[1] for shape in shapes) == tokenizer.model_max_length < 512
+
+    # All windows are read, but never more of them at once than fit in memory.
+    text, size = "good film " * 100, 200
+    starts = [[5 * (place // 2) * 2 + 5 * (place % 2) for place in range(size)]] * 40
+    words = Dataset.from_dict({"text": [text] * 40, "starts": starts, "ends": [[one + 4 for one in starts[0]]] * 40})
+    long = Dataset.from_dict({"text": [text] * 40})
+    for given, windows in ((words, None), (long, WindowSettings())):
+        shapes.clear()
+        measure_latency(model, tokenizer, given, max_length=16, windows=windows)
+        assert 10 < shapes[0][0] <= max(shape[0] for shape in shapes) == 32

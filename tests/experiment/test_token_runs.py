@@ -9,17 +9,19 @@ import pytest
 from peft import AutoPeftModelForTokenClassification
 from transformers import AutoModelForTokenClassification
 
-from experiments import write_lines
-from kdlora.configfile import build_config
+from experiments import copy_experiment, write_lines
+from kdlora.configfile import build_config, load_config
 from kdlora.data.load import load_splits
 from kdlora.data.word_tokens import word_offsets
 from kdlora.errors import ConfigError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment import deployment
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.team import _experiment
+from kdlora.report.shipped import BenchmarkResult
 from sentences import tagged_rows, write_conll
 
 HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
@@ -71,6 +73,7 @@ def test_every_arm_runs_and_learns(result):
     assert any("arm words is left out" in note for note in result.notes)
     plain = re.search(r"finds itself, the student has ([0-9.]+) entity F1", " ".join(result.notes))
     assert 50 < float(plain[1]) < 100
+    assert plain[0] in result.layout.report_md.read_text(encoding="utf-8"), "what a run says once, nobody finds again"
 
 
 def test_predictions_lie_word_by_word_and_give_the_scores(result, config):
@@ -103,6 +106,18 @@ def test_what_ships_is_a_token_classifier_and_scores_alike(result, values):
     adapter = result.layout.run("kd-lora", 0).adapter
     AutoPeftModelForTokenClassification.from_pretrained(adapter, num_labels=7)
     assert "AutoModelForTokenClassification" in (adapter / "README.md").read_text()
+
+
+def test_each_model_is_measured_at_its_own_length(result, config, monkeypatch):
+    """A teacher that reads in windows of the student's length has another score, and another time."""
+    asked = []
+    monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
+    export = config.export.model_copy(update={"formats": (), "benchmark": True})
+    layout = ExperimentLayout(copy_experiment(result.folder, result.folder.with_name("measured")))
+    settled = load_config(layout.config).model_copy(update={"export": export})
+    deployment.deploy_student(settled, layout, print)
+    assert asked[0]["max_length"] is None
+    assert asked[0]["scores"] == {"teacher": result.records[0].test_score}
 
 
 def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):

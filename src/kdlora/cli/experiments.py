@@ -222,7 +222,7 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bo
         _add_page(result.layout)
     if as_json:
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
-        print(json.dumps({"folder": str(result.folder), **results}))
+        print(json.dumps({"folder": str(result.folder), "notes": result.notes, **results}))
     else:
         print_result(result)
     raise Exit(1 if result.failed else 0)

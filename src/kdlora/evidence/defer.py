@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.metrics import probabilities, weighted_metric
 from kdlora.evidence.ranking import ratio
@@ -267,6 +268,34 @@ def _measure(metric: str, right: np.ndarray, said: np.ndarray, positive: int, ro
     decided, labels = np.eye(2)[[1, 1, 0, 0]], np.array([1, 0, 1, 0])
     counts = (right, said - right, positive - right, rows - said - positive + right)
     return weighted_metric(task, metric, decided, labels)(np.stack(counts, axis=1).astype(np.float64))
+
+
+def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> dict[str, Goal]:
+    binary = task.kind == "single-label" and task.num_labels == 2
+    if not binary and task.kind != "multi-label":
+        labels = f" with {task.num_labels} labels" if task.kind == "single-label" else ""
+        raise DataError(
+            f"thresholds: expected a multi-label task, or one with two labels, got {task.kind}{labels}; "
+            + ("a value has no threshold" if task.kind == "regression" else "there the most probable label is said")
+        )
+    of_labels = dict(filter(None, map(_goal_of, task.metrics)))
+    names = tuple(of_labels or task.label_names[1:]) if binary else task.label_names
+    goals = dict(goal) if isinstance(goal, Mapping) else dict.fromkeys(names, goal)
+    if unknown := [name for name in goals if name not in task.label_names]:
+        known, hint = ", ".join(task.label_names), did_you_mean(unknown[0], task.label_names)
+        raise DataError(f"thresholds: no label {unknown[0]!r:.80}; there are {known:.200}.{hint}")
+    if binary and len(goals) != 1:
+        raise DataError(f"thresholds: of two labels one is the positive one, got {', '.join(goals) or 'none'}")
+    own = next((name for name in task.metrics if binary and name in METRICS), "f1")
+    return {name: check_goal(of_labels.get(name, own) if one is None else one) for name, one in goals.items()}
+
+
+def _goal_of(metric: str) -> tuple[str, Goal] | None:
+    """Read the label that a metric is of, and what for: `recall@0.9:spam` is the recall at a precision of 0.9."""
+    name, _, label = metric.partition(":")
+    if name == "f1" and label:
+        return label, "f1"
+    return (label, float(name.removeprefix("recall@"))) if name.startswith("recall@") else None
 
 
 def check_goal(goal: Goal) -> Goal:

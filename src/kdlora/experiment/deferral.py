@@ -17,9 +17,8 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.folder import MEASURED
 from kdlora.deploy.predict import Classifier, Text
-from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError, did_you_mean
+from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.evidence.defer import (
-    METRICS,
     POINTS,
     SURENESS,
     Deferral,
@@ -33,13 +32,13 @@ from kdlora.evidence.defer import (
     Thresholds,
     Unknown,
     area_under_risk,
-    check_goal,
     fit_threshold,
     judge_threshold,
     log_odds,
     measure_sureness,
     promise_error,
     risk_coverage,
+    settle_goals,
     shift_logits,
     tell_apart,
 )
@@ -276,34 +275,6 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     write_json_atomic(layout.thresholds, asdict(result))
     write_card(config, layout)
     return result
-
-
-def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> dict[str, Goal]:
-    binary = task.kind == "single-label" and task.num_labels == 2
-    if not binary and task.kind != "multi-label":
-        labels = f" with {task.num_labels} labels" if task.kind == "single-label" else ""
-        raise DataError(
-            f"thresholds: expected a multi-label task, or one with two labels, got {task.kind}{labels}; "
-            + ("a value has no threshold" if task.kind == "regression" else "there the most probable label is said")
-        )
-    of_labels = dict(filter(None, map(_goal_of, task.metrics)))
-    names = tuple(of_labels or task.label_names[1:]) if binary else task.label_names
-    goals = dict(goal) if isinstance(goal, Mapping) else dict.fromkeys(names, goal)
-    if unknown := [name for name in goals if name not in task.label_names]:
-        known, hint = ", ".join(task.label_names), did_you_mean(unknown[0], task.label_names)
-        raise DataError(f"thresholds: no label {unknown[0]!r:.80}; there are {known:.200}.{hint}")
-    if binary and len(goals) != 1:
-        raise DataError(f"thresholds: of two labels one is the positive one, got {', '.join(goals) or 'none'}")
-    own = next((name for name in task.metrics if binary and name in METRICS), "f1")
-    return {name: check_goal(of_labels.get(name, own) if one is None else one) for name, one in goals.items()}
-
-
-def _goal_of(metric: str) -> tuple[str, Goal] | None:
-    """Read the label that a metric is of, and what for: `recall@0.9:spam` is the recall at a precision of 0.9."""
-    name, _, label = metric.partition(":")
-    if name == "f1" and label:
-        return label, "f1"
-    return (label, float(name.removeprefix("recall@"))) if name.startswith("recall@") else None
 
 
 def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset) -> tuple[dict[str, float], list[str]]:

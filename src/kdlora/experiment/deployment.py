@@ -176,22 +176,25 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         notes += forget_decisions(config, layout)
         save_temperature(layout.student, 1.0)
         calibration, told = _calibrate(layout, splits) if config.export.calibrate else (None, [])
-        notes += told + _score_plain_texts(layout, splits)
+        lasting = _score_plain_texts(layout, splits)  # what no other file of the export says
+        notes += told + lasting
         if formats := config.export.formats:
             with logged("export", "student", config.teacher_seed):
                 try:
                     _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
                 except (ParityError, ModelError) as error:
                     notes.append(str(error))
-        if calibration is not None:
-            write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration)))
+                    lasting += [] if layout.export_record.exists() else [str(error)]
+        if calibration is not None or lasting:
+            write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration, notes=tuple(lasting))))
         write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
-        found = read_json(layout.benchmark).get("calibration") if layout.benchmark.exists() else None
+        found = read_json(layout.benchmark) if layout.benchmark.exists() else {}
+        kept = {key: found[key] for key in ("calibration", "notes") if key in found}
         try:
             with logged("benchmark", "student", config.teacher_seed):
                 figures = _benchmark_student(config, layout, splits, say)
-            write_json_atomic(layout.benchmark, figures | {"calibration": found})
+            write_json_atomic(layout.benchmark, figures | kept)
         except KdLoraError as fault:  # as of a teacher that needs code of its own
             notes.append(f"The student was not measured: {fault}")
     write_text_atomic(layout.deployed, _mark(config, layout, layout.benchmark))
@@ -288,15 +291,19 @@ def _benchmark_student(
     """Measure what is there of teacher, student and exports, on the rows of the headline."""
     folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
     models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
+    windows = splits.task.windows
+    if "teacher" in models and read_model_folder(models["teacher"]).windows != windows:
+        del models["teacher"]  # one that was given, and would be read otherwise than here
     models |= exported_files(layout)
-    longest = closed(config.student.train).max_length
+    in_windows = windows is not None or splits.task.kind == "tokens"  # of the length that each model has
+    longest = None if in_windows else closed(config.student.train).max_length
     record = layout.run(config.teacher_arm, config.teacher_seed).record
-    told = read_record(record) if longest == config.teacher.train.max_length and record.exists() else None
+    told = read_record(record) if longest in (None, config.teacher.train.max_length) and record.exists() else None
     score = None if told is None else told.score if splits.test is None else told.test_score
     result = benchmark(
         models,
         labelled(splits.test or splits.validation, splits.task),
-        max_length=longest if splits.task.windows is None else None,
+        max_length=longest,
         threads=config.run.threads,
         scores={} if score is None else {"teacher": score},  # a large model takes minutes for a long test split
         progress=say,

@@ -15,6 +15,7 @@ from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, 
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
+from kdlora.evidence.defer import settle_goals
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results, write_results
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
@@ -36,6 +37,7 @@ from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import check_table, look_at_models, sample_texts, with_metric, with_recorded
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
+from kdlora.extras import check_installed
 from kdlora.report.collect import load_run
 from kdlora.report.findings import choose_student, read_choice
 from kdlora.report.page import html_table
@@ -180,8 +182,21 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
         config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         config, splits = _without_words(config, splits)
+    _check_wishes(config, splits)
     facts = look_at(splits, config.data)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config), {})
+
+
+def _check_wishes(config: Config, splits: Splits) -> None:
+    """Refuse what is asked of the shipped student and could not be had after all trainings."""
+    if "openvino" in config.export.formats:
+        check_installed("export.formats: openvino", "openvino-export")
+    if config.export.thresholds is not None:
+        settle_goals(splits.task, config.export.thresholds)
+    if config.defer.error is not None and (splits.task.kind != "single-label" or splits.test is None):
+        raise ConfigError(
+            "defer.error: an error rate is promised of a single-label task, on its test split (data.test); leave it out"
+        )
 
 
 def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:

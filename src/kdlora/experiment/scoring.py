@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,19 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
-from kdlora.data.batches import INPUTS, Collator, tokenise
+from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.logit_table import as_offsets
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
-from kdlora.data.word_tokens import word_offsets
+from kdlora.data.word_tokens import split_windows, word_columns, word_offsets
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import TEMPERATURE_KEY, read_model_folder
 from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
-from kdlora.errors import ArtifactError, DataError
+from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.defer import shift_logits
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
@@ -40,6 +41,8 @@ from kdlora.experiment.settle import closed, load_teacher, read_table, settings_
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.system.integrity import hash_json
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZES = (1, 32)
 _TIMED = ((1, 5, 0.5), (3, 50, 1.0))
@@ -205,21 +208,24 @@ def measure_latency(
 ) -> list[Latency]:
     """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
     device = next(model.parameters()).device
-    columns = text_columns(rows)
+    columns, words = text_columns(rows), word_columns(rows)
     longest = min(max_length, tokenizer.model_max_length)  # what both the caller and the model's positions allow
 
-    def encode(numbers: Sequence[int]) -> Mapping[str, Any]:
-        if windows is not None:
-            chosen = rows.select([row % len(rows) for row in numbers])
-            some = tokenise(chosen, tokenizer, longest, windows=windows, quiet=True)
-            made = Collator.of(tokenizer, "single-label", longest)(list(some.dataset))
-            return {name: made[name].to(device) for name in (*INPUTS, "attention_mask") if name in made}
-        texts = ([rows[row % len(rows)][name] for row in numbers] for name in columns)
-        batch = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+    def encode(numbers: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        if windows is None and not words:
+            texts = ([rows[row % len(rows)][name] for row in numbers] for name in columns)
+            batch = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+            return [dict(batch.to(device))]
+        chosen = rows.select([row % len(rows) for row in numbers]).select_columns([*columns, *words])
+        read = tokenise(chosen, tokenizer, longest, windows=windows, quiet=True).dataset
+        parts = sorted((part for row in read for part in split_windows(row)), key=lambda one: len(one["input_ids"]))
+        join, most = Collator.of(tokenizer, "single-label", longest), _BATCH_SIZES[-1]
+        passes = (join(parts[start : start + most]) for start in range(0, len(parts), most))
+        return [{name: tensor.to(device) for name, tensor in one.items()} for one in passes]
 
-    def forward(batch: Mapping[str, Any]) -> None:
-        model(**batch)
+    def forward(passes: Sequence[Mapping[str, Any]]) -> None:
+        for batch in passes:
+            model(**batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -355,7 +361,14 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
         model = load_fine_tuned(str(layout.student), task)
         rows.append(row("student", model, closed(config.student.train).max_length, thresholds))
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
-        rows.append(row("teacher", load_teacher(config, task, layout.teacher), closed(config.teacher.train).max_length))
+        try:
+            found = load_teacher(config, task, layout.teacher)
+        except KdLoraError as fault:
+            if not rows:
+                raise
+            logger.warning("the teacher is not scored: %s", fault)
+        else:
+            rows.append(row("teacher", found, closed(config.teacher.train).max_length))
     if not rows:
         raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows

@@ -72,6 +72,7 @@ class BenchmarkResult:
     machine: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    notes: tuple[str, ...] = ()  # what was said of the deployment, such as why nothing was exported
 
     def _repr_html_(self) -> str:
         return html_table(self.table())

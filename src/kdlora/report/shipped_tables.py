@@ -19,7 +19,8 @@ _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
     if shipped is None:
         return []
-    blocks: list[Block | None] = [Paragraph(fault, "warning") for fault in shipped.faults]
+    notes = () if shipped.benchmark is None else shipped.benchmark.notes
+    blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *notes)]
     if (page := shipped.layout.page / "index.html").is_file():
         how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
         blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))

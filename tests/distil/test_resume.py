@@ -4,15 +4,18 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, assert_same_bits, weights
 
 from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
+from kdlora.distil.processes import Processes
 from kdlora.distil.resume import CheckpointFolder
+from kdlora.distil.trainer import ArmTrainer
 from kdlora.errors import ArtifactError
-from kdlora.system.ownership import owned_name
+from kdlora.system.ownership import owned_name, remove
 
 CASES = {
     "regression": {"kind": "regression", "epochs": 2.5, "head_learning_rate": 2e-2},
@@ -40,6 +43,23 @@ def test_resumed_equals_undisturbed(make_setup, tmp_path, case):
         return setup
 
     assert_resumes(make, tmp_path, *((9, 6) if case in ("best", "every part") else (9,)), **options)
+
+
+def test_of_several_processes_one_brings_the_best_weights_back(make_setup, tmp_path):
+    """Two that link and copy one file at the same time end the run, each time it is started again."""
+    setup = make_setup(lora=False, select="best")
+    with pytest.raises(PowerCutError):
+        setup.run(tmp_path, callbacks=[SaveAt(9), CutAfter(11)])
+    folder = CheckpointFolder(
+        tmp_path, json.loads(next(tmp_path.glob("step-*/manifest.json")).read_text())["ingredients"]
+    )
+    checkpoint = folder.latest()
+    for rank, restored in ((1, False), (0, True)):
+        remove(folder.best)
+        ArmTrainer._restore(
+            SimpleNamespace(checkpoints=folder, processes=Processes(rank, 2), model=setup.model), checkpoint
+        )
+        assert folder.best.exists() == restored
 
 
 def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):

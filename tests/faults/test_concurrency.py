@@ -1,6 +1,8 @@
 """Two processes on one folder: one works, the other waits or is told who does; a lock goes with its process."""
 
+import errno
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -39,6 +41,25 @@ def test_the_holder_is_named_and_waited_for(tmp_path, caplog):
         with caplog.at_level(logging.WARNING), hold_lock(lock, "computes logits in x", wait=True):
             assert time.monotonic() - begin > 0.2
         assert f"waiting: another process computes logits in x: process {holder.pid}" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has locks of its own")
+def test_a_dead_process_holds_no_lock_where_the_system_has_none(tmp_path, monkeypatch):
+    """A cluster's disk may know no locks: after a kill every later call was refused, until the file was deleted."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    lock, killed = tmp_path / ".lock", HOLDER.replace("time.sleep(60)", "os.kill(os.getpid(), 9)")
+    flockless = "import errno, fcntl, os\ndef refuse(*_): raise OSError(errno.ENOSYS, '')\nfcntl.flock = refuse\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", flockless + killed, str(lock)], check=False)
+    assert lock.exists()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold_lock(lock, "runs it"), pytest.raises(ArtifactError, match=f"runs it: process {os.getpid()} on "):
+        hold_lock(lock, "runs it").__enter__()
+    assert not lock.exists()
 
 
 def test_a_lock_knows_when_its_folder_is_gone(tmp_path):

@@ -94,6 +94,8 @@ def test_a_training_is_not_lost_between_its_end_and_its_record(workshop, tmp_pat
             run_experiment(config, tmp_path)
     last = max(path.name for path in tmp_path.rglob("step-*"))
     steps: list[int] = []
-    assert not run_experiment(config, tmp_path, listen=lambda _, event: steps.append(event.step)).failed
+    result = run_experiment(config, tmp_path, listen=lambda _, event: steps.append(event.step))
+    assert not result.failed
+    assert result.records[0].peak_memory_bytes is None  # that of loading alone is not the training's
     assert [step for step in steps if step < int(last.removeprefix("step-"))] == []
     assert not list(tmp_path.rglob("step-*"))

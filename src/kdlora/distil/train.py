@@ -59,6 +59,7 @@ class TrainOutcome:
     examples: int  # rows trained on, repeats included
     steps: int
     best_epoch: float  # whose weights the model holds
+    resumed: bool  # this process saw a part of it, or none
 
     @property
     def examples_per_second(self) -> float:
@@ -230,6 +231,7 @@ def _finish(model: nn.Module, trainer: ArmTrainer, scale: TargetScale | None) ->
         examples=trainer.examples,
         steps=int(trainer.history[-1]["step"]),
         best_epoch=float(chosen["epoch"]),
+        resumed=trainer.resumed is not None,
     )
 
 

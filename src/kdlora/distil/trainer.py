@@ -330,7 +330,8 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.history, self.examples, self.finished = list(own["history"]), int(own["examples"]), bool(own["finished"])
         self.train_seconds, self.evaluation_seconds = float(own["seconds"]), float(own["evaluation_seconds"])
         self.resumed, self.saved = checkpoint, True
-        self.checkpoints.restore_best(checkpoint)
+        if self.processes.is_first:  # the others wait for it before they read the file
+            self.checkpoints.restore_best(checkpoint)
         load_trained_tensors(self.model, checkpoint.tensors("weights"))
         logger.info("continuing from %s", checkpoint.folder)
 

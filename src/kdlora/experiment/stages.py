@@ -98,7 +98,8 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         trained = train_splits(config, layout, splits, encoder, arm, seed, progress)
     if not processes.is_first:
         return record
-    record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})
+    peak = None if trained.outcome.resumed else peak_since(level)
+    record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak})
     with logged("merge", arm, seed):
         encoder, kept = keep_weights(config, layout, splits.task, trained, arm, seed)
         encoder.model.to(resolve_device(config.run.device))

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _HOLDER = "process "
 """How a lock's content begins, which says who took it."""
+_MARKER = re.compile(r"([0-9]+)\n(\S+)\n(?:[0-9]+\n)?")
+"""A lock where the system has none: process, machine, start, by which filelock tells the dead from the living."""
 _NAMED_SECONDS = 1.0
 """How long who took a lock may take to write its name there: of two that begin at once, one asks before it is there."""
 
@@ -166,11 +169,11 @@ class HeldLock:
 def _is_lock(path: Path) -> bool:
     """Say whether a file is there for us to lock: none, an empty one, or one that says who took it."""
     try:
-        with path.open("rb") as file:
-            content = file.read(len(_HOLDER))
+        with path.open(encoding="utf-8", errors="replace") as file:
+            content = file.read(1024)
     except OSError:  # not there, or a fault that locking it tells
         return True
-    return content in (b"", _HOLDER.encode())
+    return content == "" or content.startswith(_HOLDER) or _MARKER.fullmatch(content) is not None
 
 
 @contextlib.contextmanager
@@ -191,7 +194,8 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
         until = time.monotonic() + _NAMED_SECONDS
         while not holder and time.monotonic() < until:
             with contextlib.suppress(OSError):
-                holder = path.read_text(encoding="utf-8", errors="replace").strip()
+                text = path.read_text(encoding="utf-8", errors="replace")
+                holder = _MARKER.sub(rf"{_HOLDER}\1 on \2", text).strip()
             time.sleep(0 if holder else 0.02)
         holder = f": {holder}" if holder else ""
         if not wait:
@@ -202,7 +206,8 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
         held = path.stat()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # a name for the others; the lock holds without it too
-            path.write_text(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
+            if not path.read_bytes().startswith(b"%d\n" % os.getpid()):  # else the file itself is the lock
+                path.write_text(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
         mine = HeldLock(path, (held.st_dev, held.st_ino))
         try:
             yield mine

@@ -108,7 +108,8 @@ class DataConfig(Section):
     id_column: str = "id"
     """Column with the ids of the rows. Without it, the id is the row number from 0."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of the training rows that is used for validation if no validation split is given."""
+    """Share of the training rows that is used for validation if no validation split is given. With many classes it is
+    up to a fifth, so that each may give a row."""
     split_seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of that split. It does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1, le=MOST)

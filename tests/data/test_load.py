@@ -354,6 +354,27 @@ def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, 
     assert load({"metric": "accuracy"}, train=path).task.metrics == ("accuracy",)
 
 
+def test_a_drawn_split_of_many_classes_says_what_was_drawn(csv_file) -> None:
+    """Who asked for a tenth and got a fifth saw a note that said a tenth."""
+    texts = [f"text {row}" for row in range(300)]
+    path = csv_file("a.csv", text=texts, label=[f"class {row % 150}" for row in range(300)])
+    splits = load({"kind": "single-label"}, train=path)
+    assert any(
+        "60 of 300 training rows" in note and "30 more than asked for so that 60 of 150 classes give a row" in note
+        for note in splits.notes
+    )
+
+
+def test_a_regression_that_scores_0_in_every_model_is_refused(csv_file) -> None:
+    """Of ten rows one was drawn, every correlation was 0, and nobody said why."""
+    few = csv_file("a.csv", text=TEXTS[:10], score=[row / 4 for row in range(10)])
+    assert "the validation split holds one value only" in refused(train=few)
+    several, same = (csv_file(f"{name}.csv", text=TEXTS[:2], score=[0.5, name]) for name in (0.25, 0.5))
+    splits = load(train=few, validation=several, test=same)
+    told = [note.split(";")[0] for note in splits.notes if "a score on so few" in note]
+    assert told == ["The validation split holds 2 rows", "The test split holds one value only, 0.5 (rows: 2)"]
+
+
 @given(
     classes=st.lists(st.integers(0, 4), min_size=2, max_size=300),
     fraction=st.floats(0.01, 0.99),

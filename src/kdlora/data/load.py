@@ -29,7 +29,7 @@ from kdlora.section import Metric
 logger = logging.getLogger(__name__)
 
 _FEW = 30
-"""With fewer entities, the choice of weights and of what is shipped is left to chance."""
+"""With fewer entities, or rows of a regression, the choice of weights and of what ships is left to chance."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     test = _test(reading, data, splits)
     scored = {"validation": validation} | ({} if test is None else {"test": test})
     _check_labels(reading.task, data, train, scored)
-    if reading.task.kind == "tokens":
-        _check_entities(reading, scored)
+    if reading.task.kind in ("tokens", "regression"):
+        _check_scored(reading, scored)
     unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
     if reading.task.kind == "tokens":
         train = _cut_words(reading, train)
@@ -123,7 +123,7 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
     of_rows = share_copies(splits.task, splits.train, copies)
     made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
-    note = f"{len(made)} perturbed copies of the training texts were made; the teacher labels them (data.augment)."
+    note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
     unlabelled, notes = concatenate_datasets([*parts, made]), (*splits.notes, note)
     return replace(splits, unlabelled=unlabelled, copies=len(made), notes=notes)
 
@@ -230,6 +230,9 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
             "no row can be drawn: each has a label that no other has; give more rows per label, or a validation file"
         )
     how = "stratified by label" if classes is not None else "at random"
+    if classes is not None and (more := len(drawn) - max(1, round(len(train) * data.validation_fraction))) > 0:
+        some, every = (len(np.unique(part)) for part in (classes[drawn], classes))
+        how += f", {more} more than asked for so that {some} of {every} classes give a row"
     reading.notes.append(
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
         f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
@@ -332,17 +335,23 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[
             )
 
 
-def _check_entities(reading: Reading, scored: Mapping[str, Dataset]) -> None:
-    """Refuse a validation split without entities, for every model scores 0 there; note where a score says little."""
+def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
+    """Refuse a validation split on which every model scores 0; note where a score says little."""
     for split, rows in scored.items():
-        found = np.sum(label_array(rows) % 2 == 1)  # an entity has one `B-`
+        labels = label_array(rows)
+        if reading.task.kind == "tokens":
+            found, more = int(np.sum(labels % 2 == 1)), "with entities"  # an entity has one `B-`
+            holds = f"{found} entities" if found else "no entity: every word is O"
+        else:
+            found, more = len(rows) * bool(np.ptp(labels)), "of several values"
+            holds = f"{len(rows)} rows" if found else f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if not found and split == "validation":
             raise DataError(
-                "the validation split holds no entity: every word is O, so that every model scores 0. Give it rows "
-                "with entities; where it was drawn, raise data.validation_fraction"
+                f"the validation split holds {holds}, so that every model scores 0. Give it rows {more}; where it was "
+                "drawn, raise data.validation_fraction"
             )
         if found < (_FEW if split == "validation" else 1):
-            reading.notes.append(f"The {split} split holds {found} entities; a score on so few says little.")
+            reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")
 
 
 def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """Several processes that train together, as `accelerate launch` and `torchrun` start them."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,17 +9,23 @@ import time
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
+from torch.distributed import HashStore
 
 from experiments import Workshop
 from kdlora.config import Config
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.experiment.jobs import Job, carry_out
+from kdlora.experiment.plan import ConfigurationLayout
+from kdlora.experiment.recording import look_at
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
-from kdlora.system.launch import check_launch, read_launch
+from kdlora.experiment.team import Team, _told
+from kdlora.system.launch import Launch, check_launch, read_launch
 from sentences import tagged_rows, write_conll
 
 TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "micro_batch_tokens": 64}
@@ -162,6 +169,22 @@ def test_labels_of_two_processes_are_the_file_of_one(together):
     label_splits(config, together.layout, load_splits(config.task, config.data))
     after = {path.name: path.read_bytes() for path in together.layout.teacher_logits.glob("*.parquet")}
     assert after == before
+
+
+def test_the_process_that_ran_out_of_memory_is_named(workshop, tmp_path, monkeypatch):
+    """Process 0 loses its connection, which tells nobody that the memory of another one's GPU is too small."""
+    team, config = Team(Launch(rank=0, count=2, address="127.0.0.1", port=1), HashStore()), workshop.config()
+    team.store.set("outcome-1-1", json.dumps(_told(torch.OutOfMemoryError("CUDA out of memory"))))
+
+    def lose(*_):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(team, "_take_part", lose)
+    facts = look_at(load_splits(config.task, config.data), config.data)
+    job = Job("train", "one", config, ConfigurationLayout(tmp_path), "student-lora", 0, facts, ships=True)
+    error = carry_out(job, in_child=team.run).error
+    assert "process 0: RuntimeError: Connection closed by peer; process 1: OutOfMemoryError: CUDA out" in error
+    assert error.endswith("Lower micro_batch_tokens in teacher.train or student.train")
 
 
 def test_settings_of_accelerate_that_contradict_the_config(workshop):

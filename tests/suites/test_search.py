@@ -31,7 +31,7 @@ from kdlora.experiment.study import (
     train_trial,
 )
 from kdlora.searchconfig import SearchConfig
-from kdlora.system.children import run_in_child
+from kdlora.system.children import ChildDiedError, run_in_child
 from tiny import write_csv
 
 SPACE = {"student.train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "lora.rank": [2, 4]}
@@ -168,6 +168,22 @@ def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
     assert [one.state.name for one in trials] == ["FAIL", "COMPLETE"]
     assert trials[1].params == dead.params
     assert len(counted_trials(study)) == 1
+
+
+def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, monkeypatch):
+    """The system kills what takes too much memory, perhaps for another's need: the point was lost for good."""
+    config, settings = search_of(trials=1)
+    search = begin_search(config, settings, tmp_path / "s")
+
+    def die(*_, **__):
+        raise ChildDiedError("killed by SIGKILL")
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", die)
+    assert [carry_out_trial(search)[0] for _ in range(2)] == [0, 1]
+    assert carry_out_trial(search) is None
+    first, second = search.study().trials
+    assert (second.params, second.user_attrs["continues"]) == (first.params, 0)
+    assert [one.number for one in counted_trials(search.study())] == [1]
 
 
 def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path):

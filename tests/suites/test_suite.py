@@ -130,6 +130,18 @@ def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite
     assert any("2 runs at a time" in note for note in read_record(place).notes)
 
 
+def test_a_suite_that_finds_none_of_its_runs_says_so(suite_folder, suite_values, tmp_path, monkeypatch, caplog):
+    """Where data had moved, a week of runs was done again without a word."""
+    values = suite_values()
+    data = values["tasks"]["reviews"]["data"]
+    moved = {"reviews": {"task": {}, "data": data | {"train": shutil.copy(data["train"], tmp_path)}}}
+    monkeypatch.setattr("kdlora.experiment.suite._carry_out", lambda *_: None)
+    run_suite(build_suite(values), suite_folder)
+    assert not caplog.text
+    run_suite(build_suite(values | {"tasks": moved}), suite_folder)
+    assert f"none of the 8 runs in {suite_folder} is of this suite" in caplog.text
+
+
 def test_missing_data_are_told_before_any_training(suite_values, tmp_path):
     """A path that is wrong on the last task must not show after a week."""
     tasks = {

@@ -113,7 +113,7 @@ def carry_out(
         raise
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; its module is not loaded here
+        if "OutOfMemoryError" in fault:  # torch's, here or in another process of the run
             fault += ". Lower micro_batch_tokens in teacher.train or student.train"
         logger.error("%s failed: %s", job.key, fault, exc_info=not isinstance(error, KdLoraError))
     if job.kind == "train":

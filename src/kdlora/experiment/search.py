@@ -37,7 +37,7 @@ from kdlora.report.page import Cell, Figure, Link, Page, Paragraph, Prose, Secti
 from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import SearchConfig
-from kdlora.system.children import run_in_child
+from kdlora.system.children import ChildDiedError, run_in_child
 from kdlora.system.integrity import hash_json
 from kdlora.system.ownership import check_folder, remove
 from kdlora.system.storage import claim_folder, write_json_atomic, write_text_atomic
@@ -226,6 +226,8 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
         logger.error("trial %d failed: %s", trial.number, fault, exc_info=not isinstance(error, KdLoraError))
         trial.set_user_attr("error", fault)
         study.tell(trial, state=TrialState.FAIL)
+        if isinstance(error, ChildDiedError) and "continues" not in trial.user_attrs:  # once more, from its checkpoint
+            study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
         return f"failed: {fault}"
     study.tell(trial, score, state=TrialState.PRUNED if score is None else TrialState.COMPLETE)
     return "pruned" if score is None else f"score {score:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.children import run_in_child
 from kdlora.system.ownership import check_folder
 from kdlora.system.storage import claim_folder, hold_lock, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,11 @@ def run_suite(
             plan, facts, _ = settle_plan(plan, engine, root / "copies")
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
+            if not queue.reused and (others := list(root.glob("runs/*/*/runs/*/run.json"))):
+                told = (
+                    "none of the %d runs in %s is of this suite: settings differ, or paths of files; all is done anew"
+                )
+                logger.warning(told, len(others), root)
             work = (
                 carry_out
                 if on is not None

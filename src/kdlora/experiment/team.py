@@ -123,6 +123,7 @@ class Team:
 
     def _reason(self, fault: Exception) -> Exception:
         """Find out why a stage failed here: the first process that fails takes the others with it."""
+        told = [f"process 0: {type(fault).__name__}: {fault}"]
         for rank in range(1, self.launch.count):
             key = f"outcome-{self.number}-{rank}"
             try:
@@ -133,7 +134,9 @@ class Team:
                 return ConnectionError(reason)
             if outcome["kind"] in _FAULTS:
                 return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
-        return fault
+            if outcome["kind"] == "fault":
+                told.append(f"process {rank}: {outcome['text']}")
+        return fault if isinstance(fault, OSError) or len(told) == 1 else RuntimeError("; ".join(told))
 
     def end(self, **said: Any) -> None:
         """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
@@ -152,7 +155,8 @@ def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
 
 def _told(fault: BaseException) -> dict[str, str]:
     kind = next((name for name, one in _FAULTS.items() if isinstance(fault, one)), "fault")
-    return {"kind": kind, "text": str(fault) or type(fault).__name__}
+    name, text = type(fault).__name__, str(fault)
+    return {"kind": kind, "text": f"{name}: {text}" if kind == "fault" and text else text or name}
 
 
 @contextmanager

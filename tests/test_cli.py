@@ -122,6 +122,10 @@ def test_options_make_a_config_and_go_over_a_config_file(asked, small, workshop,
     assert asked(*glue, "--text", "a") is None, "mrpc has its own columns"
     assert asked(*glue).student.model == "distilbert-base-uncased"
     arguments = (small, "--label", "a", "--label", "b 😀", "--student", "other/model", "--set", "lora.rank=2")
+    assert asked(small, "--family", "roberta") is None, "the file names both models"
+    given = yaml.safe_load(small.read_text())
+    given["teacher"] = {"fine_tuned": str(workshop.teacher)}
+    assert asked(write_config(tmp_path / "given.yaml", given), "--teacher", "org/new") is None
     config = asked(*arguments)
     assert (config.task.label, config.student.model, config.lora.rank) == (("a", "b 😀"), "other/model", 2)
     assert config.student.train == load_config(small).student.train

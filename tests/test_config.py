@@ -62,6 +62,12 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     weights = {"student": {"train": {"class_weights": {"spam": 5}}}}
     found = build_config(MINIMAL | weights, [("student.train.class_weights", {"ham": 3})]).student.train.class_weights
     assert found == {"ham": 3}, "a trial of a search is told by these weights alone"
+    for changes, expected in (
+        (["student.train.class_weights={ham: 3}"], {"ham": 3}),
+        (["student.train.class_weights.ham=3"], {"spam": 5, "ham": 3}),
+        (["student.train.class_weights={1: 3}", "student.train.class_weights.b=2"], {"1": 3, "b": 2}),
+    ):
+        assert build_config(MINIMAL | weights, changes).student.train.class_weights == expected, changes
     # A slip in the file, a value in place of a section, would be gone without a word.
     assert faults_of(MINIMAL | {"student": 5}, "student.train.epochs=2")[0] == (
         "config: student: expected keys such as 'model:', got 5"

@@ -33,6 +33,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"a YAML merge (<<) is not read ({key_node.start_mark}); write the keys out")
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, list | dict) and key in seen:
                 raise ConfigError(f"key {key!r} stands twice ({key_node.start_mark}); keep one of them")
@@ -165,7 +167,10 @@ def build_search(
         merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
         merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
         leaves = known_keys()
-        for key, value in (override for override in given if not isinstance(override, str)):
+        for key in (one.partition("=")[0].strip() if isinstance(one, str) else one[0] for one in given):
+            value: Any = changes
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
             if key in leaves and isinstance(value, Mapping):  # such as weights by label, which are one value
                 assign(merged, (key, value))
         search = merged.pop("search", None) or {}
@@ -208,7 +213,7 @@ def assign(values: dict[str, Any], override: Override) -> None:
         if not separator or not key.strip():
             raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
         try:
-            value = _read_yaml(text, yaml.SafeLoader)
+            value = json.loads(json.dumps(_read_yaml(text, _UniqueKeyLoader), default=str))  # as in a file
         except ConfigError as error:
             raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
     else:

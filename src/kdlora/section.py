@@ -86,6 +86,10 @@ SEEDS, MOST = 2**32, 2**31 - 1
 """NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to."""
 
 
+WINDOW_KEYS = ("long_texts", "window_pool", "window_stride")
+"""Keys of `data` that say how long texts are read, and not which rows there are."""
+
+
 class DataConfig(Section):
     """Where the rows come from. Relative paths start at the config file's folder."""
 
@@ -131,7 +135,7 @@ class DataConfig(Section):
     @property
     def row_settings(self) -> tuple[Any, ...]:
         """What decides which rows are read, and not how a model reads them."""
-        return tuple(self.model_dump(exclude={"long_texts", "window_pool", "window_stride"}).values())
+        return tuple(self.model_dump(exclude=set(WINDOW_KEYS)).values())
 
     @property
     def without_copies(self) -> Self:

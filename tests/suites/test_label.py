@@ -235,6 +235,11 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_f
     record = train_run(config, layout, "kd-lora", 0, lambda event: None)
     left_out = 90 - record.rows["unlabelled"]
     assert any(f"{left_out} of 90 unlabelled rows" in note for note in record.notes)
+    windows = workshop.config(
+        {"data": sections["data"] | {"long_texts": "windows"}, "teacher": {"fine_tuned": str(model)}}
+    )
+    with pytest.raises(ArtifactError, match="its long texts were not read as this experiment reads them"):
+        label_training_rows(windows, ExperimentLayout(tmp_path / "windows"))
     label(model, workshop.train, tmp_path / "train")
     table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
     assert check_table(table, load_splits(table.task, table.data)) == []

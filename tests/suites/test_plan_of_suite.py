@@ -179,6 +179,11 @@ def test_names_stand_for_sections():
         ({"config": {"report": {"paper": True}}}, "config.report.paper: a suite's tables have.*Delete the key"),
         ({"config": {"defer": {"error": 0.1}}}, "config.defer.error: a suite ships nothing"),
         ({"config": {"export": {"thresholds": 0.1}}}, "config.export.thresholds: a suite ships nothing"),
+        ({"config": {"run": {"fail_fast": True}}}, "config.run.fail_fast: the other runs of a suite"),
+        (
+            {"grids": {"full_students": {"student.train.learning_rate": [1e-3]}}},
+            "the rate of these arms is student.full",
+        ),
         ({"tasks": {"cola": {"export": {"thresholds": "f1"}}}}, "tasks.cola.export.thresholds: a suite ships nothing"),
         ({"families": {"one": {"run": {"seeds": [1]}}}}, "families.one.run.seeds: a suite has its own seeds"),
         ({"families": {"bert": {"family": "bert", "teacher": {"fine_tuned": "one"}}}}, "a suite trains its teachers"),
@@ -217,5 +222,10 @@ def test_paths_resolve_where_they_were_written(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_suite(file, ["config.data.path=./other"]).config["data"]["path"] == str(tmp_path / "other")
+    # Names of splits stay names where another part has the data set.
+    name, source = {"validation": "validation_matched"}, {"path": "nyu-mll/glue"}
+    for common, own in ((source, name), (name, source)):
+        found = build_suite(SUITE | {"config": {"data": common}, "tasks": {"m": {"task": {}, "data": own}}})
+        assert {**found.config["data"], **found.tasks["m"]["data"]} == name | source
     again = build_suite(yaml.safe_load(save_suite(loaded)), base=tmp_path / "other")
     assert again == loaded

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from kdlora.data.tasks import Task
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
+from kdlora.experiment.search import Reporter, _check_effect, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch
 from kdlora.experiment.study import (
     ask,
@@ -148,7 +149,7 @@ def test_processes_share_the_trials_of_an_arm(search_of, tmp_path):
     taken = [ask(one, settings, tmp_path / "locks") for one in studies]
     assert {trial.params["lora.rank"] for trial, _ in taken} == {2, 4}
     assert ask(studies[0], settings, tmp_path / "locks") is None
-    other, _ = search_of({"lora.rank": [2, 4]}, {"run": {"arms": ["student-fft"]}})
+    other, _ = search_of({"lora.rank": [2, 4]}, {"run": {"arms": ["kd-lora"]}})
     another = begin_search(other, settings, tmp_path / "s").study()
     assert another.study_name != studies[0].study_name
     assert ask(another, settings, tmp_path / "locks")[0].number == 0  # beside a trial 0 that is running
@@ -278,6 +279,24 @@ def test_a_space_that_cannot_be_searched_is_refused(search_of, space, expected):
     """A fault in the space that shows at trial 17 costs sixteen trials."""
     with pytest.raises(ConfigError, match=f"(?s){expected}"):
         check_space(*search_of(space))
+
+
+@pytest.mark.parametrize(
+    ("arm", "key", "values", "is_searched"),
+    [
+        ("student-fft", "student.train.learning_rate", [1e-3, 1e-2], False),
+        ("student-fft", "student.full_learning_rate", [1e-5, 1e-4], True),
+        ("student-lora", "distil.alpha", [0.1, 0.9], False),
+        ("kd-lora", "distil.alpha", [0.1, 0.9], True),
+        ("kd-lora", "teacher.train.learning_rate", [1e-3, 1e-2], True),
+        ("fft", "lora.rank", [2, 4], False),
+    ],
+)
+def test_a_key_that_changes_nothing_is_not_searched(search_of, arm, key, values, is_searched):
+    """Thirty trainings of one config, of which the first was told as the best learning rate."""
+    config, settings = search_of({key: values}, {"run": {"arms": ["fft", "kd-lora", "student-lora", "student-fft"]}})
+    with nullcontext() if is_searched else pytest.raises(ConfigError, match=f"{key} changes nothing of the arm {arm}"):
+        _check_effect(config, settings, arm)
 
 
 def test_spaces_are_read_as_they_are_written(workshop, tmp_path):

@@ -9,6 +9,8 @@ from filelock import FileLock
 
 from experiments import snapshot, write_collection
 from fabricate import edit_record
+from kdlora.data.logit_table import open_store
+from kdlora.distil.inference import LOGITS_MANIFEST
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import read_record
 from kdlora.experiment import engines
@@ -114,6 +116,18 @@ def test_students_of_other_texts_share_their_teacher(suite_values, tmp_path):
     assert len({record.fingerprints["taught_by"] for rows, record in taught.items() if rows}) == 1
     assert sorted(one.rows["train"] for one in result.records.values() if one.arm == "fft") == [40, 64]
     assert run_suite(suite, tmp_path / "suite").reused == 5
+
+
+def test_a_teacher_labels_as_it_was_trained_to_read(suite_values, tmp_path):
+    """Students of another pool had logits that the teacher never gave, and a longer grid found them stale."""
+    common = {"run": {"precision": "fp32", "threads": 1}, "data": {"long_texts": "windows"}}
+    for pools in (["max"], ["max", "mean"]):
+        grids = {"adapters": {"data.window_pool": pools}}
+        suite = build_suite(suite_values(config=common, grids=grids, arms=["kd-lora"]))
+        result = run_suite(suite, tmp_path / "suite")
+        assert [record.error for record in result.failed] == []
+    (manifest,) = result.folder.glob(f"**/logits/{LOGITS_MANIFEST}")
+    assert open_store(manifest).ingredients["windows"]["pool"] == "mean"
 
 
 def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite_folder, suite_values, monkeypatch):

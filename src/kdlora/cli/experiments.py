@@ -76,11 +76,23 @@ class Run:
             *(self.overrides or []),
         ]
         if self.config is not None:
-            return load_config(self.config, overrides)
+            return self._followed(load_config(self.config, overrides))
         try:
             return build_config({}, overrides, where="the command line")
         except ConfigError as error:
             raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
+
+    def _followed(self, config: Config) -> Config:
+        """Refuse an option that the file leaves without effect."""
+        named = next((models for name, models in FAMILIES.items() if name == self.family), None)
+        if named and config.teacher.model != named[0] and config.student.model != named[1]:
+            raise ConfigError(f"--family {self.family}: the config names both models; give --teacher and --student")
+        is_used = "lora" in config.run.arms or config.student.from_teacher_layers is not None
+        if self.teacher and config.given_teacher and not is_used:
+            raise ConfigError(
+                "--teacher: the config gives a teacher (teacher.fine_tuned, .logits or .probabilities); take it out"
+            )
+        return config
 
 
 @verb(Run)
@@ -208,7 +220,10 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bo
     prepare_children("kdlora.experiment.stages")
     from kdlora.experiment.run import run_experiment
 
+    told: list[str] = []
+
     def announce(plan: ExperimentPlan) -> None:
+        told.extend(plan.notes)
         print_plan(plan, SafeConsole(stderr=True))
         is_asked = plan.hours > _HOURS_UNASKED and not yes and sys.stdin.isatty() and sys.stderr.isatty()
         if is_asked and not typer.confirm("Begin?", default=True, err=True):
@@ -224,7 +239,7 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bo
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(result.folder), "notes": result.notes, **results}))
     else:
-        print_result(result)
+        print_result(result, told)
     raise Exit(1 if result.failed else 0)
 
 

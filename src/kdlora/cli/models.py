@@ -7,21 +7,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
-from kdlora.data.lines import Format
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
+    from kdlora.data.lines import Format
     from kdlora.deploy.cascade import CascadeCurve
 
 _FORMATS = ("onnx", "onnx-int8", "all", "openvino")
 InputFormat = Annotated[
-    Format | None, Option(help="Format of the input. Default: by its name; of standard input, a text a line.")
+    str | None,
+    Option(
+        metavar="FORMAT",
+        help="Format of the input: csv, tsv, jsonl, parquet, conll or text (one a line, as of standard input). "
+        "Default: by its name.",
+    ),
 ]
 
 
@@ -65,7 +70,7 @@ def predict(options: Predict) -> None:
             options.to,
             text=options.text,
             id_column=options.id_column,
-            input_format=options.input_format,
+            input_format=cast("Format | None", options.input_format),
             batch_size=options.batch_size,
             strict=options.strict,
             progress=advance,
@@ -118,7 +123,7 @@ def redact(options: Redact) -> None:
         options.to,
         text=options.text,
         placeholders=placeholders,
-        input_format=options.input_format,
+        input_format=cast("Format | None", options.input_format),
         batch_size=options.batch_size,
     )
     if options.as_json and options.to != "-":

@@ -21,7 +21,7 @@ from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, iden
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
 from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
-from kdlora.section import DataConfig
+from kdlora.section import WINDOW_KEYS, DataConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.integrity import damaged_files
 from kdlora.system.ownership import remove
@@ -251,6 +251,9 @@ class Queue:
             if not self._ships:  # it reads texts as it was trained to
                 section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder), "tuning": "full"})
                 config = config.model_copy(update={"teacher": section})
+                if labels is not None:
+                    own = {key: getattr(teacher.config.data, key) for key in WINDOW_KEYS}
+                    config = config.model_copy(update={"data": config.data.model_copy(update=own)})
         kind: Literal["train", "label"] = "train" if labels is None else "label"
         facts = self._facts[run.task]
         job = Job(kind, place.key, config, layout, run.arm, run.seed, facts, mark, lesson, self._ships)

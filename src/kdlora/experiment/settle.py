@@ -155,7 +155,7 @@ def labels_unlabelled(config: Config) -> bool:
     return more and _collection(config) is None and not config.teacher.is_table
 
 
-def check_collection(config: Config, encoder: Encoder) -> None:
+def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
     folder = _collection(config)
     if folder is None:
         return
@@ -165,6 +165,11 @@ def check_collection(config: Config, encoder: Encoder) -> None:
             f"{folder} (data.unlabelled) was labelled with other weights ({collection.model}) than those of the "
             f"teacher {encoder.source}; one teacher teaches all rows. Label it with this teacher, or name the text "
             "files in data.unlabelled"
+        )
+    if collection.ingredients.get("windows") != task.to_dict().get("windows"):
+        raise ArtifactError(
+            f"{folder} (data.unlabelled): its long texts were not read as this experiment reads them (data.long_texts, "
+            "window_pool, window_stride); name the text files in data.unlabelled"
         )
 
 

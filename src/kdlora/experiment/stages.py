@@ -176,7 +176,7 @@ def label_training_rows(config: Config, layout: ExperimentLayout, progress: Coun
 
 def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progress: Counted | None = None) -> None:
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
-    check_collection(config, encoder)
+    check_collection(config, encoder, splits.task)
     _check_scored(config, layout, encoder)
     parts = [(splits.train, layout.teacher_logits)]
     if splits.unlabelled is not None and labels_unlabelled(config):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from kdlora.config import LORA_ARMS, Arm, GlueName
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
@@ -118,6 +118,14 @@ class Grids(Section):
     full_students: Grid = ()
     """Of `student-fft` and `kd-fft`, alike: keys of `student` and `distil`."""
 
+    @field_validator("full_students")
+    @classmethod
+    def _has_rates_of_its_own(cls, axes: Axes) -> Axes:
+        for key in (key for axis in axes for settings in axis for key in settings):
+            if key in ("student.train.learning_rate", "student.train.head_learning_rate"):
+                raise ValueError(f"{key} is of adapters; the rate of these arms is student.full_learning_rate")
+        return axes
+
     def of(self, arm: Arm) -> Axes:
         if arm == "words":
             return ()
@@ -170,7 +178,12 @@ def _refuse_idle_keys(where: str, part: Partial) -> None:
             raise ValueError(f"{where}.run.{key}: a suite has its own {key}; set `{key}` at the top level")
     ships = "a suite ships nothing, so it decides nothing"
     paper = "a suite's tables have the paper's figures as they are; its claims stand in the report of an experiment"
-    for section, key, why in (("report", "paper", paper), ("defer", "error", ships), ("export", "thresholds", ships)):
+    idle = [
+        *(("report", "paper", paper), ("defer", "error", ships), ("export", "thresholds", ships)),
+        *(("export", "calibrate", ships), ("export", "min_recall", ships)),
+        ("run", "fail_fast", "the other runs of a suite are carried out"),
+    ]
+    for section, key, why in idle:
         values = part.get(section)
         if isinstance(values, Mapping) and values.get(key):
             raise ValueError(f"{where}.{section}.{key}: {why}. Delete the key")
@@ -204,9 +217,10 @@ def build_suite(
     changes: dict[str, Any] = {}
     for override in overrides:
         assign(changes, override)
-    merged = _with_absolute_paths(values, base or Path.cwd())
+    has_source = _names_source(values) or _names_source(changes)
+    merged = _with_absolute_paths(values, base or Path.cwd(), has_source)
     try:
-        merge(merged, _with_absolute_paths(changes, Path.cwd()), SuiteConfig)
+        merge(merged, _with_absolute_paths(changes, Path.cwd(), has_source), SuiteConfig)
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, where, SuiteConfig)) from None
@@ -214,10 +228,16 @@ def build_suite(
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+def _names_source(values: Mapping[str, Any]) -> bool:
+    """Say whether `data.path` stands anywhere; what stands in another part may then be names of its splits."""
+    groups = [one for key in ("tasks", "families") if isinstance(one := values.get(key), Mapping)]
+    parts = [values.get("config"), *(part for group in groups for part in group.values())]
+    data = [part.get("data") for part in parts if isinstance(part, Mapping)]
+    return any(isinstance(one, Mapping) and one.get("path") is not None for one in data)
+
+
+def _with_absolute_paths(values: Mapping[str, Any], base: Path, has_source: bool) -> dict[str, Any]:
     def resolve(part: Any) -> Any:
-        data = part.get("data") if isinstance(part, Mapping) else None
-        has_source = isinstance(data, Mapping) and data.get("path") is not None
         return absolute_paths(dict(part), base, has_source=has_source) if isinstance(part, Mapping) else part
 
     resolved = dict(values) | {"config": resolve(values.get("config", {}))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -138,16 +138,19 @@ def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, in
 def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
     for name, text in plan.lines():
         console.tell(f"{name:<11} {text}")
+    for note in plan.notes:
+        console.tell(f"{'note':<11} {note}", style="dim")
 
 
-def print_result(result: ExperimentResult) -> None:
-    """Print the table of the arms, what was noted on the way, and where everything lies."""
+def print_result(result: ExperimentResult, told: Collection[str] = ()) -> None:
+    """Print the table of the arms, what was noted on the way and is not told yet, and where everything lies."""
     from kdlora.report.findings import read_choice
     from kdlora.report.tables import arm_table
 
     console, layout = SafeConsole(), result.layout
     for note in result.notes:
-        console.tell(note, style="dim")
+        if note not in told:
+            console.tell(note, style="dim")
     found = arm_table(result.records)
     table = Table(title=found.caption)
     for name in found.columns:

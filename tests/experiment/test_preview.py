@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,9 +18,10 @@ from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record, read_results
 from kdlora.experiment.plan import identity
+from kdlora.experiment.preview import training_seconds
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.experiment.settle import Chosen
+from kdlora.experiment.settle import Chosen, ModelLook
 from kdlora.searchconfig import SearchConfig
 from tiny import sentiment_rows, write_csv
 
@@ -27,21 +29,27 @@ OPEN = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
 
 def test_dry_run_says_what_would_be_done_and_does_nothing(cli, workshop, tmp_path):
-    """A day of training on the wrong column is seen at its end; and a look must leave nothing behind."""
+    """A day of training on the wrong column is seen at its end; and a look must leave nothing behind.
+
+    What was guessed of the data was told after the training; most copies of a student of few passes are of no use.
+    """
     out, small = tmp_path / "out", tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(workshop.values({"student": {"train": OPEN}})), encoding="utf-8")
     said = cli("run", small, "--dry-run", "--out", out)
     assert not out.exists()
     lines = dict(line.split(maxsplit=1) for line in said.out.strip().splitlines())
-    assert len(lines) <= 11
+    assert len(lines) <= 12
+    assert lines["note"].startswith("The 2 label names and their order were taken from the data")
     assert "unknown" not in lines
     assert lines["rows"] == "64 train, 40 validation"
     assert lines["labels"] == "2: negative 32, positive 32 training rows"
     assert lines["trainings"] == "student-lora 1 × 16 steps"
     assert "estimate" in lines["time"]
-    facts = json.loads(cli("run", small, "--dry-run", "--json", "--out", out).out)
-    assert facts["steps"] == 16
-    assert facts["rows"] == {"train": 64, "validation": 40}
+    more = ("--set", "run.arms=[student-lora,kd-lora]", "--set", "data.augment=4")
+    facts = json.loads(cli("run", small, "--dry-run", "--json", "--out", out, *more).out)
+    assert facts["steps"] == 3 * 16
+    assert facts["rows"] == {"train": 64, "validation": 40, "copies": 255}
+    assert facts["notes"][-1].endswith("of which each student draws 128; data.augment: 2 makes fewer.")
     assert facts["lengths"]["student"]["max_length"] == 24
     assert facts["hours"] > 0
 
@@ -117,6 +125,12 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
     assert doubts_of_teacher(taught, ExperimentLayout(tmp_path), [student, teacher]) == []
 
+    # Of three seeds one has luck.
+    for scores, told in (((84.0, 85.0, 88.5), 0), ((89.0, 89.0, 88.5), 1)):
+        update = [{"arm": "student-lora", "seed": seed, "score": one} for seed, one in enumerate(scores)]
+        records = [words.model_copy(update=one) for one in ({"arm": "fft", "score": 88.0}, *update)]
+        assert len(doubts_of_teacher(taught, ExperimentLayout(tmp_path), records)) == told
+
     scored = make_experiment(tmp_path / "pairs", task=SIMILARITY, arms=("fft", "student-lora"), seeds=(0,))
     records = [read_record(scored.run(arm, 0).record) for arm in ("fft", "student-lora")]
     assert doubts_of_teacher(taught, scored, records) == []
@@ -145,10 +159,17 @@ def test_a_bag_of_words_needs_no_model_and_a_long_run_asks(cli, workshop, tmp_pa
     monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
     assert "words in about" in cli("run", path, "--out", out, code=1).err
     assert not out.exists()
-    assert "words in about" in cli("run", path, "--out", out, "--yes").err
+    said, guess = cli("run", path, "--out", out, "--yes"), "The 2 label names and their order were taken"
+    assert "words in about" in said.err
+    assert (said.err.count(guess), said.out.count(guess)) == (1, 0), "told once, before"
     (record,) = read_results(out / "results.json")
     assert (record.arm, record.seed, record.status) == ("words", 5, "finished")
     assert not (out / "student").exists()
+
+    # An hour for documents was told as a minute.
+    looks = {"student": ModelLook(np.array([40, 2960]), 512, 16)}
+    short, long = (training_seconds(load_config(path), "words", {"train": 100}, one) for one in ({}, looks))
+    assert long == pytest.approx(30 * short)
 
     # Thirty equal trials look like a search.
     with pytest.raises(ValueError, match="words"):

@@ -1,4 +1,4 @@
-"""A bag of words, TF-IDF and a linear model: in seconds it says whether a transformer is needed at all."""
+"""A bag of words, TF-IDF and a linear model: soon it says whether a transformer is needed at all."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from kdlora.report.wording import metric_title, tell_unknown
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
 RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
-"""Of a run beside its training; of export and benchmark of what ships; of a bag of words, a training row."""
+"""Of a run beside its training; of export and benchmark of what ships; of a bag of words, a row of 50 tokens."""
 _SHOWN_LABELS = 6
 _FEW_TO_CHOOSE = 5
 """Validation rows of a label below which the scores of arms are told to rest on few."""
@@ -104,7 +104,6 @@ class ExperimentPlan:
             "max_length": self._of_each_model(self._longest) + self._remedy(),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
-            "left out": "words: one answer a text, where each word wants one" if WITHOUT_WORDS in self.notes else "",
             "steps": f"{self.steps:,} in all",
             "time": f"about {time}, estimated from a few forward passes on this machine"
             + (f"; less on {self.gpus} GPUs, each of which gets a run" if self.gpus else ""),
@@ -152,7 +151,7 @@ def make_plan(
     processes: int = 1,
 ) -> ExperimentPlan:
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
-    rows = count_rows(splits)
+    rows, notes = count_rows(splits), splits.notes
     if looks:
         config = decide(looks, rows, splits.task).fill_in(config)
     trainings = []
@@ -168,6 +167,10 @@ def make_plan(
         more = rows.get("unlabelled", 0) + rows.get("copies", 0)
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
+        drawn, copies = closed(config.student.train).epochs * _drawn(config, "kd-lora", rows), rows.get("copies", 0)
+        if (enough := math.ceil(drawn / rows["train"])) < config.data.augment:  # a copy is drawn beside every row
+            told = f"The teacher is to label {copies:,} perturbed copies, of which each student draws {drawn:,.0f}"
+            notes += (f"{told}; data.augment: {enough} makes fewer.",)
     scored = splits_by_name(splits, scored=True)
     return ExperimentPlan(
         config,
@@ -179,14 +182,15 @@ def make_plan(
         count_duplicates({"train": splits.train} | scored),
         tuple(trainings),
         seconds / 3600,
-        splits.notes,
+        notes,
     )
 
 
 def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: Looks, processes: int = 1) -> float:
     """Estimate how long a training takes, from forward passes that were timed; `rows` by split, copies aside."""
     if arm == "words":
-        return WORDS_SECONDS * min(rows["train"], MOST_ROWS)
+        longer = max([1.0, *(float(one.lengths.mean()) / 50 for one in looks.values())])
+        return WORDS_SECONDS * min(rows["train"], MOST_ROWS) * longer
     epochs = closed(settings_for(config, arm)).epochs
     scored = (epochs / processes + 1) * rows.get("validation", 0) + rows.get("test", 0)
     copied = 2 if config.data.augment and arm in DISTILLED_ARMS else 1  # a copy beside every row

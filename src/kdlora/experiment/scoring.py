@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -257,14 +258,17 @@ def time_calls(call: Callable[[Any], object], inputs: Sequence[Any]) -> tuple[fl
 
 
 def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequence[RunRecord]) -> list[str]:
-    """Say whether a control is better than the teacher, or it gets no row of a class right, and what to do about it."""
+    """Say whether a control is above the teacher in the mean, or it gets no row of a class right, and what to do."""
     scores = {(one.arm, one.seed): one.score for one in records if one.status == "finished" and one.score is not None}
     arm, seed, taught = config.teacher_arm, config.teacher_seed, TEACHER_ARMS | DISTILLED_ARMS
     if (own := scores.get((arm, seed))) is None:
         return []
     found = []
-    controls = [(one, other) for (other, _), one in scores.items() if other not in taught]
-    best, control = max(controls, key=lambda pair: pair[0], default=(own, ""))
+    controls = [
+        (fmean(one for (name, _), one in scores.items() if name == other), other)
+        for other in {other for other, _ in scores} - taught
+    ]
+    best, control = max(controls, default=(own, ""))
     if best > own:
         below, name = "its student’s control", f"{control} without a teacher"
         if control == "words":

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from kdlora import (
+    StudentTrainConfig,
     TeacherTrainConfig,
     attach_teacher,
     load_encoder,
@@ -18,6 +20,7 @@ from kdlora import (
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
+from kdlora.errors import DataError
 from kdlora.report.report import make_report
 
 
@@ -74,3 +77,32 @@ def test_callbacks_reach_the_training(workshop, splits, tmp_path):
         trained = train_teacher(str(workshop.teacher), rows, settings, folder=tmp_path / str(len(told)), device="cpu")
         told.append([sorted(entry) for entry in trained.outcome.history])
     assert told[0] == told[1]
+
+
+def test_a_teacher_made_by_hand_is_read_by_its_names(splits):
+    """Columns in another order than the task's labels taught every class reversed, without a word."""
+    numbers, labels = list(range(len(splits.train))), splits.task.label_names
+    values = np.random.default_rng(0).normal(size=(len(numbers), 2)).astype(np.float32)
+    rows = replace(splits, train=splits.train.remove_columns("id").add_column("id", [str(one) for one in numbers]))
+    taught = [
+        attach_teacher(rows, TeacherLogits(numbers, logits, names, "by hand")).train["teacher_logits"][:]
+        for logits, names in ((values, labels), (values[:, ::-1], labels[::-1]))
+    ]
+    assert taught[0] == taught[1]
+    with pytest.raises(DataError, match="Name the teacher's columns as the task names its labels"):
+        attach_teacher(rows, TeacherLogits(numbers, values, ("good", "bad"), "by hand"))
+
+
+def test_a_loaded_student_stays_as_it_is(workshop, splits, tmp_path):
+    """The control began at the distilled weights; and without adapters, at a rate that is theirs."""
+    encoder = load_encoder(str(workshop.student), splits.task, seed=0)
+    settings = StudentTrainConfig(epochs=1, batch_size=32)
+    before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    found = [
+        train_student(encoder, splits, settings, folder=tmp_path / name, lora=None, device="cpu").outcome.history
+        for name in ("one", "two")
+    ]
+    plain = [[{key: entry[key] for key in ("score", "loss", "learning_rate")} for entry in one] for one in found]
+    assert plain[0] == plain[1]
+    assert max(entry["learning_rate"] for entry in plain[0]) > StudentTrainConfig().learning_rate  # of a tiny width
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.model.state_dict().items())

@@ -15,10 +15,18 @@ from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError
+from kdlora.experiment.labelling import LabelSettings
 from kdlora.report.wording import duration
 from tiny import save_classifier, sentiment_rows, task, write_csv
 
 LABELS = {"negative": "it was bad", "positive": "it was good"}
+
+
+def test_one_value_may_stand_for_a_list_of_one() -> None:
+    """`text="review"` was six columns, and the labels "no" and "ok" were "n" and "o"."""
+    given = AskSettings("m", text="review", prompts="p.j2", labels=["no", "ok"])  # type: ignore[arg-type]
+    assert given == AskSettings("m", text=("review",), prompts=("p.j2",), labels={"no": "", "ok": ""})
+    assert LabelSettings(text="review").text == ("review",)  # type: ignore[arg-type]
 
 
 def questions(count: int, *, most: int = 20, votes: bool = False, examples=()) -> Questions:

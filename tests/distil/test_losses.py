@@ -13,7 +13,15 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdlora.config import LoraSettings
-from kdlora.distil.losses import TargetScale, binary_kl, distillation_loss, fold_into_head, softened_kl, start_at_shares
+from kdlora.distil.losses import (
+    LossSums,
+    TargetScale,
+    binary_kl,
+    distillation_loss,
+    fold_into_head,
+    softened_kl,
+    start_at_shares,
+)
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder
@@ -93,6 +101,15 @@ def test_extreme_logits_no_teacher_and_flat_values():
         torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([[3.0], [2.0]]), kind="regression"
     )
     assert (flat.hard.tolist(), flat.soft.tolist()) == ([1.0, 4.0], [4.0, 0.0])
+
+
+def test_sums_are_exact_on_apples_devices_too():
+    """Its devices have no float64, so that the documented script ended as it began there."""
+    sums = LossSums(torch.device("mps"))
+    terms = distillation_loss(torch.randn(4, 2), torch.tensor([0, 1, 1, 0]), None, kind="single-label")
+    sums.add(terms, 1)
+    assert (sums.sums.device.type, sums.sums.dtype) == ("cpu", torch.float64)
+    assert sums.sums[1] == terms.hard.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

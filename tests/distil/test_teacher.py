@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.batches import tokenise
 from kdlora.data.spool import hash_columns
@@ -109,6 +109,16 @@ def test_pairs_are_read_whole_and_outputs_must_be_there(label, tmp_path, make_ex
     assert not np.allclose(alone.logits, label(dataset=pairs, folder=tmp_path / "pairs").logits)
     assert alone.truncated == 0
     assert label(dataset=pairs, folder=tmp_path / "short", max_length=8).truncated == 6
+
+
+def test_ids_are_looked_at_before_the_teacher_reads(label, rows, forwards, tmp_path):
+    """Hours of a teacher that end at its last row, whose folder is stale once the ids are unique."""
+    twice = concatenate_datasets([rows, rows.select([0])])
+    for given, told in ((twice, "1 ids occur more than once"), (rows.remove_columns("id"), "no column 'id'")):
+        with pytest.raises(DataError, match=told):
+            label(dataset=given)
+    assert forwards == []
+    assert not (tmp_path / "logits").exists()
 
 
 def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forwards, monkeypatch):

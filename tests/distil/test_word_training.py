@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as Listed
 from interruptions import weights
 from sklearn.metrics import f1_score
+from transformers import TrainingArguments
 
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Collator, WordCollator, tokenise
@@ -18,6 +19,7 @@ from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
 from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import cut_words, split_row, word_offsets
+from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits, labelled_values
 from kdlora.distil.losses import distillation_loss, start_at_shares
@@ -110,8 +112,11 @@ def test_a_table_may_answer_for_the_words_before_they_were_cut(tasks):
     ]
 
 
-def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup):
-    """Silent failure: a public collator whose words are others than those that an experiment trains on."""
+def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup, tmp_path):
+    """Silent failure: a public collator whose words are others than those that an experiment trains on.
+
+    `compute_metrics` was given the sub-tokens of all windows for the labels of the words.
+    """
     setup, rows = make_setup("tokens", dropout=0.0), make_examples("tokens", 44)
     offsets, tokenizer = word_offsets(rows), setup.encoder.tokenizer
     values = np.random.default_rng(0).normal(size=(offsets[-1], 7)).astype(np.float32)
@@ -126,6 +131,19 @@ def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup):
     assert found.keys() == wanted.keys() >= {"words", "labels", "teacher_logits", "labelled"}
     for name, values in found.items():
         assert torch.equal(values, wanted[name]), name
+    sizes = []
+    trainer = DistillationTrainer(
+        setup.model,
+        TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False),
+        kind="tokens",
+        data_collator=collate,
+        eval_dataset=rows,
+        compute_metrics=lambda given: sizes.append((given.predictions.shape, given.label_ids.shape)) or {},
+        processing_class=tokenizer,
+    )
+    trainer.evaluate()
+    ((predicted, _), (labelled,)) = sizes[0]
+    assert predicted == labelled > 1000
 
 
 def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kdlora.errors import ConfigError
 
@@ -92,6 +92,12 @@ class AskSettings:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
+        for name in ("text", "prompts"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, (value,))
+        labels: Any = self.labels
+        if labels is not None and not isinstance(labels, Mapping):
+            object.__setattr__(self, "labels", dict.fromkeys(labels, ""))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not least <= value < math.inf:

@@ -133,6 +133,8 @@ class DistillationTrainer(Trainer):
         logits = outputs.logits.flatten(0, 1)[inputs["words"]] if self.kind == "tokens" else outputs.logits
         if "texts" in inputs:
             logits = pool_windows(logits, inputs["texts"], len(labels), self.pool)
+        if return_outputs:
+            outputs["logits"] = logits  # a row for each label, as `compute_metrics` wants them
         terms = distillation_loss(logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)

@@ -32,7 +32,7 @@ from kdlora.data.logit_table import (
     write_note,
     write_tables,
 )
-from kdlora.data.spool import TEXTS, hash_columns, read_column
+from kdlora.data.spool import TEXTS, doubles, hash_columns, read_column
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import (
@@ -48,7 +48,7 @@ from kdlora.data.word_tokens import (
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import autocast, freed_memory_kept, resolve_device, resolve_precision
 from kdlora.distil.processes import ALONE, Processes, current_processes
-from kdlora.errors import ArtifactError, ModelError
+from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions
 from kdlora.system.integrity import hash_json
@@ -200,11 +200,15 @@ def teacher_logits(
     Raises:
         ArtifactError: the folder holds logits that something else made; the message names what changed.
         ModelError: the teacher's output is not finite.
-        DataError: ids that are not unique.
+        DataError: rows without ids or texts, ids that are not unique.
 
     Examples:
         >>> said = teacher_logits(encoder, columns, splits.train, splits.task, "work/logits", max_length=64)
     """
+    if lacking := [name for name in ("id", TEXTS[0]) if name not in dataset.column_names]:
+        raise DataError(f"the rows have no column {lacking[0]!r}; they have {', '.join(dataset.column_names)}")
+    if doubled := doubles(read_column(dataset, "id")).to_pylist():
+        raise DataError(f"{len(doubled)} ids occur more than once, first {doubled[0]!r}; make them unique")
     processes, precision = current_processes(), resolve_precision(precision, device)[0]
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens)

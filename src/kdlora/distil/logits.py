@@ -16,7 +16,7 @@ from kdlora.data.load import Splits
 from kdlora.data.logit_table import LogitStore, as_lists, as_offsets
 from kdlora.data.spool import SLICE_ROWS, doubles, label_array, read_column, settle, slice_rows, spool
 from kdlora.data.tags import NO_TAG
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, match_labels
 from kdlora.data.word_tokens import GIVEN, word_offsets
 from kdlora.errors import ConfigError, DataError
 
@@ -164,7 +164,7 @@ class TeacherLogits:
 
 def _as_ids(ids: pa.Array | pa.ChunkedArray | list[str]) -> pa.Array:
     """Bring ids to one type, whatever they were stored as: 7 and "7" name the same example."""
-    array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.large_string())
+    array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
     if pa.types.is_dictionary(array.type):
@@ -192,7 +192,7 @@ def attach_teacher(
         distil: the distillation loss that a student trained on the result is to have.
 
     Raises:
-        DataError: rows without logits.
+        DataError: rows without logits, a teacher of other labels.
         ConfigError: a loss that compares logits, of a teacher that gives probabilities.
 
     Examples:
@@ -200,11 +200,21 @@ def attach_teacher(
     """
     if distil.loss == "mse" and teacher.from_probabilities:
         raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
+    teacher = _in_order(teacher, splits.task)
     more = splits.unlabelled
     if more is not None and unlabelled is None:
         raise DataError("the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled=")
-    more = None if more is None or unlabelled is None else unlabelled.attach(more)
+    more = None if more is None or unlabelled is None else _in_order(unlabelled, splits.task).attach(more)
     return replace(splits, train=teacher.attach(splits.train), unlabelled=more, distil=distil)
+
+
+def _in_order(teacher: TeacherLogits, task: Task) -> TeacherLogits:
+    """Bring the columns of a teacher that was made by hand to the order of the task's labels."""
+    if task.kind == "regression" or teacher.label_names == task.label_names:
+        return teacher
+    remedy = "Name the teacher's columns as the task names its labels"
+    places = match_labels(teacher.label_names, task.label_names, teacher.source, remedy)
+    return replace(teacher, logits=teacher.logits[:, places], label_names=task.label_names)
 
 
 def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> Tokenised:

@@ -178,6 +178,7 @@ class LossSums:
     """Sums of loss terms over rows, on the device: reading them is what costs, not adding."""
 
     def __init__(self, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # Apple's has no float64
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
         self.bad_loss, self.bad_gradient = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
 
@@ -187,8 +188,10 @@ class LossSums:
         zero = torch.zeros_like(rows)
         soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
         hard_rows = rows if terms.labelled is None else terms.labelled.sum().to(rows.dtype)
-        total = terms.total.sum()
-        self.sums += torch.stack([total, terms.hard.sum(), soft, rows, soft_rows, hard_rows]).to(self.sums.dtype)
+        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows, hard_rows])
+        added = added.to(self.sums.device).to(self.sums.dtype)
+        self.sums += added
+        total = added[0]
         self.bad_loss = torch.where(~torch.isfinite(total) & (self.bad_loss < 0), step, self.bad_loss)
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ class LabelSettings:
         """Refuse numbers out of range. A worker remembers its teacher by the settings, which lists could not name."""
         for name in ("text", "label_names"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.rows_per_shard < 1 or self.max_length < 4:
             numbers = f"{self.rows_per_shard} and {self.max_length}"
             raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {numbers}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -278,10 +279,10 @@ def train_student(
     rows an epoch, its labelled rows again and again, so that both take the same optimiser steps.
 
     Args:
-        source: Hub id or folder of a pretrained encoder, or one that is already loaded.
+        source: Hub id or folder of a pretrained encoder, or one that is already loaded and stays as it is.
         splits: the task with its examples, from `attach_teacher`; as loaded they train on the labels alone (the
             control).
-        settings: epochs, learning rate and the like.
+        settings: epochs, learning rate and the like; without adapters the width chooses a rate that is not set.
         folder: where checkpoints go; an interrupted training continues from there.
         lora: the adapters; None tunes every weight.
         seed: seeds the adapters, the new head, dropout and the order of the rows.
@@ -294,7 +295,12 @@ def train_student(
         >>> settings = StudentTrainConfig(epochs=1, learning_rate=5e-4)
         >>> trained = train_student("distilbert-base-uncased", taught, settings, folder="work/student")
     """
-    encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
+    if isinstance(source, Encoder):  # training changes a model, and the caller's may start another one
+        encoder = replace(source, model=copy.deepcopy(source.model))
+    else:
+        encoder = load_encoder(source, splits.task, seed=seed)
+    if lora is None and "learning_rate" not in settings.model_fields_set:  # that of adapters is far too high
+        settings = settings.model_copy(update={"learning_rate": None})
     options = TrainingOptions(
         Path(folder),
         lora=lora,

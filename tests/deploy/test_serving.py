@@ -170,6 +170,20 @@ def test_texts_that_wait_are_computed_together_and_a_full_queue_sends_away():
     assert sorted(model.calls[1]) == sorted(texts)
 
 
+def test_each_thread_computes_a_batch():
+    """Python's own pool has some threads for all models together, so that a large machine was half idle."""
+    model = SimpleNamespace(folder=SimpleNamespace(), gate=threading.Barrier(40, timeout=30))
+
+    def predict(texts):
+        model.gate.wait()
+        return [Prediction(text, {}) for text in texts]
+
+    model.predict = predict
+    with in_thread(make_app({"slow": model}, at_once=40)) as port, ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(call, port, {"text": str(number)}) for number in range(40)]
+        assert [one.result()[0] for one in asked] == [200] * 40
+
+
 def wait_until(condition):
     """Wait for what must come soon."""
     end = time.monotonic() + 30

@@ -19,10 +19,11 @@ from kdlora.data.tasks import Task
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.search import Reporter, _check_effect, begin_search, carry_out_trial, run_search
+from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch
 from kdlora.experiment.study import (
     ask,
+    check_effect,
     check_space,
     counted_trials,
     grid_of,
@@ -296,7 +297,7 @@ def test_a_key_that_changes_nothing_is_not_searched(search_of, arm, key, values,
     """Thirty trainings of one config, of which the first was told as the best learning rate."""
     config, settings = search_of({key: values}, {"run": {"arms": ["fft", "kd-lora", "student-lora", "student-fft"]}})
     with nullcontext() if is_searched else pytest.raises(ConfigError, match=f"{key} changes nothing of the arm {arm}"):
-        _check_effect(config, settings, arm)
+        check_effect(config, settings, arm)
 
 
 def test_spaces_are_read_as_they_are_written(workshop, tmp_path):

@@ -1,4 +1,4 @@
-"""The verbs that carry out many runs, and the one that answers over HTTP."""
+"""The verbs that carry out many runs or label many texts, and the one that answers over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Set, Text, app, print_json, print_table, verb
 from kdlora.deploy import Runtime
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
@@ -170,6 +170,63 @@ def _show_search(event: SearchEvent, show: Show | None) -> None:
         epoch = getattr(event.detail, "epoch", None)
         now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
         show("trials", event.done, event.trials, count + best + now)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What `kdlora label` is told; the fields after `to` but `on` are those of `LabelSettings`."""
+
+    model: Annotated[str, Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
+    data: Annotated[str, Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
+    to: Annotated[Path, Option("--to", help="Output folder. The same command continues.")]
+    on: Annotated[
+        str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
+    ] = None
+    text: Text = None
+    id_column: IdColumn = "id"
+    label_names: Annotated[
+        list[str] | None,
+        Option("--label-name", metavar="NAME", help="Name of a model output. Give it once per output, in order."),
+    ] = None
+    revision: Annotated[str | None, Option(help="Commit, tag or branch of a Hub id.")] = None
+    max_length: Annotated[int, Option(help="Longest input in tokens.")] = 128
+    rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 50_000
+    precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
+    texts: Annotated[bool, Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")] = True
+    strict: Annotated[bool, Option("--strict", help="Stop at the first bad row.")] = False
+    as_json: Json = False
+
+
+@verb(Label)
+def label(options: Label) -> None:
+    """Store a teacher's logits for any number of texts, in constant memory. After a kill, the same command continues.
+
+    Use the folder as data.unlabelled or as teacher.logits.
+
+    Example: kdlora label runs/reviews/teacher 'texts/*.parquet' --to labelled --text body
+    """
+    from kdlora.system.launch import check_alone
+
+    check_alone("label")
+    from kdlora.experiment.labelling import LabelSettings, label_collection
+
+    given = {name: value for name, value in vars(options).items() if name in LabelSettings.__dataclass_fields__}
+    with draw_bars() as show:
+
+        def advance(done: int, total: int | None) -> None:
+            if show is not None:
+                show("rows", done, total, f"{done:,}")
+
+        summary = label_collection(
+            options.model, options.data, options.to, LabelSettings(**given), on=options.on, progress=advance
+        )
+    if options.as_json:
+        print_json(asdict(summary))
+        return
+    bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
+    cut = f", {summary.truncated} cut at {options.max_length} tokens" if summary.truncated else ""
+    print(f"{summary.rows:,} rows{bad}{cut} in {summary.folder}; files: {summary.shards:,}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ConfigError, KdLoraError
+from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
-from kdlora.experiment.settle import settings_for
 from kdlora.experiment.study import (
     ask,
+    check_effect,
     check_space,
     inspect_rows,
     make_teacher,
@@ -37,7 +37,7 @@ from kdlora.extras import check_installed
 from kdlora.report.page import Cell, Figure, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
 from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
-from kdlora.searchconfig import Choices, SearchConfig
+from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import ChildDiedError, run_in_child
 from kdlora.system.integrity import hash_json
 from kdlora.system.ownership import check_folder, remove
@@ -153,7 +153,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
     arm = settings.arm or [*students, config.teacher_arm][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
-    _check_effect(config, settings, arm)
+    check_effect(config, settings, arm)
     folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
@@ -164,22 +164,6 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     search.study()
     write_text_atomic(folder / "search.yaml", save_config(config))
     return search
-
-
-def _check_effect(config: Config, settings: SearchConfig, arm: Arm) -> None:
-    """Refuse a key that changes nothing of the arm or its teacher: all trials would be the same training."""
-
-    def trained(value: Any) -> str:
-        one, found = with_settings(config, {key: value}), []
-        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS else (arm,):
-            found.append(identity(reset_unused(one, each)))
-            found[-1]["student"]["train"] = settings_for(one, each).model_dump(mode="json")
-        return json.dumps(found)
-
-    for key, one in settings.space.items():
-        values = one.values if isinstance(one, Choices) else one.ends
-        if any(value != values[0] for value in values) and len(set(map(trained, values))) == 1:
-            raise ConfigError(f"search.space: {key} changes nothing of the arm {arm}; leave it out, or set search.arm")
 
 
 def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEvent], None] | None) -> None:

@@ -28,6 +28,7 @@ from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.plan import identity, reset_unused
 from kdlora.experiment.recording import hash_splits, keep_weights, prepare_process
 from kdlora.experiment.settle import (
     Chosen,
@@ -37,6 +38,7 @@ from kdlora.experiment.settle import (
     look_at_models,
     rows_per_epoch,
     sample_texts,
+    settings_for,
     stored_logits,
 )
 from kdlora.experiment.stages import label_splits, train_splits
@@ -168,6 +170,22 @@ def check_space(config: Config, search: SearchConfig) -> None:
                 faults.append(str(fault).split("\n  - ", 1)[-1])
     if faults:
         raise ConfigError("\n".join(["search.space:", *(f"  - {fault}" for fault in dict.fromkeys(faults))]))
+
+
+def check_effect(config: Config, search: SearchConfig, arm: Arm) -> None:
+    """Refuse a key that changes nothing of the arm or its teacher: all trials would be the same training."""
+
+    def trained(value: Any) -> str:
+        one, found = with_settings(config, {key: value}), []
+        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS else (arm,):
+            found.append(identity(reset_unused(one, each)))
+            found[-1]["student"]["train"] = settings_for(one, each).model_dump(mode="json")
+        return json.dumps(found)
+
+    for key, one in search.space.items():
+        values = one.values if isinstance(one, Choices) else one.ends
+        if any(value != values[0] for value in values) and len(set(map(trained, values))) == 1:
+            raise ConfigError(f"search.space: {key} changes nothing of the arm {arm}; leave it out, or set search.arm")
 
 
 def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:

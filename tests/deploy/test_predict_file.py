@@ -1,6 +1,7 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -179,6 +180,21 @@ def test_a_second_process_and_a_half_removed_folder_spoil_nothing(tmp_path, mode
     assert predict_file(model, source, out).resumed == 0
     assert out.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_disk_without_locks_and_a_file_as_folder(tmp_path, model, source, monkeypatch):
+    """Predictions that were written everywhere ended with a traceback where a file system knows no locks."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdlora.system.storage.FileLock.acquire", refuse)
+        assert predict_file(model, source, tmp_path / "out.jsonl").rows == 60
+    with pytest.raises(ArtifactError, match=r"in\.csv is no folder; name one"):
+        predict_file(model, source, source / "out.jsonl")
+    (tmp_path / "new.jsonl.partial").mkdir()
+    assert predict_file(model, source, tmp_path / "new.jsonl").rows == 60, "what a full disk left"
 
 
 def test_columns_are_those_of_the_first_row_wherever_it_goes_on(tmp_path, model):

@@ -288,7 +288,7 @@ def test_json_lines_keep_every_value(tagger, tmp_path):
         ("in.csv", b"text,a,a\nb,c,d\n", "two columns have one name"),
         ("in.csv", b"text,a\nb\n", "1 columns where 2 are expected"),
         ("in.csv", b"body,a\nb,c\n", "Name the text column"),
-        ("in.parquet", b"PAR1", "Parquet is not redacted"),
+        ("in.parquet", b"PAR1", "a parquet file is not redacted"),
     ],
 )
 def test_what_cannot_be_read_is_not_passed_on(tagger, tmp_path, name, content, message):

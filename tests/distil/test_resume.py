@@ -136,6 +136,8 @@ def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path):
         options["lora"] = change.get("adapter", LoraSettings())
         with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
             setup.run(tmp_path, **options)
+    kept = shutil.copytree(tmp_path, tmp_path.with_name("less-memory"))
+    make_setup(micro_batch_tokens=64).run(kept, lora=LoraSettings())  # after running out of it
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}, "a pickle would run code where it is resumed"
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")

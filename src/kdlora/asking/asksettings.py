@@ -97,7 +97,7 @@ class AskSettings:
                 object.__setattr__(self, name, (value,))
         labels: Any = self.labels
         if labels is not None and not isinstance(labels, Mapping):
-            object.__setattr__(self, "labels", dict.fromkeys(labels, ""))
+            object.__setattr__(self, "labels", dict.fromkeys((labels,) if isinstance(labels, str) else labels, ""))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not least <= value < math.inf:

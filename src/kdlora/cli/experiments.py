@@ -86,7 +86,7 @@ class Run:
         """Refuse an option that the file leaves without effect."""
         named = next((models for name, models in FAMILIES.items() if name == self.family), None)
         if named and config.teacher.model != named[0] and config.student.model != named[1]:
-            raise ConfigError(f"--family {self.family}: the config names both models; give --teacher and --student")
+            raise ConfigError(f"--family {self.family}: both models are named already; leave it out")
         is_used = "lora" in config.run.arms or config.student.from_teacher_layers is not None
         if self.teacher and config.given_teacher and not is_used:
             raise ConfigError(

@@ -24,8 +24,8 @@ InputFormat = Annotated[
     str | None,
     Option(
         metavar="FORMAT",
-        help="Format of the input: csv, tsv, jsonl, parquet, conll or text (one a line, as of standard input). "
-        "Default: by its name.",
+        help="csv, tsv, jsonl or text (one a line, as of standard input); of predict parquet and conll, too. "
+        "Default: by the file's name.",
     ),
 ]
 

@@ -211,6 +211,8 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
     Cascade(student, teacher, 0.0)  # which refuses what cannot be one
     if given.task is None or given.labels is None:
         raise DataError("a cascade is scored on labelled rows; give a labelled file.")
+    if set(given.task.label_names) != set(student.label_names):
+        raise DataError("the labelled rows have other labels than the models; give rows of their task.")
     texts, outputs, seconds = [check_text(text, f"text {row}") for row, text in enumerate(given.texts)], [], []
     for model in (student, teacher):
         model.predict_logits(texts[:32])
@@ -222,8 +224,6 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         shift_logits(logits, model.label_names, model.decisions.thresholds, model.folder.temperature)
         for model, logits in zip((student, teacher), outputs, strict=True)
     )
-    if set(given.task.label_names) != set(student.label_names):
-        raise DataError("the labelled rows have other labels than the models; give rows of their task.")
     small, large = (
         logits[:, [model.label_names.index(name) for name in given.task.label_names]]
         for model, logits in ((student, small), (teacher, large))

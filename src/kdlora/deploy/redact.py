@@ -98,8 +98,8 @@ def redact_file(
     wanted = _check_placeholders(tagger, placeholders)
     columns = replace(text_columns(tagger, text), words=False, keep=True)
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
-    if reader.form == "parquet":
-        raise DataError(f"{source}: Parquet is not redacted; write the rows as JSON Lines or CSV first.")
+    if reader.form in ("parquet", "conll"):
+        raise DataError(f"{source}: a {reader.form} file is not redacted; write the rows as JSON Lines or CSV first.")
     with _open(source, to) as file, contextlib.closing(iter(reader)) as given:
         for window in chain(cut_windows(given, MOST_CHARACTERS), [[]]):  # the last one for a header alone
             if not rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
-from kdlora.system.ownership import MANIFEST, is_ours_by_name, read_manifest, remove, remove_abandoned
+from kdlora.system.ownership import MANIFEST, check_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, hold_lock, mark_folder
 
 if TYPE_CHECKING:
@@ -302,9 +303,14 @@ class PartialResult(_Output):
         super().__init__(form)
         self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
+        check_folder(self.folder, "prediction")
         self._lock = contextlib.ExitStack()
         what, remedy = f"writes predictions into {to}", ", or name another file with --to"
-        self._lock.enter_context(hold_lock(self.folder / ".lock", what, remedy=remedy))
+        try:
+            self._lock.enter_context(hold_lock(self.folder / ".lock", what, remedy=remedy))
+        except (OSError, NotImplementedError) as fault:  # a disk that knows no locks is written all the same
+            if getattr(fault, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
         try:
             self._take_over(made_of | {"output_format": form.name}, resume=resume)
         except BaseException:
@@ -354,7 +360,7 @@ class PartialResult(_Output):
         if not os.path.lexists(self.folder):
             return
         is_folder = self.folder.is_dir() and not self.folder.is_symlink()
-        is_new = is_folder and [entry.name for entry in self.folder.iterdir()] == [".lock"]
+        is_new = is_folder and all(one.name == ".lock" or is_ours_by_name(one) for one in self.folder.iterdir())
         if not is_folder or (read_manifest(self.folder) is None and not is_new):
             raise ArtifactError(
                 f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "

@@ -142,6 +142,12 @@ class DistillationTrainer(Trainer):
         loss = terms.total.sum() / rows
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate as Trainer does, but keep all words of the last batch, which accelerate would cut as if rows."""
+        if self.kind == "tokens":
+            self.gather_function = self.accelerator.gather
+        return super().evaluation_loop(*args, **options)
+
     def record(self, terms: LossTerms) -> None:
         self.window.add(terms, self.state.global_step + 1)
 

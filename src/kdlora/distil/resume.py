@@ -28,6 +28,8 @@ SCHEMA_VERSION = 3
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-[0-9]{9}")
 _BEST = "best.safetensors"
+_MEMORY = ("micro_batch_tokens", "gradient_checkpointing")
+"""Settings that change a training by rounding alone; after running out of memory it goes on with others."""
 _MEANING = {
     "model": "the model or its initial weights",
     "train": "the training rows or their teacher logits",
@@ -118,7 +120,7 @@ class CheckpointFolder:
         mark_folder(self.folder, "training")
 
     def _refuse_others(self, checkpoint: Path, ingredients: Mapping[str, Any]) -> None:
-        changed = compare(ingredients, self.ingredients)
+        changed = compare(_without_memory(ingredients), _without_memory(self.ingredients))
         if changed == ["processes"]:
             count = int(ingredients["processes"])
             way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
@@ -206,6 +208,11 @@ def _read_manifest(folder: Path, *, whole: bool = False) -> dict[str, Any] | Non
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if fits else None
+
+
+def _without_memory(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    settings = ingredients.get("settings") or {}
+    return {**ingredients, "settings": {key: one for key, one in settings.items() if key not in _MEMORY}}
 
 
 def _link(source: Path, target: Path) -> None:

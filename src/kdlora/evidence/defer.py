@@ -14,14 +14,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.metrics import probabilities, weighted_metric
 from kdlora.evidence.ranking import ratio
+
+if TYPE_CHECKING:
+    from kdlora.data.tasks import Task
 
 Sureness = Literal["probability", "margin", "energy"]
 SURENESS: tuple[Sureness, ...] = get_args(Sureness)

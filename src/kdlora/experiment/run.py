@@ -182,14 +182,14 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
         config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         config, splits = _without_words(config, splits)
-    _check_wishes(config, splits)
+    _check_wishes(config, splits, layout)
     facts = look_at(splits, config.data)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config), {})
 
 
-def _check_wishes(config: Config, splits: Splits) -> None:
+def _check_wishes(config: Config, splits: Splits, layout: ExperimentLayout) -> None:
     """Refuse what is asked of the shipped student and could not be had after all trainings."""
-    if "openvino" in config.export.formats:
+    if "openvino" in config.export.formats and not is_deployed(config, layout):
         check_installed("export.formats: openvino", "openvino-export")
     if config.export.thresholds is not None:
         settle_goals(splits.task, config.export.thresholds)

@@ -123,7 +123,8 @@ class Grids(Section):
     def _has_rates_of_its_own(cls, axes: Axes) -> Axes:
         for key in (key for axis in axes for settings in axis for key in settings):
             if key in ("student.train.learning_rate", "student.train.head_learning_rate"):
-                raise ValueError(f"{key} is of adapters; the rate of these arms is student.full_learning_rate")
+                other = "teacher.train.head" if "head" in key else "student.full"
+                raise ValueError(f"{key} is of adapters; the rate of these arms is {other}_learning_rate")
         return axes
 
     def of(self, arm: Arm) -> Axes:
@@ -238,7 +239,11 @@ def _names_source(values: Mapping[str, Any]) -> bool:
 
 def _with_absolute_paths(values: Mapping[str, Any], base: Path, has_source: bool) -> dict[str, Any]:
     def resolve(part: Any) -> Any:
-        return absolute_paths(dict(part), base, has_source=has_source) if isinstance(part, Mapping) else part
+        if not isinstance(part, Mapping):
+            return part
+        data = part.get("data")
+        own = data["path"] is not None if isinstance(data, Mapping) and "path" in data else has_source
+        return absolute_paths(dict(part), base, has_source=own)
 
     resolved = dict(values) | {"config": resolve(values.get("config", {}))}
     for key in ("tasks", "families"):

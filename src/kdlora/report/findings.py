@@ -197,8 +197,9 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
         return arm == best or (found is not None and found.difference is not None and found.difference.high >= 0)
 
     best = max(means, key=lambda name: means[name])  # of equal ones the first
-    teachers = [_known(run.record.score) for run in finished if run.record.arm == run.record.teacher_arm]
-    if not teachers or np.mean(teachers) >= means[best]:  # else nothing speaks for what it taught
+    # The first of them teaches; a table may have no score.
+    taught = next((run.record.score for run in finished if run.record.arm == run.record.teacher_arm), None)
+    if taught is None or taught >= means[best]:  # else nothing speaks for what it taught
         arm = next((name for name in means if name in DISTILLED_ARMS and holds(name)), best)
     else:
         arm = best

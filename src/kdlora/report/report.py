@@ -214,7 +214,8 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
-            detail = detail if cost.is_alike(*runs) else "the teacher was measured on another machine"
+            if whole and not cost.is_alike(*runs):
+                detail = "the teacher was measured on another machine"
             tiles.append(Tile(label, cost.write(one), detail or none, href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)

@@ -29,6 +29,13 @@ def test_one_value_may_stand_for_a_list_of_one() -> None:
     assert LabelSettings(text="review").text == ("review",)  # type: ignore[arg-type]
 
 
+def test_it_is_said_which_label_a_number_stands_for(asking, tmp_path, caplog) -> None:
+    """Labels 0 and 1 are positions in the file of labels; read in silence, they may be the other way round."""
+    rows = [row | {"label": int(row["label"] == "positive")} for row in sentiment_rows(8)]
+    plan_asking(str(write_csv(tmp_path / "coded.csv", rows)), asking.settings(labels={"positive": "", "negative": ""}))
+    assert "labels were read as positions: 0 = positive, 1 = negative" in caplog.text
+
+
 def questions(count: int, *, most: int = 20, votes: bool = False, examples=()) -> Questions:
     settings = AskSettings("m", top_logprobs=most, votes=5 * votes)
     return Questions(None, {f"topic {number}": "" for number in range(count)}, examples, settings)
@@ -152,6 +159,8 @@ def test_some_rows_and_later_more_of_them(asking, tiny_model_folder):
     margin = pd.Series([abs(2 * one.probabilities["positive"] - 1) for one in found], index=rows["id"])
     chosen = pd.read_parquet(asking.to / "train.parquet")["id"]
     assert margin[chosen].max() <= margin.drop(chosen).min() + 1e-6
+    (student / "README.md").write_text("The card, which `kdlora defer` writes anew, chooses no row.")
+    assert asking(rows=12, select="uncertain", select_by=str(student)).resumed == 10
 
 
 def test_the_command_prints_what_was_done_and_audited_rows_are_no_examples(asking, cli):

@@ -64,6 +64,15 @@ def test_columns_by_name(file, task):
     assert found.attach(Dataset.from_dict({"id": ["1"]}))["teacher_logits"][:] == [[1.0, 3.0]]
 
 
+def test_a_label_that_is_called_id_is_told_from_the_ids(tmp_path):
+    """Languages "de", "en", "id": the table that `kdlora ask` had written for them could not be read."""
+    task = Task("single-label", ("text",), ("label",), ("de", "en", "id"), ("accuracy",))
+    rows = {"id": ["a", "b"], "split": ["train", "train"], "de": [0.1, 0.2], "en": [0.2, 0.2], "logit:id": [0.7, 0.6]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    found = read_teacher_table(tmp_path / "t.parquet", task, values="probabilities")
+    np.testing.assert_allclose(np.exp(found.logits), [[0.1, 0.2, 0.7], [0.2, 0.2, 0.6]], atol=1e-6)
+
+
 def test_every_kind_of_list_holds_the_values_of_words(tmp_path):
     """Polars writes another kind of list than pandas, and its tables were refused."""
     names = tag_names(("X",))

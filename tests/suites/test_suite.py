@@ -130,6 +130,27 @@ def test_a_teacher_labels_as_it_was_trained_to_read(suite_values, tmp_path):
     assert open_store(manifest).ingredients["windows"]["pool"] == "mean"
 
 
+def test_seeds_of_a_teacher_have_one_folder_and_a_head_the_rate_of_its_control(suite_values, tmp_path):
+    """The seeds that do not teach took the weights of the one that does, before it had labelled, at every call.
+
+    The head of `kd-fft` had the teacher's rate, whatever the grid said.
+    """
+    data = suite_values()["tasks"]["reviews"]["data"] | {"max_train_examples": 32}
+    grid = {"full_students": {"teacher.train.head_learning_rate": [1e-4, 1e-2]}}
+    arms = ["fft", "kd-fft"]
+    suite = build_suite(
+        suite_values(tasks={"reviews": {"task": {}, "data": data}}, grids=grid, arms=arms, seeds=[0, 1])
+    )
+    result = run_suite(suite, tmp_path / "suite")
+    assert [record.error for record in result.failed] == []
+    assert len(list(result.folder.glob("runs/*/*/teacher/model.safetensors"))) == 1
+    students = [record for record in result.records.values() if record.arm == "kd-fft"]
+    rates = [record.config["teacher"]["train"]["head_learning_rate"] for record in students]
+    assert sorted(rates) == [1e-4, 1e-4, 1e-2, 1e-2]
+    told = (result.folder / "runs.csv").read_text()
+    assert all(f"head learning rate {rate}" in told for rate in (0.0001, 0.01))
+
+
 def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite_folder, suite_values, monkeypatch):
     """Cells of an earlier version, scored by another metric or on other rows, would stand beside new ones."""
     place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))

@@ -11,7 +11,7 @@ from fabricate import make_record
 from kdlora.data.tasks import GLUE
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.experiment.plan import make_plan
-from kdlora.experiment.suite_tables import SuiteFigures, write_tables
+from kdlora.experiment.suite_tables import SuiteFigures, settings_text, write_tables
 from kdlora.experiment.suitefile import build_suite
 from kdlora.report.page import Cell, Table, to_csv, to_latex
 
@@ -81,6 +81,17 @@ def test_a_figure_is_the_median_of_the_best_configurations(figures):
     cell = figures.plan.cells["mnli", "own", "fft"]
     whole, matched, other = (figures.figure(cell, group).median for group in ("", "matched", "mismatched"))
     assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
+
+
+def test_rows_and_configurations_have_names_of_their_own(tmp_path):
+    """Two sizes of one GLUE task were two rows "SST-2", and the two dropouts of a grid both "dropout"."""
+    tasks = {f"cola-{rows}": {"task": {"name": "cola"}, "data": {"max_train_examples": rows}} for rows in (100, 1000)}
+    grids = {"adapters": [{"lora.alpha": [16.0]}, {"distil.alpha": [0.3]}, {"lora.rank": [8]}]}
+    plan = small_plan(tasks=tasks, grids=grids, arms=["fft", "kd-lora"])
+    made = {run.key: make_record(run.arm, run.seed, task=GLUE["cola"].task, value=50.0) for run in plan.runs()}
+    assert [row.title for row in SuiteFigures(plan, made, tmp_path).rows] == ["cola-100", "cola-1000"]
+    told = settings_text(next(run for run in plan.runs() if run.arm == "kd-lora"))
+    assert told == "lora.alpha 16.0, distil.alpha 0.3, rank 8"
 
 
 def test_with_a_test_split_the_choice_stays_on_validation(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import MANIFEST, Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import MANIFEST, TOLD, Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -234,7 +234,10 @@ class _Asking:
         rows, settings = self.rows, self.settings
         files = [rows.sources, list(rows.task.text), list(rows.task.label), settings.id_column]
         audited = settings.audit if isinstance(settings.audit, int) else None
-        by = None if settings.select_by is None else hash_files(model := expand_home(settings.select_by), [model])
+        by = None
+        if settings.select_by is not None:  # its card and decisions choose no row
+            found = hash_files(model := expand_home(settings.select_by), [model])
+            by = {name: digest for name, digest in found.items() if name not in TOLD}
         return {
             "prompts": [one.source for one in self.questions],
             "labels": [list(label) for label in rows.labels.items()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from kdlora.data.spool import read_column, slice_rows
 from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, DataError, first_line
 from kdlora.system.integrity import hash_file
+
+logger = logging.getLogger(__name__)
 
 _SLICE = 1000
 
@@ -59,15 +62,16 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
     source = open_file(expand_home(data), "the data", plain=True)
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
-    rows = Reading(task, settings.id_column).read({"": source}, labelled=labelled)
+    reading = Reading(task, settings.id_column)
+    rows = reading.read({"": source}, labelled=labelled)
     parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
     if settings.unlabelled is not None:
         more = open_file(expand_home(settings.unlabelled), "unlabelled", plain=True)
-        parts["unlabelled"] = Reading(task, settings.id_column).read({"": more}, labelled=False)
+        parts["unlabelled"] = reading.read({"": more}, labelled=False)
     audit, pool = None, np.arange(len(rows))
     if isinstance(settings.audit, str | Path):
         audited = open_file(expand_home(settings.audit), "audit")
-        parts["validation"] = Reading(task, settings.id_column).read({"": audited}, labelled=True)
+        parts["validation"] = reading.read({"": audited}, labelled=True)
         audit = ("validation", np.arange(len(parts["validation"])))
         if len(audit[1]) < LEAST_AUDIT_ROWS:
             raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(audit[1])}")
@@ -80,6 +84,8 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
         pool = np.setdiff1d(pool, audit[1])
     chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
     examples = _examples(rows.select(pool) if labelled else None, settings)
+    for note in dict.fromkeys(reading.notes):  # such as which label a 0 stands for
+        logger.warning(note)
     files = {"data": data, "unlabelled": settings.unlabelled, "audit": settings.audit}
     sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str | Path)}
     return AskedRows(task, labels, parts, chosen, audit, examples, sources)

@@ -47,8 +47,8 @@ class AskSettings:
         temperature: sampling temperature of the answers. Default: 0; with votes: 1.
         top_logprobs: likely tokens that the server returns, at most 20. More labels take two steps.
         audit: file of rows that people labelled, or a number of labelled rows to draw.
-        unlabelled: file of more texts, without labels.
-        rows: ask about only this many rows. Default: all.
+        unlabelled: file of more texts, without labels. All of them are asked about.
+        rows: ask about only this many rows of the data. Default: all.
         select: how these rows are chosen: `random`, `diverse`, or `uncertain` (needs `select_by`).
         select_by: model folder, such as a first student. Rows about which it is unsure are chosen.
         concurrency: number of requests at the same time.

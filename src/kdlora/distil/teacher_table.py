@@ -136,7 +136,11 @@ def _by_word(table: pa.Table, columns: Sequence[str], file: Path) -> tuple[pa.Ta
 
 def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     """Find the column of every label by name, and refuse labels that the task does not have."""
-    found = [column for column in columns if column not in RESERVED or column in task.label_names]
+    found = [
+        column
+        for column in columns
+        if column not in RESERVED or (column in task.label_names and LOGIT + column not in columns)
+    ]
     names = [column.removeprefix(LOGIT) for column in found]
     if task.kind == "regression":
         for wanted in (*task.label_names, "prediction"):

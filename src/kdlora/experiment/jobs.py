@@ -250,6 +250,9 @@ class Queue:
             layout, mark = dataclasses.replace(layout, shared_teacher=folder), self._mark(teacher)
             if not self._ships:  # it reads texts as it was trained to
                 section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder), "tuning": "full"})
+                if labels is None:  # the head of `kd-fft` has the rate of its control's
+                    head = {"head_learning_rate": run.config.teacher.train.head_learning_rate}
+                    section = section.model_copy(update={"train": section.train.model_copy(update=head)})
                 config = config.model_copy(update={"teacher": section})
                 if labels is not None:
                     own = {key: getattr(teacher.config.data, key) for key in WINDOW_KEYS}
@@ -314,7 +317,8 @@ class Queue:
         """Delete the weights of a suite's teachers that teach nobody: a grid of them would fill the disk."""
         kept = {best.key for lesson in self._lessons if (best := self._best(lesson)) is not None}
         for one in () if self._ships else self.runs:
-            if one.arm in TEACHER_ARMS and one.key not in kept and self._is_finished(one):
+            keeps = one.arm in TEACHER_ARMS and one.seed == one.config.teacher_seed  # all its seeds have one folder
+            if keeps and one.key not in kept and self._is_finished(one):
                 remove(one.layout(self._root).teacher)
 
     def _mark(self, teacher: PlannedRun | None) -> str:

@@ -214,5 +214,6 @@ def _used_settings(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[
     """Keep the settings that the arm uses, with the values that the config made of them."""
     unused = [*_unused_keys(config, arm), *([] if arm in ("fft", config.teacher_arm) else ["teacher.train"])]
     values = config.model_dump(mode="json")
-    used = [key for key in settings if not any(f"{key}.".startswith(f"{one}.") for one in unused)]
+    own = ("teacher.train.head_learning_rate",) if arm in ("student-fft", "kd-fft") else ()
+    used = [key for key in settings if key in own or not any(f"{key}.".startswith(f"{one}.") for one in unused)]
     return tuple((key, functools.reduce(operator.getitem, key.split("."), values)) for key in used)

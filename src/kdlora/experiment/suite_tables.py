@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class SuiteFigures:
         for task in self.plan.suite.tasks:
             found = [record for run, record in self.ended(self.plan.runs()) if run.task == task]
             name = next((str(record.task.get("name") or "") for record in found if record.task), "")
-            title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
+            is_name = re.sub("[-_]", "", task.lower()) == name  # else the suite calls it by a name of its own
+            title = next((entry.folder for key, entry in GLUE.items() if is_name and key == name), task)
             groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
             rows += [
                 SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}", f"{name}-{group}") for group in groups
@@ -365,7 +367,11 @@ def _failed_runs(figures: SuiteFigures) -> Table:
 
 def settings_text(run: PlannedRun) -> str:
     """Write what the grid set for a run on one line, such as `rank 8, epochs 3`."""
-    parts = [f"{key.rsplit('.', 1)[-1].replace('_', ' ')} {value}" for key, value in run.settings]
+    last = [key.rsplit(".", 1)[-1] for key, _ in run.settings]
+    parts = [
+        f"{one.replace('_', ' ') if last.count(one) == 1 else key} {value}"
+        for one, (key, value) in zip(last, run.settings, strict=True)
+    ]
     return ", ".join(parts) or "as in the config"
 
 

@@ -197,12 +197,7 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
         return arm == best or (found is not None and found.difference is not None and found.difference.high >= 0)
 
     best = max(means, key=lambda name: means[name])  # of equal ones the first
-    # The first of them teaches; a table may have no score.
-    taught = next((run.record.score for run in finished if run.record.arm == run.record.teacher_arm), None)
-    if taught is None or taught >= means[best]:  # else nothing speaks for what it taught
-        arm = next((name for name in means if name in DISTILLED_ARMS and holds(name)), best)
-    else:
-        arm = best
+    arm = next((name for name in means if name in DISTILLED_ARMS and holds(name)), best)
     others = [name for name in means if name != arm]
     rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
     against = best if arm != best else max(rivals, key=lambda name: means[name], default=None)

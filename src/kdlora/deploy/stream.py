@@ -255,9 +255,7 @@ def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
     """Write rows as CSV; bytes that were no UTF-8 where they were read stay what they were."""
     lines: list[str] = []
     writer = SimpleNamespace(write=lambda line: lines.append(f"{line[:-2]}\n"))
-    csv.writer(writer, lineterminator="\r\n").writerows(
-        rows
-    )  # quotes what holds \r, too; with "\n" Python 3.11 does not
+    csv.writer(writer, lineterminator="\r\n").writerows(rows)  # so that Python 3.11 quotes what holds \r, too
     return "".join(lines).encode(errors="surrogateescape")
 
 

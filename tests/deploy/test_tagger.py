@@ -102,6 +102,23 @@ def test_one_window_or_many_give_the_same(tmp_path):
         assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
 
 
+def test_words_that_share_a_token_go_on(exported, classifier_folder, tagger):
+    """Prevents an entity for each character, where a tokenizer joins the characters of a Chinese name."""
+    text = next(text for text in TEXTS if tagger.predict(text))
+    tokens = {start: end for start, end in next(iter(tagger.encode([text]))).offsets if end > start + 1}
+    parts = [edge for word in zip(*split_words(text), strict=True) for edge in _halves(*word, tokens)]
+    halves = Words(text, *map(list, zip(*parts, strict=True)))
+    assert len(parts) > len(split_words(text)[0])
+    for model in (tagger, Tagger.load(classifier_folder("bert", "tokens"))):
+        whole, cut = model.predict(text), model.predict([halves])[0]
+        assert places(cut) == places(whole) != []
+
+
+def _halves(start, end, tokens):
+    """Cut a word within its first sub-token."""
+    return [(start, start + 1), (start + 1, end)] if start in tokens else [(start, end)]
+
+
 def test_score_is_the_probability_of_the_type(exported, tmp_path):
     """Prevents the score of one tag of a span, and a temperature that is stored and never applied."""
     folder = shutil.copytree(exported("bert", "tokens"), tmp_path / "model")

@@ -18,7 +18,7 @@ from kdlora.data.batches import Collator, WordCollator, tokenise
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
 from kdlora.data.windows import WindowSettings
-from kdlora.data.word_tokens import cut_words, split_row, word_offsets
+from kdlora.data.word_tokens import cut_words, split_row, word_offsets, words_joined
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits, labelled_values
@@ -155,8 +155,8 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
     columns |= dict(zip(("starts", "ends"), map(list, zip(*words, strict=True)), strict=True))
     rows = Dataset.from_dict(columns)
     encoder = load_encoder(str(tiny_model_folder("bert")), tasks["tokens"], seed=1)
-    tokens = tokenise(rows, encoder.tokenizer, 32).dataset
-    seen = 0
+    tokenised = tokenise(rows, encoder.tokenizer, 32)
+    tokens, seen = tokenised.dataset, 0
     for row, text, (starts, ends) in zip(tokens, texts, words, strict=True):
         offsets = encoder.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         ids = encoder.tokenizer(text, verbose=False)["input_ids"]
@@ -168,7 +168,11 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
     assert seen > 10_000
     some = [row | {"label": [0] * len(row["starts"])} for row in rows.select(range(100))]
     batch = WordCollator(encoder.tokenizer, max_length=32)(some)
-    assert len(batch["labels"]) == sum(place >= 0 for row in tokens.select(range(100)) for place in row["places"])
+    joined = predict_logits(encoder.model, encoder.tokenizer, tokenised)[words_joined(tokens)]
+    assert len(joined) > 1000
+    assert (joined[:, 2::2] >= joined[:, 1::2]).all()
+    places = tokens.select(range(100))["places"]
+    assert len(batch["labels"]) == sum(len(set(row) - {-1}) for row in places) < sum(map(len, places))
     assert torch.isfinite(encoder.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits).all()
 
 

@@ -131,6 +131,14 @@ def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
     return tags - ((tags > 0) & (tags % 2 == 0) & ~_joined((tags + 1) // 2, offsets))
 
 
+def go_on(values: npt.NDArray[np.floating], names: Sequence[str], words: Integers) -> None:
+    """Let words that share their sub-token with the word before go on with its entity: `I-` has what is above `B-`."""
+    for place, name in enumerate(names):
+        if len(words) and name.startswith("B-") and (inner := f"I-{name[2:]}") in names:
+            pair = np.ix_(words, [place, names.index(inner)])
+            values[pair] = np.sort(values[pair], axis=1)
+
+
 def entity_bounds(tags: Integers, offsets: Integers) -> tuple[Integers, Integers]:
     """Give the first words and the ends of all entities, strictly: `I-` without its `B-` before it is none."""
     tags = np.asarray(tags, np.int64)

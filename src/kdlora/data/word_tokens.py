@@ -80,6 +80,14 @@ def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:
     return np.asarray(pc.list_flatten(read_column(dataset, "places")).to_numpy() >= 0)
 
 
+def words_joined(dataset: Dataset) -> Integers:
+    """Number the words of tokenised rows whose first sub-token is that of the word before, as often in Chinese."""
+    column = read_column(dataset, "places")
+    places, rows = pc.list_flatten(column).to_numpy(), pc.list_parent_indices(column).to_numpy()
+    seen = np.flatnonzero(places >= 0)
+    return seen[1:][(np.diff(places[seen]) == 0) & (np.diff(rows[seen]) == 0)]
+
+
 def encode_windows(
     rows: Mapping[str, list[Any]], tokenizer: Any, limit: int, settings: WindowSettings | None = None
 ) -> dict[str, list[Any]]:
@@ -141,6 +149,7 @@ def join_words(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, npt.N
     """Give the words of a batch of windows that count: their places among all its tokens, labels and logits.
 
     With a teacher these are the words that it saw, and whether they have a label of their own; else those that have.
+    Of words that share their first sub-token only the first one counts.
     """
     found = {"words": np.concatenate([number * width + row["places"] for number, row in enumerate(rows)])}
     if "label" not in rows[0]:
@@ -151,4 +160,5 @@ def join_words(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, npt.N
         found["labelled"] = counts
         found["teacher_logits"] = np.concatenate([row["teacher_logits"] for row in rows])
         counts = np.isfinite(found["teacher_logits"]).all(axis=1)
+    counts &= np.diff(found["words"], prepend=-1) != 0
     return {name: values[counts] for name, values in found.items()}

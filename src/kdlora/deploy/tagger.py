@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_names, tag_types
+from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import Decisions, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
@@ -115,6 +115,8 @@ class Tagger(Network):
             for row, values in zip(rows, self.run(inputs), strict=True):
                 logits[windows[row].words] = values[windows[row].places]
         read = np.concatenate([window.words for window in windows] or [np.empty(0, np.int64)])
+        joined = [window.words[1:][np.diff(window.places) == 0] for window in windows]
+        go_on(logits, self.label_names, np.concatenate(joined or [read]))
         if not np.isfinite(logits[read]).all():
             word = read[~np.isfinite(logits[read]).all(axis=1)][0]
             row = int(np.searchsorted(offsets, word, side="right")) - 1

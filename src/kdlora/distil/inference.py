@@ -33,6 +33,7 @@ from kdlora.data.logit_table import (
     write_tables,
 )
 from kdlora.data.spool import TEXTS, doubles, hash_columns, read_column
+from kdlora.data.tags import go_on
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import (
@@ -43,6 +44,7 @@ from kdlora.data.word_tokens import (
     window_counts,
     word_columns,
     word_offsets,
+    words_joined,
     words_seen,
 )
 from kdlora.distil.logits import TeacherLogits
@@ -121,6 +123,8 @@ def predict_logits(
     for numbers, values in found:
         logits[numbers] = values
     del own, found
+    if words is not None:
+        go_on(logits, list(model.config.id2label.values()), words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
 
 

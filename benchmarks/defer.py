@@ -6,6 +6,9 @@ Reads the stored predictions of experiments with a test split (such as those of 
 random half of the test rows promises, and all of them judge. Every arm and kind of sureness meets the same halves.
 The cascade's threshold is chosen on validation, and scored on test. The last line compares `kd-lora` with its control:
 the mean error over the coverages by probability, its mean over the experiments, a 95% interval over rows and seeds.
+
+A value has no probability. Of regressions a table says how far the half of the test rows is off whose error should be
+smallest, by that of the validation rows with the nearest values, and by the distance from the teacher's value.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from harness import command_line, markdown
+from sklearn.neighbors import KNeighborsRegressor
 
 from kdlora.evidence.defer import SURENESS, NoPromiseError, area_under_risk, measure_sureness, promise_error
 from kdlora.evidence.predictions import Predictions, read_predictions
@@ -40,12 +44,12 @@ class Judged:
     tested: Predictions
 
 
-def collect(folder: Path) -> Iterator[Judged]:
-    """Read the finished runs of an experiment."""
+def collect(folder: Path, kind: str = "single-label") -> Iterator[Judged]:
+    """Read the finished runs of an experiment, if it is of this kind."""
     layout = ExperimentLayout(folder)
     for record in read_results(layout.results):
         file = layout.run(record.arm, record.seed).predictions
-        if record.status == "finished" and record.task["kind"] == "single-label" and file.exists():
+        if record.status == "finished" and record.task["kind"] == kind and file.exists():
             found = read_predictions(file)
             seen, tested = found.only("validation"), found.only("test")
             if len(tested.ids):
@@ -145,6 +149,21 @@ def _gains(pairs: Sequence[Any], rows: np.ndarray) -> np.ndarray:
     return 100 * -np.diff(areas, axis=1)[:, 0]
 
 
+def regressions(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Give each arm's mean absolute error on all test rows, and on the half of least expected error; means of seeds."""
+    runs = list(collect(folder, "regression"))
+    teachers, rows = {run.seed: run.tested.logits[:, 0] for run in runs if run.arm == "fft"}, dict[str, list[Any]]()
+    for run in runs:
+        if run.seed in teachers:
+            seen, off = (np.abs(part.logits[:, 0] - part.labels) for part in (run.seen, run.tested))
+            near = KNeighborsRegressor(max(10, len(seen) // 10)).fit(run.seen.logits, seen).predict(run.tested.logits)
+            guesses = (near, np.abs(run.tested.logits[:, 0] - teachers[run.seed]))
+            halves = [off[np.argsort(guess, kind="stable")[: len(off) // 2]].mean() for guess in guesses]
+            rows.setdefault(run.arm, []).append([off.mean(), *halves])
+    for arm, found in rows.items():
+        yield str(folder), arm, *(f"{value:.2f}" for value in np.mean(found, axis=0))
+
+
 def main() -> None:
     """Judge every experiment, print the tables, keep the figures."""
     parser = command_line(__doc__)
@@ -169,6 +188,8 @@ def main() -> None:
         print(json.dumps(line), flush=True)
     print(sum_up(lines))
     print(gain(experiments))
+    header = ("experiment", "arm", "mean error", "half by neighbours", "half by the teacher")
+    print(markdown(header, [row for folder in options.experiments for row in regressions(folder)]))
     if options.keep is not None:
         options.keep.write_text(json.dumps({"error": options.error, "figures": lines}, indent=1), encoding="utf-8")
 

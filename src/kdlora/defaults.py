@@ -66,7 +66,8 @@ def adapter_rate(width: int) -> float:
 
 
 def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the recipe under the user's values, and name the family's models."""
+    """Lay the recipe under the user's values, and name the family's models; an empty section is one without keys."""
+    values = {key: value for key, value in values.items() if value is not None}
     recipe, family = values.get("recipe", "default"), values.get("family")
     filled = dict(values)
     if isinstance(recipe, str) and recipe in RECIPES:

@@ -122,6 +122,7 @@ def tiny_config(family: str, vocab_size: int, *, layers: int = 2) -> transformer
         "electra": {"embedding_size": 16},
         "mpnet": {},
         "llama": {"num_key_value_heads": 1},
+        "eurobert": {"num_key_value_heads": 1},
         "gpt2": {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 66},
         "modernbert": {"sep_token_id": 3, "local_attention": 8, "global_attn_every_n_layers": 2, **dropout},
     }

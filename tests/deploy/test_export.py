@@ -54,6 +54,14 @@ def test_every_family_keeps_its_logits_is_fused_and_gets_small(exported, classif
     assert max(np.prod(tensor.dims) for tensor in in_fp32) <= 32 * 64
 
 
+def test_a_family_without_layer_norms_is_exported(exported, classifier_folder):
+    """EuroBERT was refused for what it does not have, after all trainings."""
+    expected = Classifier.load(classifier_folder("eurobert")).predict_logits(TEXTS)
+    assert {file.name for file in exported("eurobert").glob("*.onnx")} == {"model.onnx", "model_quantized.onnx"}
+    found = Classifier.load(exported("eurobert"), precision="fp32").predict_logits(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_folder_is_complete_and_names_no_place_of_this_machine(exported):
     """Prevents a model that needs preprocessing which was not shipped, or that optimum cannot find by name."""
     folder = exported()

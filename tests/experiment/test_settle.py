@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import transformers
 from datasets import Dataset
 
 import tiny
@@ -15,11 +16,19 @@ from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
-from kdlora.errors import ConfigError
+from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import Predictions
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import measure_latency, unknown_classes
-from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for, steps_for_labels
+from kdlora.experiment.settle import (
+    Chosen,
+    choose_max_length,
+    closed,
+    decide,
+    loaded_models,
+    settings_for,
+    steps_for_labels,
+)
 from kdlora.models.encoders import load_encoder
 
 CONFIG = {
@@ -55,6 +64,15 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     # With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts.
     config = decide({}, {"train": 100, "unlabelled": 8000}, BINARY).fill_in(build_config(CONFIG))
     assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
+
+
+def test_a_student_that_could_not_be_shipped_is_refused_first(tiny_model_folder, monkeypatch):
+    """On a tokenizer of Python code a student was trained to the end, and then nothing could open it."""
+    folder = str(tiny_model_folder("bert"))
+    config = build_config(CONFIG | {"teacher": {"model": folder}, "student": {"model": folder}})
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ModelError, match=r"student\.model.*choose a student with a tokenizer\.json"):
+        list(loaded_models(config, BINARY))
 
 
 def test_only_what_is_null_is_settled():

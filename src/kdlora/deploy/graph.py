@@ -213,7 +213,7 @@ def fuse(source: Path, to: Path, config: PretrainedConfig) -> dict[str, int]:
     expected = {
         "attention": (layers if is_one else 0, found["Attention"] + found["MultiHeadAttention"]),
         "GELU": (layers if activation == "gelu" else 0, found["BiasGelu"] + found["Gelu"]),
-        "layer norm": (2 * layers - 1, found["LayerNormalization"]),
+        "layer norm": (2 * layers - 1 if is_one else 0, found["LayerNormalization"]),  # others may have another norm
     }
     short = [f"{count} of {wanted} {name}" for name, (wanted, count) in expected.items() if count < wanted]
     if short:

@@ -35,7 +35,9 @@ class TorchBackend:
             raise ModelError(f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {name}.")
         # As transformers builds it, which may differ from the folder's own file.
         self.tokenizer_json: str = self.tokenizer.backend_tokenizer.to_str()
-        taken = inspect.signature(self.model.forward).parameters
+        taken = set(inspect.signature(self.model.forward).parameters)
+        if not loading.takes_types(self.model):
+            taken.discard("token_type_ids")
         self.input_names = tuple(name for name in INPUTS if name in self.tokenizer.model_input_names and name in taken)
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:

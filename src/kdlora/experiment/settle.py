@@ -31,7 +31,7 @@ from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.teacher_table import read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
 from kdlora.distil.words import Texts
-from kdlora.errors import ArtifactError, ConfigError
+from kdlora.errors import ArtifactError, ConfigError, ModelError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
@@ -74,6 +74,11 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
         if arms:
             arm = next((arm for arm in arms if arm in LORA_ARMS), arms[0])
             encoder = load_base(config, arm, 0, task)
+            if role == "student" and not encoder.tokenizer.is_fast:
+                raise ModelError(
+                    f"{encoder.source} (student.model): its {type(encoder.tokenizer).__name__} is Python code, so a model "
+                    "trained on it could neither be exported nor predict; choose a student with a tokenizer.json"
+                )
             yield role, encoder
             if arm in LORA_ARMS:
                 add_adapter(encoder, config.lora, seed=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from kdlora.models.loading import (
     read_config,
     read_tokenizer,
     read_weights,
+    takes_types,
 )
 
 logger = logging.getLogger(__name__)
@@ -274,9 +274,8 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
             positions = module.num_embeddings - offset
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    takes_types = not decodes and "token_type_ids" in inspect.signature(model.forward).parameters
-    if not takes_types or getattr(config, "type_vocab_size", 2) < 2:
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or takes_types(model)]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # of the latter it is saved
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ What cannot classify texts is refused with the reason.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import threading
@@ -169,6 +170,12 @@ def classifies_words(source: Source, config: PretrainedConfig) -> bool:
 def is_decoder(config: PretrainedConfig) -> bool:
     """Say whether a model reads from left to right, as one that generates text: its last token knows all the text."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def takes_types(model: PreTrainedModel) -> bool:
+    """Say whether a model tells the texts of a pair apart by token types; decoders read them as tokens."""
+    named = "token_type_ids" in inspect.signature(model.forward).parameters
+    return named and not is_decoder(model.config) and getattr(model.config, "type_vocab_size", 2) >= 2
 
 
 def read_tokenizer(source: Source, *, of_decoder: bool = False) -> PreTrainedTokenizerBase:

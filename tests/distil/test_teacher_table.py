@@ -128,6 +128,11 @@ def test_regression(file, tasks, column, values):
     with pytest.raises(ConfigError, match="values is `logits` or `probabilities`; got 'probs'"):
         read_teacher_table(file, tasks["regression"], values="probs")
 
+    # Training rows with a column of predictions hold the true value too, which would teach.
+    write(file, {"id": ["x"], "text": ["fine"], "rating": [4.0], "prediction": [4.5]})
+    with pytest.raises(DataError, match="'rating' and 'prediction' may all be the teacher's value"):
+        read_teacher_table(file, tasks["regression"], values=values)
+
 
 def test_split_column(file, task):
     """Validation rows share ids (row numbers) with training rows, and would be taught instead of them."""

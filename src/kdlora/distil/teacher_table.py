@@ -143,11 +143,15 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     ]
     names = [column.removeprefix(LOGIT) for column in found]
     if task.kind == "regression":
-        for wanted in (*task.label_names, "prediction"):
-            folded = wanted.strip().casefold()
-            fitting = [column for column, name in zip(found, names, strict=True) if name.strip().casefold() == folded]
-            if len(fitting) == 1:
-                return fitting
+        wanted = {name.strip().casefold() for name in (*task.label_names, "prediction")}
+        fitting = [column for column, name in zip(found, names, strict=True) if name.strip().casefold() in wanted]
+        if len(fitting) == 1:
+            return fitting
+        if fitting:
+            raise DataError(
+                f"{file}: {' and '.join(map(repr, fitting))} may all be the teacher's value; keep the one that is, and "
+                "leave the true values out"
+            )
         raise DataError(
             f"{file}: expected the teacher's value in one column {task.label_names[0]!r} or 'prediction', found "
             f"{', '.join(found) or 'none'}.{did_you_mean(task.label_names[0], names)}"

@@ -222,6 +222,8 @@ def test_names_with_commas_are_one_label_and_joined_names_several():
     assert find_joined(["a", "b", "a, b", "c", "a, c"]) == "a, b"
     assert find_joined(["['a', 'b']", "['a']", "['b']", "['b', 'c']", "['c']"]) == "['a', 'b']"
     assert find_joined(["a", "b", "a|b"]) == "a|b"
+    for names in (["[0, 1, 0]", "[1, 0, 0]"], ["[0 1\n 0]", "[1 0\n 0]"], ["['a', 'b']", "['b', 'c']", "[]"]):
+        assert find_joined(names) == names[0]
     for names in (["bed, bath", "toys", "toys, games"], ["a > x", "a > y"], ["x, 1", "x, 2", "y, 1", "y, 2", "z, 1"]):
         assert find_joined(names) is None
 

@@ -33,6 +33,7 @@ MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
 INTEGER = r"^\s*[+-]?[0-9]+\s*$"
 _COMMA = r"^\s*[+-]?[0-9]+(,[0-9]+)?\s*$"
+_PERCENT = r"^\s*[+-]?[0-9]+([.,][0-9]+)?\s*%?\s*$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
 """A whole number that is written as a decimal; without its decimals it is the same label."""
@@ -290,6 +291,11 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
         raise DataError(
             f"{raw.source}: the label column {column!r} holds numbers with a comma ({commas[0]!r}); write decimals "
             "with a point, as in 0.5, and several labels as lists"
+        )
+    if (percents := [name for name in names if "%" in name]) and all(re.match(_PERCENT, name) for name in names):
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds percentages ({percents[0]!r}); write them without the "
+            "sign for a regression, or set task.kind: single-label if they are classes"
         )
     if joined := find_joined(names):
         raise DataError(

@@ -49,6 +49,8 @@ UNEVEN = 5
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
 """What a transformers config calls labels that nobody named."""
+_LIST = re.compile(r"\s*[\[({].*[\])}]\s*", re.DOTALL)
+"""A cell that a program wrote from a list; NumPy breaks long ones into lines."""
 _RECALL_AT = re.compile(r"recall@(0?\.\d*[1-9]\d*|1(\.0*)?)")
 
 
@@ -228,7 +230,10 @@ def refuse_spellings(source: str, label: Sequence[str], names: Sequence[str]) ->
 
 
 def find_joined(values: Sequence[str]) -> str | None:
-    """Find a value that is several others in one ("a;b"), where few parts make up many values."""
+    """Find a value that is several in one: "a;b", where few parts make up many values, or "[0, 1]" among lists."""
+    lists = [value for value in values if re.search(r"[,\s]", value.strip())]
+    if lists and all(map(_LIST.fullmatch, values)):
+        return lists[0]
     for mark in ";|,":
         parts = {value: [part.strip(" []'\"") for part in value.split(mark)] for value in values}
         single = {own[0] for own in parts.values() if len(own) == 1}

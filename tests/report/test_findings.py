@@ -161,6 +161,12 @@ def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):
     assert card_metadata(record)["tags"] == ["kdlora"]
     assert "- teacher: none" in student_card(record)
 
+    # Of several labels transformers' pipeline gives the best one alone, unless it is asked for all.
+    assert 'PATH_OF_THIS_FOLDER")\n```' in student_card(record)
+    record, above = fabricate.make_record(task=TAGS), "each whose score is above 0.5"
+    assert f'PATH_OF_THIS_FOLDER", top_k=None)\n# Any number of labels holds: {above}\n```' in student_card(record)
+    assert f"{above}, or above its threshold where it has one\n```" in student_card(record, decisions=["a threshold"])
+
 
 def test_a_class_without_rows_is_no_row_of_zeros():
     """0% of a class that no row has reads as a class that the student never gets right."""

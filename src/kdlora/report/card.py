@@ -46,7 +46,8 @@ def student_card(
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
         "types": task.label_types,
         "windows": task.windows,
-        "is_pair": len(task.text) == 2,
+        "is_pair": task.is_pair,
+        "is_multi": task.kind == "multi-label",
         "student": _code(_short(record.student_model)),
         "teacher": _code(_short(record.teacher_model))
         if record.arm in DISTILLED_ARMS

@@ -59,6 +59,28 @@ def test_regression_is_scored_and_shipped_on_the_original_scale(workshop, tmp_pa
     assert 1900 < stored.logits.mean() < 2200
 
 
+def test_a_table_in_other_units_is_doubted_before_it_teaches(workshop, tmp_path, caplog):
+    """Percent in place of stars pull the student half the way, and correlation, which ships it, sees no units."""
+    rows = [{"id": str(row), "text": f"text {row}", "label": row % 6 + 0.5} for row in range(24)]
+    train = write_csv(tmp_path / "train.csv", rows)
+    config = workshop.config(
+        {
+            "data": {"train": str(train), "validation": str(train)},
+            "task": {"kind": "regression"},
+            "teacher": {"model": None, "logits": str(tmp_path / "table.csv")},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    splits = load_splits(config.task, config.data)
+    for times in (1.1, 20):
+        assert not caplog.messages
+        said = [{"id": row["id"], "prediction": row["label"] * times} for row in reversed(rows)]
+        write_csv(tmp_path / "table.csv", said)
+        notes = check_table(config, splits)
+    assert notes == caplog.messages
+    assert notes[0].startswith("The teacher's values (mean 60) are further from the training labels (mean 3) than")
+
+
 def flags(count, seed):
     """Make rows with three labels that may hold together."""
     return [

@@ -38,7 +38,7 @@ from kdlora.evidence.predictions import Predictions, read_predictions, write_pre
 from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import closed, load_teacher, read_table, settings_for, stored_logits
+from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, settings_for, stored_logits
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.system.integrity import hash_json
@@ -287,12 +287,7 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
         )
     if place.exists() and task.kind == "regression":
         seen = read_predictions(place).only("validation")
-        said, labels = seen.logits[:, 0].astype(np.float64), np.asarray(seen.labels, dtype=np.float64)
-        if np.mean((said - labels) ** 2) > labels.var() > 0:
-            found.append(
-                f"The teacher's values (mean {said.mean():.3g}) are further from the labels (mean {labels.mean():.3g}) "
-                "than their mean is. If they are in other units, bring them to those of the labels."
-            )
+        found += doubts_of_units(seen.logits[:, 0], np.asarray(seen.labels), "labels")
     train, remedy = settings_for(config, arm), "Give another teacher, or ship the control."
     if not config.given_teacher:
         rate = "train.learning_rate" if arm == "fft" else "adapter_learning_rate"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from pydantic import BaseModel
@@ -21,7 +23,7 @@ from kdlora.configfile import load_config
 from kdlora.data.batches import PAD_MULTIPLE, encode_texts, share_unknown, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
-from kdlora.data.spool import read_texts
+from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tasks import Task, find_label, named_weights, window_settings
 from kdlora.data.windows import WindowSettings
 from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_for, full_rate
@@ -35,6 +37,8 @@ from kdlora.errors import ArtifactError, ConfigError, ModelError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
+
+logger = logging.getLogger(__name__)
 
 OPEN = ("max_length", "epochs", "learning_rate")
 """Keys of a training that may be null until data and models are known."""
@@ -76,8 +80,8 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
             encoder = load_base(config, arm, 0, task)
             if role == "student" and not encoder.tokenizer.is_fast:
                 raise ModelError(
-                    f"{encoder.source} (student.model): its {type(encoder.tokenizer).__name__} is Python code, so a model "
-                    "trained on it could neither be exported nor predict; choose a student with a tokenizer.json"
+                    f"{encoder.source} (student.model): its {type(encoder.tokenizer).__name__} is Python code, so a "
+                    "model trained on it could neither be exported nor predict; choose a student with a tokenizer.json"
                 )
             yield role, encoder
             if arm in LORA_ARMS:
@@ -148,10 +152,28 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         return []
     parts = [("training", splits.train)]
     parts += [] if splits.unlabelled is None else [("unlabelled", splits.unlabelled)]
-    return [
+    tables = stored_logits(config, None, splits)
+    notes = [
         f"{table.source}: {extra} rows belong to no {name} example and are not used."
-        for table, (name, rows) in zip(stored_logits(config, None, splits), parts, strict=True)
+        for table, (name, rows) in zip(tables, parts, strict=True)
         if (extra := table.count_extra(rows))
+    ]
+    if splits.task.kind == "regression":
+        said = np.asarray(pc.list_flatten(read_column(tables[0].attach(splits.train), "teacher_logits")))
+        for doubt in doubts_of_units(said, label_array(splits.train), "training labels"):
+            logger.warning(doubt)
+            notes.append(doubt)
+    return notes
+
+
+def doubts_of_units(said: np.ndarray, labels: np.ndarray, what: str) -> list[str]:
+    """Say whether a teacher's values are further from labels than the labels' mean is; correlation sees no units."""
+    said, labels = said.astype(np.float64), labels.astype(np.float64)
+    if not np.mean((said - labels) ** 2) > labels.var() > 0:
+        return []
+    return [
+        f"The teacher's values (mean {said.mean():.3g}) are further from the {what} (mean {labels.mean():.3g}) than "
+        "their mean is. If they are in other units, bring them to those of the labels."
     ]
 
 

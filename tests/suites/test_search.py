@@ -155,6 +155,11 @@ def test_processes_share_the_trials_of_an_arm(search_of, tmp_path):
     assert another.study_name != studies[0].study_name
     assert ask(another, settings, tmp_path / "locks")[0].number == 0  # beside a trial 0 that is running
 
+    config, settings = search_of()  # drawn at random: both had drawn the same
+    search = begin_search(config, settings, tmp_path / "t")
+    taken = [ask(one, settings, tmp_path / "more") for one in [search.study() for _ in range(2)]]
+    assert len({trial.params["student.train.learning_rate"] for trial, _ in taken}) == 2
+
 
 def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
     """A killed trial that counts as running leaves the search a trial short, for ever."""

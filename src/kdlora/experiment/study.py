@@ -78,9 +78,6 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
-        # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-        seed = (search.seed + len(study.trials)) % SEEDS
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed)
     study.pruner = optuna.pruners.NopPruner()
     if search.pruning:
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
@@ -102,9 +99,14 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
     A trial whose process died is told as failed, and its point is tried again first. A trial holds a lock as long
     as its process lives, so that the dead can be told from the slow.
     """
+    from optuna.samplers import TPESampler
+
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "ask.lock"):
         _revive(study, folder)
+        # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
+        seed = (search.seed + len(study.trials)) % SEEDS
+        study.sampler = TPESampler(n_startup_trials=search.startup_trials, seed=seed)
         grid = grid_of(search)
         counted = counted_trials(study)
         begun = [one for one in counted if one.state.name != "WAITING"]

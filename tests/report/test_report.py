@@ -23,7 +23,7 @@ from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import read_record
 from kdlora.report.collect import load_experiment
 from kdlora.report.report import Report, make_report
-from kdlora.report.tables import arm_table
+from kdlora.report.tables import Links, arm_table
 from kdlora.system.integrity import seal
 
 HOSTILE = (
@@ -452,6 +452,20 @@ def test_times_of_two_machines_are_not_compared(tmp_path):
     report = _report(layout.root)
     assert "39% fewer parameters. " in _opening(report)
     assert report.html.count("the teacher was measured on another machine") == 2
+    assert "Measured on cpu, Intel Xeon, fp32, 2 cores; cuda:0 (NVIDIA H100), Intel Xeon, fp32" in report.markdown
+    assert "do not compare them between rows" in report.markdown
+    assert "Score against parameters" in report.html
+    assert "Score against latency" not in report.html
+
+
+def test_links_to_another_drive(tmp_path, monkeypatch):
+    """On Windows no relative path leads to another drive: a traceback after the bootstrap's minutes."""
+
+    def refuse(path, start):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr("os.path.relpath", refuse)
+    assert Links(tmp_path, "runs").file(tmp_path / "a run.json") == f"{tmp_path.resolve().as_uri()}/a%20run.json"
 
 
 @pytest.mark.drawn

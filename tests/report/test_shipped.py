@@ -189,6 +189,20 @@ def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
     assert "Score against texts" not in compare([tmp_path / "few", other.root], draws=50).html
 
 
+def test_times_with_other_threads_are_not_drawn_side_by_side(tmp_path):
+    """A student with 16 threads stood as the fastest beside one with 2, on the same plot."""
+    layout = make_experiment(tmp_path / "one", arms=("kd-lora", "student-lora"), seeds=(0,))
+    places = [layout.run(arm, 0) for arm in ("kd-lora", "student-lora")]
+    alike = compare([place.root for place in places], draws=50)
+    slow = read_record(places[0].record).latency
+    edit_record(places[1].record, latency=[one.model_copy(update={"threads": 16}) for one in slow])
+    unlike = compare([place.root for place in places], draws=50)
+    for report, told in ((alike, False), (unlike, True)):
+        assert ("Times and memory are of several machines or numbers of threads" in report.markdown) == told
+        assert ("Score against latency" in report.html) != told
+        assert "Score against parameters" in report.html
+
+
 def test_single_runs_are_compared(tmp_path):
     """A user who wants to ship one seed compares that seed, not the mean."""
     layout = make_experiment(tmp_path / "one")

@@ -30,7 +30,7 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
-from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, Links, compared, cost_plots
+from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, UNLIKE, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
 _COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1": TIME, "on disk": DISK}
@@ -157,6 +157,7 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
         rows.append((name, model, Cell(score, links.to_all(one.runs)), *difference, *costs))
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
     note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
+    note += "" if TIME.is_alike(*(one.runs for one in candidates)) else UNLIKE
     titles = {score_title(one.experiment.task.metrics) for one in candidates}
     splits = {one.experiment.split for one in candidates}
     caption = f"Score: {' or '.join(sorted(titles))}, 0 to 100, on {' or '.join(sorted(splits))}"

@@ -215,7 +215,7 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
             if whole and not cost.is_alike(*runs):
-                detail = "the teacher was measured on another machine"
+                detail = "the teacher was measured on another machine, or with another number of threads"
             tiles.append(Tile(label, cost.write(one), detail or none, href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)

@@ -55,8 +55,11 @@ class Cost:
         return self.write(self.mean(runs))
 
     def is_alike(self, *arms: Sequence[Run]) -> bool:
-        """Say whether the arms' costs can be compared: an experiment may have gone on on another machine."""
-        machines = {(run.record.device, run.record.machine.get("cpu")) for runs in arms for run in runs}
+        """Say whether the arms' costs can be compared: runs may be of several machines, or numbers of threads."""
+        records = [run.record for runs in arms for run in runs if self.read(run.record) is not None]
+        machines = {
+            (one.device, one.machine.get("cpu"), frozenset(timed.threads for timed in one.latency)) for one in records
+        }
         return not self.by_machine or len(machines) < 2
 
 
@@ -72,6 +75,7 @@ MEMORY = Cost("training memory", lambda one: one.peak_memory_bytes, size, by_mac
 TIME = Cost("latency, batch 1", _latency(1), milliseconds, by_machine=True)
 TIME_OF_32 = Cost("batch 32", _latency(32), milliseconds, by_machine=True)
 DISK = Cost("on disk", lambda one: one.size_bytes, size)
+UNLIKE = " Times and memory are of several machines or numbers of threads: do not compare them between rows."
 
 
 def saving(experiment: Experiment, cost: Cost, *, arm: str, than: str) -> float | None:
@@ -89,6 +93,8 @@ def cost_plots(
         ("parameters", PARAMETERS, "parameters in all (millions)", 1e6),
         ("latency", TIME, "median time of one text (ms)", 1.0),
     ):
+        if not cost.is_alike(*(runs for _, _, runs in groups)):
+            continue
         series = []
         for title, style, runs in groups:
             pairs = [(cost.read(run.record), run.score(split)) for run in runs]
@@ -112,7 +118,10 @@ class Links:
     runs: str
 
     def file(self, path: Path) -> str:
-        return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
+        try:
+            return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
+        except ValueError:  # on another drive of Windows
+            return path.resolve().as_uri()
 
     def to_all(self, runs: Sequence[Run]) -> tuple[Link, ...]:
         return tuple(
@@ -205,6 +214,7 @@ def _cost_table(experiment: Experiment, links: Links) -> Table:
     threads = sorted({one.threads for run in experiment.runs for one in run.record.latency})
     note = f"{_hardware(experiment)}. Latency: median of the merged model's forward pass"
     note += f", {', '.join(map(str, threads))} threads." if threads else "."
+    note += "" if TIME.is_alike(experiment.runs) else UNLIKE
     if published:
         note += (
             " The paper: rank 8, one A100; its time is for CoLA’s whole validation set, its memory is that of the GPU."
@@ -240,11 +250,14 @@ def _a_million(name: str, score: MeanSd | None, per_second: float | None, price:
 
 
 def _hardware(experiment: Experiment) -> str:
+    def told(record: RunRecord) -> str:
+        cores = f"{record.machine['cores']} cores" if "cores" in record.machine else ""
+        parts = [record.device or "unknown device", record.machine.get("cpu", ""), record.precision, cores]
+        return ", ".join(part for part in parts if part)
+
     runs = [run for run in experiment.runs if run.record.arm != "words"] or experiment.runs
-    record = next((run.record for run in runs if run.record.status == "finished"), runs[0].record)
-    cores = f"{record.machine['cores']} cores" if "cores" in record.machine else ""
-    parts = [record.device or "unknown device", record.machine.get("cpu", ""), record.precision, cores]
-    return "Measured on " + ", ".join(part for part in parts if part)
+    records = [run.record for run in runs if run.record.status == "finished"] or [runs[0].record]
+    return "Measured on " + "; ".join(dict.fromkeys(map(told, records)))
 
 
 def _claims_table(experiment: Experiment, links: Links) -> Table | None:

@@ -194,6 +194,10 @@ def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...])
     splits = load(train=path, validation=path)
     assert (splits.task.kind, splits.task.label_names) == ("multi-label", names)
     assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    test = write_lines(tmp_path / "b.jsonl", [{"text": "t", "labels": [0, 1]}])  # perhaps in the order of its maker
+    said = [note for note in load(train=path, validation=path, test=test).notes if "positions" in note]
+    told = f"{test}: lists of 0 and 1 were read as positions: 0 = a, 1 = b."
+    assert said == [told] * (names == ("a", "b"))
 
 
 def test_columns_of_lists_and_of_texts_are_not_mixed(tmp_path: Path, csv_file):
@@ -235,10 +239,14 @@ def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
     load_examples(csv_file("b.csv", text=["t", "u"], a=[1, 0], b=[0, 1], c=[0, 1]), task, labelled=True)
     number = Task("regression", ("text",), ("label",), ("label",), ("pearson",))
     load_examples(csv_file("c.csv", text=["t", "u"], label=[1.5, 1.5]), number, labelled=True)
+    topic = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("macro_f1",))
+    load_examples(csv_file("d.csv", text=["t", "u"], label=["a", "b"]), topic, labelled=True)
     told = [message.rpartition("/")[2] for message in caplog.messages]
     assert told == [
         "a.csv: no row has 'b', 'c' (2 of 3 labels). Macro F1 counts these as 0, and their own figures are 0.",
         "c.csv: every label is 1.5, so correlations are 0.",
+        "d.csv: no row has 'c' (1 of 3 labels). Macro F1 counts these as 0 where they are predicted, and their own "
+        "figures are 0.",
     ]
 
 

@@ -48,7 +48,7 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task, notes: list
     if len(columns) > 1:
         ordered = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
         return _as_lists(np.stack(ordered, axis=1))
-    return _as_lists(_list_matrix(raw, columns[0], task.label_names))
+    return _as_lists(_list_matrix(raw, columns[0], task.label_names, notes))
 
 
 def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.Array:
@@ -187,7 +187,7 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
     )
 
 
-def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
+def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...], notes: list[str]) -> npt.NDArray[np.float32]:
     values = pa.concat_arrays(raw.table[column].chunks)
     refuse_missing(raw, column, pc.is_null(values))
     _refuse_other_lists(raw, column, values.type)
@@ -212,6 +212,9 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
     allowed = pc.is_in(flat, pa.array([0.0, 1.0], pa.float32()))  # false for null
     if (position := first_true(pc.invert(allowed))) is not None:
         _refuse_value(raw.where(int(rows[position])), column, inner[position])
+    if any(name != str(position) for position, name in enumerate(names)):
+        meant = listed(f"{position} = {name}" for position, name in enumerate(names))
+        notes.append(f"{raw.source}: lists of 0 and 1 were read as positions: {meant}.")
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
 
 

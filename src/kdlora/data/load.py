@@ -146,8 +146,8 @@ def _doubts_of_labels(task: Task, rows: Dataset, path: str) -> list[str]:
     names = task.label_types or task.label_names
     lacking = [repr(names[column]) for column in np.flatnonzero(~_used_labels(task, rows))]
     told = f"{path}: no row has {listed(lacking)} ({len(lacking)} of {len(names)} labels)"
-    counted = "Macro F1 counts these as 0" if task.kind == "multi-label" else "The score says nothing of these"
-    return [f"{told}. {counted}, and their own figures are 0."] if lacking else []
+    where = "" if task.kind == "multi-label" else " where they are predicted"
+    return [f"{told}. Macro F1 counts these as 0{where}, and their own figures are 0."] if lacking else []
 
 
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:

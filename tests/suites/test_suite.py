@@ -14,8 +14,10 @@ from kdlora.distil.inference import LOGITS_MANIFEST
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import read_record
 from kdlora.experiment import engines
+from kdlora.experiment.jobs import undamaged_record
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
+from kdlora.system.integrity import hash_file
 
 
 def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite):
@@ -133,14 +135,13 @@ def test_a_teacher_labels_as_it_was_trained_to_read(suite_values, tmp_path):
 def test_seeds_of_a_teacher_have_one_folder_and_a_head_the_rate_of_its_control(suite_values, tmp_path):
     """The seeds that do not teach took the weights of the one that does, before it had labelled, at every call.
 
-    The head of `kd-fft` had the teacher's rate, whatever the grid said.
+    The head of `kd-fft` had the teacher's rate, whatever the grid said. Where another seed came first, the weights of
+    the one before taught under its name, or every student was refused for a student that the suite named no more.
     """
     data = suite_values()["tasks"]["reviews"]["data"] | {"max_train_examples": 32}
     grid = {"full_students": {"teacher.train.head_learning_rate": [1e-4, 1e-2]}}
-    arms = ["fft", "kd-fft"]
-    suite = build_suite(
-        suite_values(tasks={"reviews": {"task": {}, "data": data}}, grids=grid, arms=arms, seeds=[0, 1])
-    )
+    values = suite_values(tasks={"reviews": {"task": {}, "data": data}}, grids=grid, arms=["fft", "kd-fft"])
+    suite = build_suite(values | {"seeds": [0, 1]})
     result = run_suite(suite, tmp_path / "suite")
     assert [record.error for record in result.failed] == []
     assert len(list(result.folder.glob("runs/*/*/teacher/model.safetensors"))) == 1
@@ -149,6 +150,18 @@ def test_seeds_of_a_teacher_have_one_folder_and_a_head_the_rate_of_its_control(s
     assert sorted(rates) == [1e-4, 1e-4, 1e-2, 1e-2]
     told = (result.folder / "runs.csv").read_text()
     assert all(f"head learning rate {rate}" in told for rate in (0.0001, 0.01))
+
+    (weights,) = result.folder.glob("runs/*/*/teacher/model.safetensors")
+    grid["full_students"]["teacher.train.head_learning_rate"].pop()
+    for seeds in [1], [0, 1]:
+        result = run_suite(build_suite(values | {"seeds": seeds}), tmp_path / "suite")
+        assert [record.error for record in result.failed] == []
+        assert result.reused == 2
+        assert all(undamaged_record(run, result.folder) for run in result.plan.runs())
+        teacher = next(record for record in result.records.values() if (record.arm, record.seed) == ("fft", seeds[0]))
+        assert teacher.files["teacher/model.safetensors"] == hash_file(weights)
+        marks = {one.fingerprints["taught_by"] for one in result.records.values() if one.arm == "kd-fft"}
+        assert [mark.split("/")[-1] for mark in marks] == [f"fft-seed{seeds[0]} of {teacher.finished}"]
 
 
 def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite_folder, suite_values, monkeypatch):

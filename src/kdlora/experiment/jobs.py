@@ -259,6 +259,11 @@ class Queue:
                     config = config.model_copy(update={"data": config.data.model_copy(update=own)})
         kind: Literal["train", "label"] = "train" if labels is None else "label"
         facts = self._facts[run.task]
+        for path in () if self._ships or labels else layout.runs.glob("*/run.json"):  # of seeds that are named no more
+            other = read_record(path)
+            made = other.fingerprints.get("data"), other.fingerprints.get("taught_by", "")
+            if other.status == "finished" and made != (facts.fingerprint(config), mark):
+                remove(path)  # else this run would be refused, since the two are not comparable
         job = Job(kind, place.key, config, layout, run.arm, run.seed, facts, mark, lesson, self._ships)
         self._count += 1
         heapq.heappush(self._heap, (self._order[run.task], self._count, job))
@@ -284,7 +289,7 @@ class Queue:
         first = next((run for run in lesson.students if run.key not in self.records), None)
         if first is None:
             return
-        if teacher is not None and not teacher.layout(self._root).teacher.exists():
+        if teacher is not None and not self._has_weights(teacher):
             logger.info("%s has no weights and is trained again", teacher.key)
             del self.records[teacher.key]
             self._push(teacher)
@@ -313,6 +318,12 @@ class Queue:
         record = self.records.get(run.key)
         return record is not None and record.status == "finished"
 
+    def _has_weights(self, run: PlannedRun) -> bool:
+        """Say whether the weights are there that a run left; all seeds of a suite's configuration have one folder."""
+        folder = run.layout(self._root).teacher
+        kept = self._ships or any(name.startswith(f"{folder.name}/") for name in self.records[run.key].files)
+        return kept and folder.exists()
+
     def _prune(self) -> None:
         """Delete the weights of a suite's teachers that teach nobody: a grid of them would fill the disk."""
         kept = {best.key for lesson in self._lessons if (best := self._best(lesson)) is not None}
@@ -333,7 +344,10 @@ def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
     record = read_record(place) if place.exists() else None
     if record is None or record.status != "finished":
         return None
-    if hurt := damaged_files(layout.root, record.files):
+    files = record.files
+    if run.seed != run.config.teacher_seed:  # once it taught; the weights there are those of the seed that teaches now
+        files = {name: one for name, one in files.items() if not name.startswith(f"{layout.teacher.name}/")}
+    if hurt := damaged_files(layout.root, files):
         logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
         return None
     return record

@@ -91,6 +91,7 @@ def test_the_answers_are_those_of_the_classifier(port, exported):
         ({"texts": ["a"] * 65}, 422, "64"),
         ({"text": ["a", "b", "c"]}, 422, "text"),
         ({"text": "a" * 2001}, 422, "2000"),
+        ({"texts": ["a", ["a", "b" * 2001]]}, 422, "texts.1.1: String should have at most 2000"),
         ({"text": "a", "label": "b"}, 422, "label"),
         ({"text": "a", "model": "unknown"}, 404, "fp32"),
         (b" " * 20_001, 413, "20,000"),

@@ -214,8 +214,10 @@ def _parse(body: bytes, form: type[BaseModel]) -> Any:
         for number, text in enumerate(asked.texts if asked.text is None else [asked.text]):
             check_text(text, "text" if asked.texts is None else f"texts, number {number}")
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        # What is no text was meant as a pair, and the other way round: the fault within counts.
+        first = max(faults, key=lambda one: (one["type"] not in ("string_type", "tuple_type"), len(one["loc"])))
+        place = ".".join(str(part) for part in first["loc"] if "constrained-str" not in str(part))
         raise HTTPException(422, f"{place}: {first['msg']}" if place else first["msg"]) from None
     except DataError as error:
         raise HTTPException(422, str(error)) from None

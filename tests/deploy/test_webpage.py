@@ -293,6 +293,11 @@ def test_everybody_can_use_the_page(page, browser, world):
         assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [one for one in fetched if not one.startswith((server.address, "data:"))] == []
+    field = browser.find_element(By.TAG_NAME, "textarea")
+    browser.execute_script("arguments[0].value = 'film '.repeat(160)", field)
+    field.send_keys("!")
+    some = "(the first 150 words; 10 more were not tried)"
+    WebDriverWait(browser, 30).until(lambda _: some in browser.find_element(By.CSS_SELECTOR, "#words caption").text)
     assert browser.get_log("browser") == [], "nothing that the page's own policy refused"
 
 

@@ -56,10 +56,11 @@ async function weigh(model, texts, found, isLatest) {
     await new Promise((resume) => setTimeout(resume)); // keys go first
     if (!isLatest()) return null;
   }
-  return { name: model.settings.labels[column], words: words.filter((word) => word.effect !== undefined) };
+  const tried = words.filter((word) => word.effect !== undefined);
+  return { name: model.settings.labels[column], words: tried, untried: words.length - MOST_WORDS };
 }
 
-function showWords(settings, texts, { name, words }) {
+function showWords(settings, texts, { name, words, untried }) {
   const most = Math.max(1e-9, ...words.map((word) => Math.abs(word.effect)));
   const isShare = settings.kind !== "regression";
   const paragraphs = texts.map((text, part) => {
@@ -79,16 +80,20 @@ function showWords(settings, texts, { name, words }) {
   element("marked").replaceChildren(...paragraphs);
   const ranked = [...words].sort((one, other) => Math.abs(other.effect) - Math.abs(one.effect)).slice(0, SHOWN);
   const told = (effect) => (effect < 0 ? "−" : "+") + (isShare ? `${Math.abs(100 * effect).toFixed(1)} points` : Math.abs(effect).toFixed(3));
-  const caption = words.length ? `What each word adds to “${name}”: the value with it, less the value without it` : "No word can be left out.";
+  const some = untried > 0 ? ` (the first ${MOST_WORDS} words; ${untried} more were not tried)` : "";
+  const adds = `What each word adds to “${name}”: the value with it, less the value without it${some}`;
+  const caption = words.length ? adds : "No word can be left out.";
   fill(element("words"), caption, ranked.map((word) => [word.segment, told(word.effect)]));
 }
 
-function makeField(column, number, isOnly) {
+function makeField(settings, column, number) {
+  const isOnly = settings.columns.length === 1;
   const label = document.createElement("label");
   label.htmlFor = `text-${number}`;
   label.textContent = isOnly ? "Text" : column;
   const field = document.createElement("textarea");
-  Object.assign(field, { id: label.htmlFor, rows: isOnly ? 4 : 3, maxLength: 20000, dir: "auto" });
+  const maxLength = Math.max(20000, 100 * settings.max_length); // of the rest Python reads nothing, either
+  Object.assign(field, { id: label.htmlFor, rows: isOnly ? 4 : 3, maxLength, dir: "auto" });
   element("texts").append(label, field);
   return field;
 }
@@ -97,7 +102,7 @@ async function start() {
   const model = await load();
   const { settings } = model;
   document.title = document.querySelector("h1").textContent = `Try ${settings.title}`;
-  const fields = settings.columns.map((column, number) => makeField(column, number, settings.columns.length === 1));
+  const fields = settings.columns.map((column, number) => makeField(settings, column, number));
   let latest = 0;
   async function classify(number) {
     const texts = fields.map((field) => field.value);

@@ -106,12 +106,11 @@ def test_a_teacher_that_would_be_cut_is_not_measured(result, values, tmp_path, m
 
 def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp_path):
     """Labels of texts that are cut would teach what the teacher of the experiment never said."""
-    for longest in (64, 16):
-        settings = LabelSettings(max_length=longest, precision="fp32")
-        labelled = label_collection(
-            str(result.layout.teacher), values["data"]["validation"], tmp_path / f"{longest}", settings
-        )
-        assert labelled.truncated == 0
+    model, texts = str(result.layout.teacher), values["data"]["validation"]
+    for longest, asked in ((64, None), (16, 16), (16, None)):  # as the model was trained, as asked, as it was begun
+        settings = LabelSettings(max_length=asked, precision="fp32")
+        labelled = label_collection(model, texts, tmp_path / f"{longest}", settings)
+        assert (labelled.truncated, labelled.max_length) == (0, longest)
         table = pq.read_table(next(labelled.folder.glob("*.parquet")))
         found = np.stack([table[f"logit:{name}"] for name in ("negative", "positive")], axis=1)
         expected = Classifier.load(result.layout.teacher, max_length=longest).predict_logits(TEXTS)
@@ -120,7 +119,7 @@ def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp
             np.testing.assert_allclose(found, kept(result, "fft"), atol=1e-4)
     remedy = r"max_length is 128, but .* reads 64 tokens at most"
     with pytest.raises(ConfigError, match=remedy):
-        label_collection(str(result.layout.teacher), values["data"]["validation"], tmp_path / "more", LabelSettings())
+        label_collection(model, texts, tmp_path / "more", LabelSettings(max_length=128))
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,9 @@ class Label:
         Option("--label-name", metavar="NAME", help="Name of a model output. Give it once per output, in order."),
     ] = None
     revision: Annotated[str | None, Option(help="Commit, tag or branch of a Hub id.")] = None
-    max_length: Annotated[int, Option(help="Longest input in tokens.")] = 128
+    max_length: Annotated[
+        int | None, Option(help="Longest input in tokens. Default: as the model was trained, else 128.")
+    ] = None
     rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 50_000
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
@@ -225,7 +227,7 @@ def label(options: Label) -> None:
         print_json(asdict(summary))
         return
     bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
-    cut = f", {summary.truncated} cut at {options.max_length} tokens" if summary.truncated else ""
+    cut = f", {summary.truncated} cut at {summary.max_length} tokens" if summary.truncated else ""
     print(f"{summary.rows:,} rows{bad}{cut} in {summary.folder}; files: {summary.shards:,}", file=sys.stderr)
 
 

@@ -28,16 +28,16 @@ from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
-from kdlora.distil.inference import BATCH_TOKENS, Teacher
+from kdlora.distil.inference import BATCH_TOKENS, TEACHER_TOKENS, Teacher
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.experiment.engines import open_engine
 from kdlora.models.encoders import load_fine_tuned, read_task
+from kdlora.models.loading import open_source, read_config
 from kdlora.searchconfig import Resources
 from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import hold_lock, write_text_atomic
 
-_CUDA_BATCH_TOKENS = 16384
 Progress = Callable[[int, int | None], None]
 """Called with rows done and rows in all; the latter is None where the input does not say how many it has."""
 
@@ -51,7 +51,7 @@ class LabelSettings:
         id_column: any but `id` must be there. Without it a row's id is its number from 0, or "FILE:NUMBER" of several.
         label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
         revision: commit, tag or branch of a Hub id.
-        max_length: longest input in tokens.
+        max_length: longest input in tokens; by default as the model's training noted it in its folder, else 128.
         rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
@@ -64,7 +64,7 @@ class LabelSettings:
     id_column: str = "id"
     label_names: tuple[str, ...] | None = None
     revision: str | None = None
-    max_length: int = 128
+    max_length: int | None = None
     rows_per_shard: int = 50_000
     precision: str = "auto"
     device: str = "auto"
@@ -77,7 +77,7 @@ class LabelSettings:
         for name in ("text", "label_names"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.rows_per_shard < 1 or self.max_length < 4:
+        if self.rows_per_shard < 1 or (self.max_length is not None and self.max_length < 4):
             numbers = f"{self.rows_per_shard} and {self.max_length}"
             raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {numbers}")
         if self.text is not None and len(self.text) not in (1, 2):
@@ -93,6 +93,7 @@ class LabelSummary:
         rows: rows with logits.
         rejected: rows without text or the like; the files `rejected-*.jsonl` name them with the reason.
         truncated: texts that the teacher read cut.
+        max_length: where it cut them, in tokens.
         shards: files of the collection.
         resumed: rows that an earlier, interrupted call had done.
         seconds: wall-clock time of this call.
@@ -102,6 +103,7 @@ class LabelSummary:
     rows: int
     rejected: int
     truncated: int
+    max_length: int
     shards: int
     resumed: int
     seconds: float
@@ -199,7 +201,8 @@ def label_collection(
         store.finish(shards, len(job.task.text) if job.settings.texts else 0)
     if not rows:
         raise DataError(f"{folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
-    return LabelSummary(folder, rows, rejected, cut, len(shards), resumed, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return LabelSummary(folder, rows, rejected, cut, teacher.max_length, len(shards), resumed, seconds)
 
 
 def _refuse_doubles(store: LogitStore) -> None:
@@ -227,11 +230,13 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
             next(rows, None)
     task = task if settings.text is None else replace(task, text=settings.text)
-    precision = settings.precision
-    if precision == "auto":  # as it was found when this collection was begun: a second timing may come out otherwise
-        with contextlib.suppress(ArtifactError):
-            precision = str(open_store(folder / COLLECTION_MANIFEST).ingredients.get("precision", precision))
-    settings = replace(settings, precision=resolve_precision(precision, settings.device)[0])
+    begun: dict[str, Any] = {}
+    with contextlib.suppress(ArtifactError):  # as it was begun: a second timing, or the model, may say otherwise now
+        begun = open_store(folder / COLLECTION_MANIFEST).ingredients
+    precision = str(begun.get("precision", "auto")) if settings.precision == "auto" else settings.precision
+    noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
+    longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
+    settings = replace(settings, max_length=longest, precision=resolve_precision(precision, settings.device)[0])
     return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
 
 
@@ -256,14 +261,9 @@ def _find_files(data: str, out: Path) -> tuple[Path, ...]:
 
 
 def _ingredients(job: _Job) -> dict[str, Any]:
-    settings = job.settings
-    return {
-        "id_column": settings.id_column,
-        "texts": settings.texts,
-        "rows_per_shard": settings.rows_per_shard,
-        "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
-        "text": None if settings.text is None else list(settings.text),
-    }
+    own = {name: getattr(job.settings, name) for name in ("id_column", "texts", "rows_per_shard")}
+    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files]
+    return own | {"inputs": inputs, "text": None if job.settings.text is None else list(job.settings.text)}
 
 
 def _cut_work(job: _Job) -> list[_Unit]:
@@ -325,16 +325,17 @@ def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
     )
     device = resolve_device(settings.device)
-    batch_tokens = BATCH_TOKENS if device.type == "cpu" else _CUDA_BATCH_TOKENS
+    batch_tokens = BATCH_TOKENS if device.type == "cpu" else TEACHER_TOKENS
     encoder.model.to(device)
+    assert settings.max_length is not None  # it is settled
     return Teacher(encoder, columns, task, settings.max_length, settings.precision, batch_tokens)
 
 
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
     """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
     shards, settings = unit.finished_shards(job.folder), job.settings
-    words = job.task.kind == "tokens"
-    longest = sys.maxsize if words else most_characters(settings.max_length, job.task.windows)
+    teacher, words = _load_teacher(job.model, settings, job.task), job.task.kind == "tokens"
+    longest = sys.maxsize if words else most_characters(teacher.max_length, job.task.windows)
     columns = Columns(settings.text, job.task.text, settings.id_column, longest, words=words)
     start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
     with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:

@@ -183,8 +183,7 @@ def labels_unlabelled(config: Config) -> bool:
 
 
 def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
-    folder = _collection(config)
-    if folder is None:
+    if (folder := _collection(config)) is None:
         return
     collection = open_collection(folder)
     if collection.ingredients.get("weights") != hash_model(encoder.model):
@@ -198,6 +197,10 @@ def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
             f"{folder} (data.unlabelled): its long texts were not read as this experiment reads them (data.long_texts, "
             "window_pool, window_stride); name the text files in data.unlabelled"
         )
+    longest, cut = closed(config.teacher.train).max_length, sum(shard.truncated for shard in collection.shards)
+    if cut and isinstance(read := collection.ingredients.get("max_length"), int) and read < longest:
+        told = "%s: %d texts were cut at %d tokens, the training texts at %d; label them anew with --max-length %d"
+        logger.warning(told, folder, cut, read, longest, longest)
 
 
 def _collection(config: Config) -> Path | None:

@@ -162,9 +162,13 @@ def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):
     assert "- teacher: none" in student_card(record)
 
     # Of several labels transformers' pipeline gives the best one alone, unless it is asked for all.
-    assert 'PATH_OF_THIS_FOLDER")\n```' in student_card(record)
+    # And of a text that is too long it fails, unless it is asked to cut.
+    assert 'PATH_OF_THIS_FOLDER", truncation=True)\n```' in student_card(record)
     record, above = fabricate.make_record(task=TAGS), "each whose score is above 0.5"
-    assert f'PATH_OF_THIS_FOLDER", top_k=None)\n# Any number of labels holds: {above}\n```' in student_card(record)
+    assert (
+        f'PATH_OF_THIS_FOLDER", truncation=True, top_k=None)\n# Any number of labels holds: {above}\n```'
+        in student_card(record)
+    )
     assert f"{above}, or above its threshold where it has one\n```" in student_card(record, decisions=["a threshold"])
 
 

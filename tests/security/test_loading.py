@@ -194,6 +194,16 @@ def test_every_file_that_decides_an_answer_is_compared(exported, file, changes):
     assert changes is None or Classifier.load(exported, verify=False).predict(["a wonderful film"])
 
 
+def test_a_file_that_the_record_does_not_name_is_no_part_of_the_export(exported):
+    """An int8 file that an earlier student left is what is taken first, and answered beside the new record."""
+    shutil.copy(exported / "model.onnx", exported / "model_quantized.onnx")
+    refused(exported, "model_quantized.onnx")
+    assert Classifier.load(exported, verify=False).folder.precision == "int8"
+    assert Classifier.load(exported, precision="fp32").predict(["a wonderful film"])
+    (exported / "kdlora_export.json").unlink()
+    assert Classifier.load(exported).predict(["a wonderful film"])
+
+
 def test_weights_beside_the_graph_are_compared_and_are_what_runs(exported, monkeypatch):
     """A file that is exchanged after it was hashed, or that was never hashed, is another model."""
     graphs.build_graph(exported / "model.onnx", location="model.onnx_data")

@@ -82,6 +82,11 @@ def recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
     if not is_sealed_or_old(record):
         raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
     hashes: Mapping[str, str] = record.get("sha256") or {}
+    if hashes and folder.file is not None and folder.file.name not in hashes:
+        raise ArtifactError(
+            f"{folder.file}: no part of the export in this folder, whose {EXPORT_RECORD} does not name it. Remove it, "
+            "or load it with verify=False if it is meant."
+        )
     for name in (CONFIG_FILE, TOKENIZER_CONFIG):
         check_hash(folder.path / name, folder.digests.get(name, "none"), hashes)
     return hashes

@@ -135,7 +135,7 @@ def go_on(values: npt.NDArray[np.floating], names: Sequence[str], words: Integer
     """Let words that share their sub-token with the word before go on with its entity: `I-` has what is above `B-`."""
     for place, name in enumerate(names):
         if len(words) and name.startswith("B-") and (inner := f"I-{name[2:]}") in names:
-            pair = np.ix_(words, [place, names.index(inner)])
+            pair = (words[:, None], np.array([place, names.index(inner)]))
             values[pair] = np.sort(values[pair], axis=1)
 
 

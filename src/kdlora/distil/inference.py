@@ -124,7 +124,8 @@ def predict_logits(
         logits[numbers] = values
     del own, found
     if words is not None:
-        go_on(logits, list(model.config.id2label.values()), words_joined(data.dataset))
+        config: Any = model.config
+        go_on(logits, list(config.id2label.values()), words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
 
 

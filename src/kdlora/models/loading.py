@@ -181,10 +181,10 @@ def takes_types(model: PreTrainedModel) -> bool:
 def read_tokenizer(source: Source, *, of_decoder: bool = False) -> PreTrainedTokenizerBase:
     """Read the tokenizer that belongs to a model; that of a decoder, which pads nothing as it generates, may pad."""
     tokenizer = load_tokenizer(source)
-    if of_decoder:
-        tokenizer.padding_side = "right"  # as everything here pads; positions then count from the text's begin
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    # As everything here pads and cuts: positions count from the text's begin, and it is the begin that is read.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if of_decoder and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
         raise ModelError(
             f"{source.name} has no tokenizer: its vocabulary is empty. Copy the tokenizer's files "

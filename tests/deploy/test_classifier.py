@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
+from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
@@ -108,12 +111,43 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
     assert model.predict("wonderful") == model.predict(["wonderful"])
     with pytest.raises(DataError, match="text 0: the text is empty"):
         model.predict("")
+    with pytest.raises(DataError, match="text 0: the text is empty in its first 20,000 characters"):
+        model.predict(" " * 20_000 + "wonderful")  # what is cut to blanks
+    assert np.array_equal(model.predict_logits(" " * 19_000 + "wonderful"), model.predict_logits("wonderful"))
     monkeypatch.setitem(sys.modules, "peft", None)  # what only a training needs
     assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
     monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"PyTorch model, which needs torch, .*pip install 'kdlora\[train\]'"):
         Classifier.load(classifier_folder())
+
+
+def test_what_holds_no_texts_is_refused(exported):
+    """Prevents the label of a column's name, or entities in single letters."""
+    model, tagger = Classifier.load(exported()), Tagger.load(exported("bert", "tokens"))
+    cascade, table = Cascade(model, model, 0.5), pd.DataFrame({"text": TEXTS[:3]})
+    calls = (model.predict, model.batches, cascade.predict, cascade.predict_stream, tagger.predict, tagger.batches)
+    for call in calls:
+        for texts in (table, {"text": TEXTS}, None, b"text", 5):
+            with pytest.raises(DataError, match=f"list of texts, got {type(texts).__name__}. Of a table, give the col"):
+                list(call(texts))
+    expected = model.predict_logits(TEXTS[:3])
+    for texts in (table["text"], table["text"].to_numpy(dtype=str), iter(TEXTS[:3])):
+        assert np.array_equal(model.predict_logits(texts), expected)
+    assert np.array_equal(tagger.predict_logits(TEXTS[0]), tagger.predict_logits(TEXTS[:1]))
+
+
+def test_few_encodings_are_held_at_a_time(exported, monkeypatch):
+    """Prevents 4 GB for 100,000 texts, most of it of what is cut off."""
+    model = Classifier.load(exported(), precision="fp32")
+    texts, encode, sizes = [*TEXTS, LONG], model._tokenizer.encode_batch, []
+    expected = model.predict_logits(texts)
+    recorded = SimpleNamespace(encode_batch=lambda some: sizes.append(sum(map(len, some))) or encode(some))
+    monkeypatch.setattr(model, "_tokenizer", recorded)
+    monkeypatch.setattr("kdlora.deploy.network._ENCODED_CHARACTERS", 200)
+    assert np.array_equal(model.predict_logits(texts), expected)
+    assert sum(sizes) == sum(map(len, texts))
+    assert len(sizes) > 10
 
 
 def test_long_texts_are_truncated_at_once(exported, classifier_folder, tmp_path):
@@ -147,6 +181,7 @@ def test_incomplete_and_changed_folders_are_named(exported, classifier_folder, t
     for wrong, message in (
         ({"threads": 0}, "threads must be at least 1"),
         ({"batch_size": 0, "runtime": "auto"}, "batch_size must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 3"),
         ({"precision": "INT8"}, "precision is one of auto, fp32, bf16, int8; got 'INT8'"),
         ({"runtime": "tensorrt"}, "runtime is one of auto, onnxruntime, openvino; got 'tensorrt'"),
     ):

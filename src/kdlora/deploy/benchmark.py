@@ -24,7 +24,7 @@ from kdlora.deploy.folder import ModelFolder, Way
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.evidence.defer import shift_logits
@@ -88,7 +88,9 @@ def benchmark(
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
     ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
     example = _check_alike([way.describe() for way in ways.values()]).example
-    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(list(texts) or [*map(example, _DEFAULT_TEXTS)])
+    given = texts
+    if not isinstance(given, LabelledTexts):
+        given = LabelledTexts(list(iterate_texts(given)) or [*map(example, _DEFAULT_TEXTS)])
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
     rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")
@@ -244,7 +246,7 @@ class _Worker:
         memory = read_memory()
         self.level = memory.resident if memory else 0
         start = time.perf_counter()
-        self.model = load_model(chosen, threads=threads, max_length=max_length)
+        self.model = load_model(chosen, threads=threads, max_length=max_length, decisions="thresholds")
         self.logits([self.model.folder.example("a")])
         figures = {"load_seconds": time.perf_counter() - start, "thresholds": dict(self.model.decisions.thresholds)}
         return figures | {name: getattr(self.model.folder, name) for name in ("backend", "precision", "size_bytes")}

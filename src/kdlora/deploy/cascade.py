@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kdlora.deploy.predict import Classifier, Text, check_text
+from kdlora.deploy.predict import Classifier, Text, check_text, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
@@ -121,7 +121,7 @@ class Cascade:
         Raises:
             DataError: an empty text; a function that gives another number of labels, or one that nobody knows.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list(iterate_texts(texts))
         logits = self.student.predict_logits(texts)
         if not len(logits):
             return []
@@ -152,7 +152,7 @@ class Cascade:
         """
         if rows < 1:
             raise ModelError(f"rows must be at least 1, got {rows}.")
-        numbered, count = enumerate([texts] if isinstance(texts, str) else texts), self.student.folder.texts
+        numbered, count = enumerate(iterate_texts(texts)), self.student.folder.texts
         while block := [check_text(text, f"text {number}", count) for number, text in islice(numbered, rows)]:
             yield from self.predict(block)
 

@@ -6,15 +6,18 @@ Both lie beside the weights that they are of, in one file, and are refused for o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdlora.deploy.folder import DECISIONS, ModelFolder
 from kdlora.errors import ModelError
 from kdlora.evidence.defer import Promise
 from kdlora.foreign import read_json
 from kdlora.system.integrity import hash_file, hash_json
+
+Which = Literal["all", "thresholds", "none"]
+"""What of the decisions is read."""
 
 _REMEDY = "Remove the file and fit or promise anew (kdlora thresholds, kdlora defer), or load it with decisions='none'."
 
@@ -37,16 +40,17 @@ def write_decisions(folder: ModelFolder, decisions: Decisions) -> None:
     kept[name] = {
         "sha256": digest,
         "temperature": folder.temperature,
+        "max_length": folder.max_length,
         "promise": None if decisions.promise is None else asdict(decisions.promise),
         "thresholds": dict(decisions.thresholds),
     }
     write_json_atomic(path, kept)
 
 
-def read_decisions(folder: ModelFolder) -> Decisions:
-    """Read the decisions of a model; those of other weights are refused."""
+def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
+    """Read the decisions of a model; those of other weights are refused, and a promise of texts cut elsewhere."""
     path = folder.path / DECISIONS
-    if not path.is_file():
+    if which == "none" or not path.is_file():
         return Decisions()
     kept = read_json(path)
     name, digest = _weights(folder)
@@ -65,6 +69,13 @@ def read_decisions(folder: ModelFolder) -> Decisions:
         place = ".".join(map(str, first["loc"]))
         raise ModelError(f"{path}: {name} is damaged at {place}: {first['msg']}. {_REMEDY}") from None
     _check_thresholds(decisions.thresholds, folder, path)
+    if which == "thresholds" or decisions.promise is None:
+        return replace(decisions, promise=None)
+    if (tested := found.get("max_length", folder.max_length)) != folder.max_length:
+        raise ModelError(
+            f"{path}: the error rate was promised for a max_length of {tested!r:.20}, got {folder.max_length}. Load "
+            "the model with the promised one, or with decisions='thresholds', which promises nothing."
+        )
     return decisions
 
 

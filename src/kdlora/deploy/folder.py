@@ -53,7 +53,7 @@ _DEFAULT_MAX_LENGTH = 512
 _SHORTEST = 3
 """Tokens of the shortest input: two special ones and one of text."""
 
-_MODEL_FILES = re.compile(
+MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export|kdlora_decisions)\.json"
     r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?|openvino_model_quantized\.(xml|bin)"
     r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
@@ -67,7 +67,7 @@ _RECORD: Mapping[str, Check] = {"max_length": TOKENS, "sha256": NAMES, "task": T
 
 def is_model_file(path: Path) -> bool:
     """Say whether an entry of a model folder is a file that a model consists of, by its name; a link never is."""
-    return bool(_MODEL_FILES.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+    return bool(MODEL_FILES.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def read_model_folder(
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
-    wanted = max_length or (record.get("max_length") if file is not None else None) or config.get("kdlora_max_length")
+    noted = (record.get("max_length") if file is not None else None) or config.get("kdlora_max_length")
+    wanted = noted if max_length is None else max_length
     if wanted is not None and wanted < _SHORTEST:
         raise ModelError(f"max_length must be at least 3 (two special tokens and one of text), got {wanted}.")
     stated = tokenizer.get("model_max_length")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
 
 import numpy as np
 
 from kdlora.deploy import Runtime
-from kdlora.deploy.decisions import Decisions, read_decisions
+from kdlora.deploy.decisions import Decisions, Which, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, Way
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
@@ -26,6 +28,8 @@ INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
 """Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
+_ENCODED_CHARACTERS = 1 << 20
+"""That are encoded at once: an encoding takes some 40 bytes a character and more, of what is cut off, too."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Network:
         threads: int | None = None,
         max_length: int | None = None,
         verify: bool = True,
-        decisions: Literal["all", "thresholds", "none"] = "all",
+        decisions: Which = "all",
         revision: str | None = None,
     ) -> Self:
         """Load a model folder, or a model of the Hub.
@@ -109,16 +113,16 @@ class Network:
             The model, ready to predict.
 
         Raises:
-            ModelError: not a model folder, an adapter, a model of another kind; decisions of other weights.
+            ModelError: not a model folder, an adapter, a model of another kind; decisions of other weights, a promise
+                of texts that were cut at another `max_length`.
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
-        if decisions not in ("all", "thresholds", "none"):
+        if decisions not in get_args(Which):
             raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
         way = Way(Path(folder), runtime, precision, batch_size)
         described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
-        found = Decisions() if decisions == "none" else read_decisions(described)
-        return cls(described, backend, found if decisions == "all" else replace(found, promise=None))
+        return cls(described, backend, read_decisions(described, decisions))
 
     from_pretrained = load
 
@@ -134,15 +138,17 @@ class Network:
     def label_names(self) -> tuple[str, ...]:
         return self.folder.label_names
 
-    def encode(self, texts: Sequence[Any]) -> list[Encoding]:
-        """Turn texts into tokens, special ones included."""
-        try:
-            with panics_as_errors():
-                found: list[Encoding] = self._tokenizer.encode_batch(texts)
-                return found
-        except Exception as error:
-            place = self.folder.path / TOKENIZER
-            raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
+    def encode(self, texts: Sequence[Any]) -> Iterator[Encoding]:
+        """Turn texts into tokens, special ones included; few encodings are in memory at a time."""
+        ends = np.cumsum([len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts])
+        for _, some in groupby(zip(ends // _ENCODED_CHARACTERS, texts, strict=True), key=itemgetter(0)):
+            try:
+                with panics_as_errors():
+                    found: list[Encoding] = self._tokenizer.encode_batch([text for _, text in some])
+            except Exception as error:
+                place = self.folder.path / TOKENIZER
+                raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
+            yield from found
 
     def pack(
         self, encodings: Sequence[Any], batch_size: int = BATCH_SIZE

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from kdlora.deploy.network import BATCH_SIZE, Network, Window
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 Text = str | tuple[str, str]
 MOST_CHARACTERS = 1 << 20
@@ -87,9 +84,7 @@ class Classifier(Network):
             DataError: as in `predict`.
             ModelError: the model gives values that are not finite.
         """
-        given = [texts] if isinstance(texts, str) else texts
-        checked = [check_text(text, f"text {row}", self.folder.texts) for row, text in enumerate(given)]
-        parts, counts = self._parts(checked)
+        parts, counts = self._parts(texts)
         logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
         for rows, inputs in self.pack(parts, batch_size):
             logits[rows] = self.run(inputs)
@@ -104,18 +99,19 @@ class Classifier(Network):
         """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
         yield from self.pack(self._parts(texts)[0])
 
-    def _parts(self, texts: Sequence[Text]) -> tuple[list[Encoding | Window], list[int]]:
+    def _parts(self, texts: Sequence[Text]) -> tuple[list[Window], list[int]]:
         """Give what the model reads, one text after the other, and in how many parts it reads each of them."""
         windows, longest = self.folder.windows, self.folder.max_length
-        most = most_characters(longest, windows)
-        cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
-        whole = self.encode(cut)
-        if windows is None:
-            return list(whole), [1] * len(whole)
-        cuts = [windows.cut(one.special_tokens_mask, longest)[0] for one in whole]
-        arrays = [(np.asarray(one.ids), np.asarray(one.type_ids)) for one in whole]
-        read = [Window(ids[one], types[one]) for (ids, types), own in zip(arrays, cuts, strict=True) for one in own]
-        return list(read), list(map(len, cuts))
+        most, parts, counts = most_characters(longest, windows), [], []
+        given = [
+            check_text(text, f"text {row}", self.folder.texts, most) for row, text in enumerate(iterate_texts(texts))
+        ]
+        for one in self.encode(given):
+            ids, types = np.asarray(one.ids, np.int32), np.asarray(one.type_ids, np.int32)
+            own = [slice(None)] if windows is None else windows.cut(one.special_tokens_mask, longest)[0]
+            parts += [Window(ids[tokens], types[tokens]) for tokens in own]
+            counts.append(len(own))
+        return parts, counts
 
     def to_predictions(self, logits: np.ndarray) -> list[Prediction]:
         """Turn logits into labels and calibrated probabilities.
@@ -163,26 +159,41 @@ def most_characters(max_length: int, windows: WindowSettings | None = None) -> i
     return max(20_000, 100 * max_length) if windows is None else MOST_CHARACTERS
 
 
-def check_text(text: Any, where: str, texts: int | None = None) -> Text:
-    """Refuse what cannot be classified, rather than give it the label of an empty string; `texts` are of an example."""
+def iterate_texts(texts: Any) -> Iterable[Any]:
+    """Refuse what holds no texts, such as a table, of which one would read the names of its columns."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | Mapping) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
+        name = type(texts).__name__
+        raise DataError(f"expected a list of texts, got {name}. Of a table, give the column that holds the texts.")
+    return texts
+
+
+def check_text(text: Any, where: str, texts: int | None = None, most: int | None = None) -> Text:
+    """Refuse what cannot be classified, rather than give it the label of an empty string; `texts` are of an example.
+
+    No more than the first `most` characters of a text are looked at and given.
+    """
     if not isinstance(text, tuple | list):
         if texts == 2:
             raise DataError(f"{where}: expected a pair of texts, as the model was trained on, got one text.")
-        return check_one(text, where)
+        return check_one(text, where, most=most)
     if len(text) != 2:
         raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
     if texts == 1:
         raise DataError(f"{where}: expected one text, as the model was trained on, got a pair of texts.")
-    first, second = (check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
+    first, second = (check_one(part, f"{where}, text {number}", most=most) for number, part in enumerate(text, 1))
     return first, second
 
 
-def check_one(text: Any, where: str, *, whole: bool = False) -> str:
+def check_one(text: Any, where: str, *, whole: bool = False, most: int | None = None) -> str:
     """Refuse what is no single text; one that is read whole may be empty, but has a largest length."""
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
+    text = text[:most]
     if not whole and (not text or text.isspace()):
-        raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
+        begin = f" in its first {most:,} characters" if len(text) == most else ""
+        raise DataError(f"{where}: the text is empty{begin}. Remove the row or give it a text.")
     if whole and len(text) > MOST_CHARACTERS:
         raise DataError(f"{where}: {len(text):,} characters, more than {MOST_CHARACTERS:,} in one text. Split it.")
     try:

@@ -129,13 +129,15 @@ class RowReader:
             part = values.get(column)
             if part is None and not (cut is None and column in values):
                 return Row(name, None, f"row {number}: column {column!r} is empty or missing")
-            parts.append(part[:cut] if isinstance(part, str) else "" if part is None else part)
+            parts.append("" if part is None else part)
         try:
             found, where = parts[0] if len(parts) == 1 else tuple(parts), f"row {number}"
             words = join_words(found, where) if self._columns.words and isinstance(found, list) else None
             found = found if words is None else words.text
             text: Text | Words = (
-                check_one(found, where, whole=True) if cut is None else check_text(found, where, self._columns.texts)
+                check_one(found, where, whole=True)
+                if cut is None
+                else check_text(found, where, self._columns.texts, cut)
             )
             text = text if words is None else words
             return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)

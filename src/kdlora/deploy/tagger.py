@@ -11,10 +11,10 @@ import numpy as np
 
 from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
-from kdlora.deploy.decisions import Decisions, read_decisions
+from kdlora.deploy.decisions import Decisions, Which, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
 from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_network
-from kdlora.deploy.predict import Classifier, check_one
+from kdlora.deploy.predict import Classifier, check_one, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
 
@@ -144,12 +144,12 @@ class Tagger(Network):
 
 
 def load_model(
-    folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None
+    folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None, decisions: Which = "all"
 ) -> Classifier | Tagger:
     """Load a classifier or a tagger, as the folder says."""
     way = folder if isinstance(folder, Way) else Way(Path(folder))
     described, backend = open_network(way, threads=threads, max_length=max_length)
-    return join_network(described, backend, read_decisions(described))
+    return join_network(described, backend, read_decisions(described, decisions))
 
 
 def join_network(folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> Classifier | Tagger:
@@ -162,7 +162,7 @@ def word_offsets(texts: Sequence[Words]) -> np.ndarray:
 
 
 def _check_all(texts: Sequence[Any]) -> list[Words]:
-    return [check_words(text, f"text {row}") for row, text in enumerate(texts)]
+    return [check_words(text, f"text {row}") for row, text in enumerate(iterate_texts(texts))]
 
 
 def check_words(text: Any, where: str) -> Words:

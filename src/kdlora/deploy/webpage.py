@@ -142,7 +142,7 @@ def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
     columns = (folder.task or {}).get("text") or ["text"]
     singles = [*_CHECKS, " ".join(_CHECKS)]
     texts: list[Text] = [*singles] if len(columns) == 1 else [*zip(singles, singles[::-1], strict=True)]
-    encodings = classifier.encode(texts)
+    encodings = list(classifier.encode(texts))
     parts = encodings[0].sequence_ids
     before = [parts.index(0)]
     if len(columns) == 2:

@@ -1,5 +1,6 @@
 """Trackers: one tracked run for each run of an experiment, which can be found by arm and seed."""
 
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -62,19 +63,34 @@ def test_tensorboard_has_a_folder_for_each_run(tracking_folder):
     """Runs in one folder are drawn as one curve that jumps back and forth."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tracking_folder / "tensorboard"
-    assert sorted(path.name for path in folder.iterdir()) == ["student-lora-seed0", "student-lora-seed3"]
-    events = accumulator.EventAccumulator(str(folder / "student-lora-seed3")).Reload()
+    assert sorted(path.name[:-13] for path in folder.iterdir()) == ["student-lora-seed0", "student-lora-seed3"]
+    (third,) = folder.glob("student-lora-seed3-*")
+    events = accumulator.EventAccumulator(str(third)).Reload()
     assert len(events.Scalars("eval/score")) == 2  # one for each epoch
     assert events.Scalars("train/hard_loss")[0].value > 0
     tags = events.Tensors("tags/text_summary")[0].tensor_proto.string_val[0].decode()
     assert tags == "arm: student-lora, seed: 3"
 
 
-def test_a_training_that_fails_leaves_no_name_of_the_host(tmp_path):
-    """TensorBoard has it in the name of every file, and a killed process could not change it."""
+def test_a_training_has_one_key_until_its_checkpoints_go(tracking_folder, tmp_path):
+    """One that began anew in its folder, or in a container with the same path, went on with another's curve."""
+    run, other = (TrackedRun("e", "r", {}, tmp_path / name, tmp_path) for name in ("a", "b"))
+    key = run.key
+    assert run.key == key != other.key
+    shutil.rmtree(run.checkpoints)
+    assert run.key != key
+    assert not list(tracking_folder.parent.rglob("tracked"))  # its runs have finished
+
+
+def test_a_training_that_fails_leaves_no_name_of_the_host(tmp_path, monkeypatch):
+    """TensorBoard has it in the name of every file, and a killed process could not change it.
+
+    Where a variable names the folder, arms of one name but of other experiments or trials changed each other's files.
+    """
     pytest.importorskip("tensorboard")
-    run = TrackedRun("e", "r", {}, tmp_path / "place", tmp_path)
-    folder = tmp_path / "tensorboard" / "r"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    run = TrackedRun("e", "r", {}, tmp_path / "checkpoints", tmp_path)
+    folder = tmp_path / "logs" / "e" / f"r-{run.key}"
     folder.mkdir(parents=True)
     (folder / f"events.out.tfevents.1.{socket.gethostname()}.77.0").touch()
     with pytest.raises(RuntimeError), tracked(["tensorboard"], run):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,24 +16,29 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from kdlora.errors import ConfigError
+from kdlora.system.storage import write_text_atomic
 
 _KEY = "kdlora.run"
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """How a training is called where it is tracked; the hash of its `place` finds it again when it is resumed."""
+    """How a training is called where it is tracked."""
 
     experiment: str
     name: str
     tags: Mapping[str, str]
-    place: Path
+    checkpoints: Path
     folder: Path
     """For the files of trackers that keep them on this machine."""
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(str(self.place.resolve()).encode()).hexdigest()[:16]
+        """Find it again when it is resumed: the key goes with the checkpoints, so what begins anew has another one."""
+        file = self.checkpoints / "tracked"
+        if not file.exists():
+            write_text_atomic(file, secrets.token_hex(6))
+        return file.read_text(encoding="utf-8")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -58,7 +63,8 @@ def _tensorboard(run: TrackedRun) -> Iterator[TrainerCallback]:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.folder / "tensorboard") / run.name
+    place = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    folder = (Path(place, run.experiment) if place else run.folder / "tensorboard") / f"{run.name}-{run.key}"
     try:
         with SummaryWriter(log_dir=str(folder)) as writer:
             writer.add_text("tags", ", ".join(f"{name}: {value}" for name, value in run.tags.items()))

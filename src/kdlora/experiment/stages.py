@@ -150,7 +150,7 @@ def train_splits(
     """Train one arm as the config says, on given splits, and tell the trackers that it names."""
     place = layout.run(arm, seed)
     tags = {"arm": arm, "seed": str(seed)} | ({"task": splits.task.name} if splits.task.name else {})
-    run = TrackedRun(config.title(), place.root.name, tags, place.root, layout.root / "tracking")
+    run = TrackedRun(config.title(), place.root.name, tags, place.checkpoints, layout.root / "tracking")
     with tracked(config.run.report_to if current_processes().is_first else (), run) as callbacks:
         options = TrainingOptions(
             folder=place.checkpoints,

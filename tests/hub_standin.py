@@ -10,7 +10,7 @@ import hashlib
 import json
 import posixpath
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,9 +29,11 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {EMPTY: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": EMPTY})
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Put files on top of a branch."""
+    def commit(self, files: dict[str, bytes], branch: str = "main", removed: Sequence[str] = ()) -> str:
+        """Put files on top of a branch, and take others away."""
         tree = self.commits[self.branches[branch]] | files
+        for name in removed:
+            del tree[name]
         sha = hashlib.sha1(repr(sorted((k, hashlib.sha256(v).digest()) for k, v in tree.items())).encode()).hexdigest()
         self.commits[sha] = tree
         self.branches[branch] = sha
@@ -208,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": objects}
 
     def _commit(self, name: str, repository: Repository, revision: str, body: bytes) -> Any:
-        files = {}
+        files, removed = {}, []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -216,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
-        sha = repository.commit(files, revision)
+            elif entry["key"] == "deletedFile":
+                removed.append(value["path"])
+        sha = repository.commit(files, revision, removed)
         address = f"{self.server.url}/{name.removeprefix('models/')}/commit/{sha}"
         return {"success": True, "commitOid": sha, "commitUrl": address}
 

@@ -88,16 +88,21 @@ def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, t
 
 
 def test_a_public_repository_is_not_pushed_to_by_accident(hub, finished, tmp_path):
-    """The default is private; an existing public repository would publish the model all the same."""
-    hub.add("someone/open", {"README.md": b"here"})
+    """An existing public repository would publish the model; an earlier model's int8 file would answer for it."""
+    stale = {"kdlora_decisions.json", "model-00001-of-00002.safetensors", "onnx/openvino_model_quantized.xml"}
+    kept = {"NOTICE", "notes.txt", "samples/config.json"}
+    there = {"README.md", *kept, *stale}
+    hub.add("someone/open", dict.fromkeys(there, b"here"))
     push = ("-m", "kdlora", "push", finished.root, "someone/open")
     refused = call(hub, tmp_path, *push)
     assert (refused.returncode, "is public; say --public" in refused.stderr) == (2, True), refused
     done = call(hub, tmp_path, *push, "--public", "--report", "--revision", "second", "--json")
     assert done.returncode == 0, done
     repository = hub.repositories["models/someone/open"]
-    assert {"report.html", "report.md"} <= set(repository.commits[repository.branches["second"]])
-    assert set(repository.commits[repository.branches["main"]]) == {"README.md"}
+    pushed, files = json.loads(done.stdout), set(repository.commits[repository.branches["second"]])
+    assert {"report.html", "report.md", "onnx/model_quantized.onnx"} <= set(pushed["files"])
+    assert (set(pushed["removed"]), files) == (stale, kept | set(pushed["files"]))
+    assert set(repository.commits[repository.branches["main"]]) == there
     hub.add("someone/closed", {"README.md": b"here"}, private=True)
     refused = call(hub, tmp_path, *push[:-1], "someone/closed", "--public")  # the Hub ignores the wish
     assert (refused.returncode, "is private; make it public there" in refused.stderr) == (2, True), refused

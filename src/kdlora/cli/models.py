@@ -278,6 +278,8 @@ def push(
     if parcel.stays:
         print(harmless(f"not sent: {', '.join(parcel.stays)}"), file=sys.stderr)
     pushed = None if dry_run else push_experiment(experiment, repo, public=public, report=report, revision=revision)
+    if pushed is not None and pushed.removed:
+        print(harmless(f"removed there, as an earlier model's: {', '.join(pushed.removed)}"), file=sys.stderr)
     if as_json:
         print_json(asdict(pushed or parcel))
     elif pushed is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlora.deploy.folder import ModelFolder, is_model_file, read_model_folder
+from kdlora.deploy.folder import MODEL_FILES, ModelFolder, is_model_file, read_model_folder
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json
@@ -15,6 +16,7 @@ from kdlora.foreign import read_json
 _ONNX = "onnx/"
 """Where a repository keeps its ONNX files, as transformers.js and the Hub's own exports do."""
 
+_MESSAGE = "Student distilled with kdlora"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
 _PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 """Keys under which transformers may note down where a model came from."""
@@ -22,6 +24,7 @@ _ABSOLUTE = re.compile(
     r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
 )
 _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_BY_HAND = ("README.md", "LICENSE", "NOTICE")
 _EXPORTED = ("*.onnx", "*.onnx_data*", "*.onnx.data", "openvino_model_quantized.*")
 
 
@@ -34,6 +37,7 @@ class Pushed:
     revision: str  # hash of the commit
     private: bool  # only its owners see it
     files: tuple[str, ...]  # names in the repository of what belongs to this push
+    removed: tuple[str, ...]  # those of an earlier model's files, which this one lacks
 
 
 def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
@@ -91,6 +95,7 @@ def push_experiment(
     """Put an experiment's student, its ONNX export and its card into a repository of the Hub, in one commit.
 
     The same call again sends only what the Hub does not have yet, so an interrupted push goes on where it stopped.
+    Files of an earlier model that this one lacks are removed there: an old ONNX file would answer for the new model.
     The report quotes examples of your data, so it stays here unless asked for; records and config always do.
 
     Args:
@@ -113,7 +118,7 @@ def push_experiment(
     Examples:
         >>> pushed = push_experiment("runs/reviews", "me/reviews")
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if (found := _HUB_ID.fullmatch(repo)) is None or found["inner"] or found["revision"]:
@@ -129,15 +134,21 @@ def push_experiment(
             raise KdLoraError(f"{repo} exists on the Hub and is private; make it public there, or leave --public out")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        added = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        commit = api.create_commit(
-            repo, added, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
-        )
+        stale = [name for name in api.list_repo_files(repo, revision=revision) if _is_stale(name, contents)]
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
+        changes += [CommitOperationAdd(name, content) for name, content in contents.items()]
+        commit = api.create_commit(repo, changes, commit_message=_MESSAGE, revision=revision, num_threads=2)
     except OfflineModeIsEnabled:
         raise KdLoraError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
     except (HfHubHTTPError, LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
         raise _explanation(repo, error) from None
-    return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)))
+    return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)), tuple(stale))
+
+
+def _is_stale(name: str, contents: Mapping[str, object]) -> bool:
+    """Say whether a file on the Hub is an earlier model's; what people add by hand, and other folders, stay."""
+    is_of_model = MODEL_FILES.fullmatch(name.removeprefix(_ONNX)) is not None
+    return is_of_model and name not in contents and Path(name).name not in _BY_HAND
 
 
 @dataclass(frozen=True)

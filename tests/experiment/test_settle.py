@@ -61,6 +61,13 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 
+    # Two processes with 16 rows each take the steps of one with 32.
+    config = build_config(
+        CONFIG | {name: CONFIG[name] | {"train": {"batch_size": 16}} for name in ("teacher", "student")}
+    )
+    config = decide({}, {"train": 640, "unlabelled": 0}, BINARY, processes=2).fill_in(config)
+    assert (config.teacher.train.epochs, config.student.train.epochs) == (15, 30)
+
     # With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts.
     config = decide({}, {"train": 100, "unlabelled": 8000}, BINARY).fill_in(build_config(CONFIG))
     assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)

@@ -153,7 +153,7 @@ def make_plan(
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows, notes = count_rows(splits), splits.notes
     if looks:
-        config = decide(looks, rows, splits.task).fill_in(config)
+        config = decide(looks, rows, splits.task, processes).fill_in(config)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)

@@ -307,6 +307,7 @@ class Chosen:
     task: Task
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
     limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
+    processes: int = 1  # that share a step, each with `batch_size` rows
 
     def fill_in(self, config: Config) -> Config:
         """Settle what is null or `auto`; teacher and student cut texts alike, in windows each reads what it can."""
@@ -319,7 +320,8 @@ class Chosen:
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
-            epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), section.train.batch_size)
+            of_step = section.train.batch_size * self.processes
+            epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), of_step)
             own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
             longest = min([self.max_length, *own]) if own or config.data.long_texts == "cut" else None
             train = _fill(section.train, None, max_length=longest, epochs=epochs, learning_rate=rates[role])
@@ -328,12 +330,12 @@ class Chosen:
         return config.model_copy(update=update)
 
 
-def decide(looks: Looks, rows: Mapping[str, int], task: Task) -> Chosen:
+def decide(looks: Looks, rows: Mapping[str, int], task: Task, processes: int = 1) -> Chosen:
     """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
     drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
     longest = choose_max_length([one.lengths for one in looks.values()], []) if looks else LEAST
     widths = {role: one.width for role, one in looks.items()}
-    return Chosen(longest, drawn, task, widths, {role: one.limit for role, one in looks.items()})
+    return Chosen(longest, drawn, task, widths, {role: one.limit for role, one in looks.items()}, processes)
 
 
 def steps_for_labels(task: Task) -> int:

@@ -173,7 +173,21 @@ def test_what_failed_or_is_missing_is_said_in_the_cell(figures, write, tmp_path)
     assert "<script>|boom" not in (tmp_path / "suite.html").read_text(encoding="utf-8")
     lines = read_rows(tmp_path / "runs.csv")
     assert sorted({line["status"] for line in lines}) == ["failed", "finished", "to come"]
-    assert next(line for line in lines if line["status"] == "failed")["error"] == "'=<script>|boom|"
+    failed = next(line for line in lines if line["status"] == "failed")
+    assert failed["error"] == "'=<script>|boom|"
+
+    # Two families of a task could not be told apart, and no program could draw score against rank or time.
+    assert (failed["family"], failed["rank"], failed["model"]) == (
+        "own",
+        str(first.config.lora.rank),
+        "bert_base & <co>",
+    )
+    assert f"cola, own, LoRA, seed {first.seed}" in markdown
+    (cell,) = [
+        line for line in lines if line["record"] == f"{figures.plan.cells['cola', 'own', 'fft'][0].key}/run.json"
+    ]
+    assert (cell["rank"], cell["score"]) == ("", "85.0")
+    assert float(cell["latency_ms_batch_1"]) < float(cell["latency_ms_batch_32"])
 
 
 def test_the_papers_figures_stand_beside_ours_where_they_belong(figures, write, tmp_path):

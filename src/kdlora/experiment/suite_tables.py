@@ -356,7 +356,7 @@ def _failed_runs(figures: SuiteFigures) -> Table:
         "Failed; the same command tries them again",
         [run for run in failed if figures.records[run.key].status == "failed"],
         {
-            "run": lambda run: f"{run.task}, {arm_title(run.arm)}, seed {run.seed}",
+            "run": lambda run: f"{run.task}, {figures.family_title(run.family)}, {arm_title(run.arm)}, seed {run.seed}",
             "configuration": settings_text,
             "why": lambda run: figures.records[run.key].error or "no reason was recorded",
             "record": lambda run: Cell("", _run_links([run])),
@@ -386,11 +386,13 @@ def _score_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
 def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
     counts = ("trainable_parameters", "head_parameters", "total_parameters")
     costs = ("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes", *counts)
-    yield ("task", "arm", "seed", "configuration", "status", *costs, "teacher", "error", "record")
+    latency = ("latency_ms_batch_1", "latency_ms_batch_32")
+    named = ("task", "family", "arm", "seed", "rank", "configuration")
+    yield (*named, "status", "model", *costs, *latency, "teacher", "error", "record")
     for run in figures.plan.runs():
-        one = figures.records.get(run.key)
-        found: list[Any] = ["to come", *[None] * 10]
+        one, rank = figures.records.get(run.key), run.config.lora.rank if run.arm in LORA_ARMS else None
+        found: list[Any] = ["to come", *[None] * 13]
         if one is not None:
-            measured = (getattr(one, cost) for cost in costs)
-            found = [one.status, *measured, one.fingerprints.get("taught_by"), one.error]
-        yield (run.task, run.arm, run.seed, settings_text(run), *found, f"{run.key}/run.json")
+            measured = [getattr(one, cost) for cost in ("status", "model", *costs)]
+            found = [*measured, TIME.read(one), TIME_OF_32.read(one), one.fingerprints.get("taught_by"), one.error]
+        yield (run.task, run.family, run.arm, run.seed, rank, settings_text(run), *found, f"{run.key}/run.json")

@@ -20,10 +20,12 @@ from kdlora.deploy.predict import Classifier
 from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment import labelling
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, save_encoder
+from kdlora.system.storage import write_json_atomic
 from sentences import tagged_rows, write_conll
 from tiny import sentiment_rows, task, write_csv
 
@@ -214,7 +216,7 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 
 
-def test_logits_keep_their_number_format_on_another_machine(model, workshop, tmp_path):
+def test_logits_keep_their_number_format_on_another_machine(model, workshop, texts, tmp_path, monkeypatch):
     """A folder that a GPU began in bf16 took no further seed on a CPU: its logits were "stale", for good."""
     run = {"arms": ["kd-lora"], "precision": "auto"}
     config, layout = workshop.config({"teacher": {"fine_tuned": str(model)}, "run": run}), ExperimentLayout(tmp_path)
@@ -222,6 +224,14 @@ def test_logits_keep_their_number_format_on_another_machine(model, workshop, tmp
     found = json.loads(layout.precision.read_text())["cpu"][0]
     layout.precision.write_text(json.dumps({"cpu": ["fp32" if found == "bf16" else "bf16", "as another machine is"]}))
     label_training_rows(config, layout)
+    # In fp16, which no CPU would choose.
+    begun = ExperimentLayout(tmp_path / "half")
+    write_json_atomic(begun.precision, {"cpu": ["fp16", "as an older GPU is"]})
+    label_training_rows(config, begun)
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "resolve_precision", lambda *_: ("fp16", "as an older GPU is"))
+        label(model, texts / "b.jsonl", tmp_path / "more")
+    label(model, texts / "b.jsonl", tmp_path / "more")
 
 
 def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_folder, tmp_path, caplog):

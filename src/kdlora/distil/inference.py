@@ -48,7 +48,7 @@ from kdlora.data.word_tokens import (
     words_seen,
 )
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import autocast, freed_memory_kept, resolve_device, resolve_precision
+from kdlora.distil.precision import DTYPES, autocast, freed_memory_kept, resolve_device, resolve_precision
 from kdlora.distil.processes import ALONE, Processes, current_processes
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.models.encoders import Encoder
@@ -214,7 +214,9 @@ def teacher_logits(
         raise DataError(f"the rows have no column {lacking[0]!r}; they have {', '.join(dataset.column_names)}")
     if doubled := doubles(read_column(dataset, "id")).to_pylist():
         raise DataError(f"{len(doubled)} ids occur more than once, first {doubled[0]!r}; make them unique")
-    processes, precision = current_processes(), resolve_precision(precision, device)[0]
+    processes = current_processes()
+    if precision not in DTYPES:  # else as was settled, perhaps on another device
+        precision = resolve_precision(precision, device)[0]
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens)
     ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}

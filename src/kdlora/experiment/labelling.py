@@ -234,9 +234,11 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     with contextlib.suppress(ArtifactError):  # as it was begun: a second timing, or the model, may say otherwise now
         begun = open_store(folder / COLLECTION_MANIFEST).ingredients
     precision = str(begun.get("precision", "auto")) if settings.precision == "auto" else settings.precision
+    if precision != begun.get("precision"):  # else perhaps of another device
+        precision = resolve_precision(precision, settings.device)[0]
     noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
     longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
-    settings = replace(settings, max_length=longest, precision=resolve_precision(precision, settings.device)[0])
+    settings = replace(settings, max_length=longest, precision=precision)
     return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
 
 

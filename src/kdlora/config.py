@@ -33,6 +33,8 @@ TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")  # of equal ones the first ships
+ROUNDING_KEYS = ("micro_batch_tokens", "gradient_checkpointing")
+"""Keys of a training that change its figures by rounding alone; after a lack of memory it goes on with others."""
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 # The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
 _SPELT = BeforeValidator(

@@ -68,6 +68,8 @@ def test_a_folder_names_what_decides_the_figures():
     base = {run.key for run in plan().runs()}
     assert {run.key for run in plan(name="other", best=3).runs()} == base
     assert {run.key for run in plan(seeds=[0, 1]).runs()} > base
+    smaller = {"data": {"path": "x/y"}, "teacher": {"train": {"micro_batch_tokens": 64}}}
+    assert {run.key for run in plan(config=smaller).runs()} == base, "after a lack of memory a suite goes on"
     longer = {"data": {"path": "x/y"}, "student": {"train": {"max_length": 64}}}
     changed = {run.key for run in plan(config=longer).runs()}
     assert {key for key in changed & base if "/fft-" not in key} == set()

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdlora.config import ROUNDING_KEYS
 from kdlora.errors import ArtifactError
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
 from kdlora.system.ownership import is_ours, remove, remove_abandoned
@@ -28,8 +29,6 @@ SCHEMA_VERSION = 3
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-[0-9]{9}")
 _BEST = "best.safetensors"
-_MEMORY = ("micro_batch_tokens", "gradient_checkpointing")
-"""Settings that change a training by rounding alone; after running out of memory it goes on with others."""
 _MEANING = {
     "model": "the model or its initial weights",
     "train": "the training rows or their teacher logits",
@@ -212,7 +211,7 @@ def _read_manifest(folder: Path, *, whole: bool = False) -> dict[str, Any] | Non
 
 def _without_memory(ingredients: Mapping[str, Any]) -> dict[str, Any]:
     settings = ingredients.get("settings") or {}
-    return {**ingredients, "settings": {key: one for key, one in settings.items() if key not in _MEMORY}}
+    return {**ingredients, "settings": {key: one for key, one in settings.items() if key not in ROUNDING_KEYS}}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, read_record, write_record
-from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, identity
+from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, run_identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
 from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
@@ -361,7 +361,7 @@ def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, Ta
         if record is None or record.fingerprints.get("data") != now.fingerprint(run.config):
             continue
         try:
-            made, wanted = identity(Config.model_validate(record.config)), identity(run.config)
+            made, wanted = run_identity(Config.model_validate(record.config)), run_identity(run.config)
         except ValueError as error:
             place = run.layout(root).run(run.arm, run.seed)
             raise ArtifactError(f"{place.record}: its config cannot be read ({error}); delete {place.root}") from None

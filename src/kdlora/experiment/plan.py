@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, StudentConfig
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, Arm, Config, StudentConfig
 from kdlora.configfile import build_config, merge
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout
@@ -141,7 +141,7 @@ def _runs(
                 "use `kdlora run` for a teacher that is given"
             )
         effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
-        folder = f"runs/{task}/{arm}-{hash_json(identity(effective))[:10]}"
+        folder = f"runs/{task}/{arm}-{hash_json(run_identity(effective))[:10]}"
         if folder not in seen:
             seen.add(folder)
             kept = _used_settings(settings, config, arm)
@@ -208,6 +208,12 @@ def identity(config: Config) -> dict[str, Any]:
     values = without_later_keys(values)
     values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
     return values
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """Give `identity` without what changes figures by rounding alone: after a lack of memory a suite goes on."""
+    keys = (f"{role}.train.{key}" for role in ("teacher", "student") for key in ROUNDING_KEYS)
+    return identity(functools.reduce(_reset, keys, config))
 
 
 def _used_settings(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:

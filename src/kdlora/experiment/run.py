@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from kdlora.config import DISTILLED_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, Arm, Config
 from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
@@ -58,8 +58,7 @@ Listener = Callable[[Stage, Any], None]
 _FREE_KEYS = {
     *("name", "report.paper", "run.arms", "run.seeds", "run.fail_fast", "run.devices", "run.report_to"),
     *("run.checkpoint_seconds", "run.keep_checkpoints"),
-    *(f"{role}.train.micro_batch_tokens" for role in ("teacher", "student")),
-    *(f"{role}.train.gradient_checkpointing" for role in ("teacher", "student")),
+    *(f"{role}.train.{key}" for role in ("teacher", "student") for key in ROUNDING_KEYS),
     *(f"export.{key}" for key in ExportConfig.model_fields),
     *(f"defer.{key}" for key in DeferConfig.model_fields),
 }

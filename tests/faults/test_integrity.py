@@ -13,6 +13,7 @@ import pytest
 from kill_driver import differences
 
 from experiments import edit_json, read_rows, snapshot
+from fabricate import edit_record
 from kdlora.config import Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
@@ -122,6 +123,15 @@ def test_an_exchanged_pretrained_model_is_refused_for_further_seeds(made, layout
         assert [(record.seed, record.arm) for record in result.failed] == [(1, "kd-lora")]
         assert "the pretrained model, its weights or its tokenizer, changed since kd-lora" in result.failed[0].error
     assert not run_experiment(made.with_run(seeds=(0, 1)), layout.root).failed
+
+
+def test_a_student_of_other_steps_than_its_control_is_refused(made, layout):
+    """Two processes give a step twice the rows: "distillation adds" would be what half of the steps cost."""
+    record = layout.run("kd-lora", 0).record
+    edit_record(record, fingerprints=read_record(record).fingerprints | {"processes": "2"})
+    result = run_experiment(made.with_run(arms=("kd-lora", "student-lora")), layout.root)
+    assert [one.arm for one in result.failed] == ["student-lora"]
+    assert "the number of processes, and so the rows of a step, changed since kd-lora" in result.failed[0].error
 
 
 def test_data_that_change_while_the_experiment_runs_are_noticed(made, tmp_path):

@@ -100,7 +100,7 @@ class RunRecord(BaseModel):
     precision: str = ""
     device: str = ""
     truncated: dict[str, int] = Field(default_factory=dict, description="texts cut at max_length")
-    fingerprints: dict[str, str] = Field(default_factory=dict, description="SHA-256 of config, data, base, teacher")
+    fingerprints: dict[str, str] = Field(default_factory=dict, description="of config, data, base, teacher, …")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of what was kept, by path from the root")
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str] = Field(default_factory=dict)

@@ -24,6 +24,7 @@ from kdlora.deploy.folder import DECISIONS, TEMPERATURE_KEY
 from kdlora.distil.inference import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, settle_precision
+from kdlora.distil.processes import current_processes
 from kdlora.distil.train import Trained
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
@@ -47,6 +48,7 @@ _MEANING = {
     "data": "the data",
     "base": "the pretrained model, its weights or its tokenizer,",
     "teacher": "what the teacher says about the training rows",
+    "processes": "the number of processes, and so the rows of a step,",
 }
 logger = logging.getLogger(__name__)
 
@@ -163,6 +165,8 @@ def add_origin(
     own = record.fingerprints | {"base": hash_base(encoder)}
     if teacher:
         own["teacher"] = hash_json([one.fingerprint for one in teacher])
+    if record.arm in STUDENT_ARMS:  # which are compared by equal steps
+        own["processes"] = str(current_processes().count)
     for path in sorted(layout.runs.glob("*/run.json")):
         other = read_record(path)
         if other.status != "finished" or (other.arm, other.seed) == (record.arm, record.seed):

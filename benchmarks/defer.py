@@ -4,8 +4,9 @@
 
 Reads the stored predictions of experiments with a test split (such as those of `strangers.py`); nothing is trained. A
 random half of the test rows promises, and all of them judge. Every arm and kind of sureness meets the same halves.
-The cascade's threshold is chosen on validation, and scored on test. The last line compares `kd-lora` with its control:
-the mean error over the coverages by probability, its mean over the experiments, a 95% interval over rows and seeds.
+`answered` is the largest share of the test rows of which at most --error are wrong, `promised` what was promised of it.
+The cascade's threshold is chosen on validation, and scored on test. Two lines compare `kd-lora` with its control by
+probability: the mean error over the coverages and `answered`, means of the experiments, 95% over rows and seeds.
 
 A value has no probability. Of regressions a table says how far the half of the test rows is off whose error should be
 smallest, by that of the validation rows with the nearest values, and by the distance from the teacher's value.
@@ -14,8 +15,9 @@ smallest, by that of the validation rows with the nearest values, and by the dis
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,14 @@ import numpy as np
 from harness import command_line, markdown
 from sklearn.neighbors import KNeighborsRegressor
 
-from kdlora.evidence.defer import SURENESS, NoPromiseError, area_under_risk, measure_sureness, promise_error
+from kdlora.evidence.defer import (
+    SURENESS,
+    NoPromiseError,
+    area_under_risk,
+    measure_sureness,
+    promise_error,
+    risk_coverage,
+)
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.evidence.stats import estimate
@@ -81,7 +90,14 @@ def promise(run: Judged, how: Any, error: float, splits: int) -> dict[str, Any]:
         "promised": float(np.mean(np.array(kept) > 0)),
         "broken": float(np.mean(broken)),  # of all test rows, for which the threshold stands
         "area": area_under_risk(sure, wrong),
+        "answered": answered_share(sure, wrong, error),
     }
+
+
+def answered_share(sure: np.ndarray, wrong: np.ndarray, error: float) -> float:
+    """Give the largest share of rows of which at most `error` are wrong."""
+    coverage, risk = risk_coverage(sure, wrong)
+    return float(max(np.append(0, coverage[risk <= error])))
 
 
 def cascade(student: Judged, teacher: Judged) -> dict[str, Any]:
@@ -111,18 +127,23 @@ def _mixed(small: Predictions, large: Predictions, threshold: float) -> tuple[fl
 
 
 def sum_up(lines: list[dict[str, Any]]) -> str:
-    """Give the mean error over the coverages of each experiment and arm, in percent, over its seeds."""
-    areas: dict[tuple[str, str], dict[str, list[float]]] = {}
+    """Give the mean error over the coverages, and what is answered by probability, in percent; means over the seeds."""
+    columns = [*((how, "area") for how in SURENESS), ("probability", "answered"), ("probability", "coverage")]
+    found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for line in lines:
         if "area" in line:
-            of_arm = areas.setdefault((line["experiment"], line["arm"]), {how: [] for how in SURENESS})
-            of_arm[line["sureness"]].append(100 * line["area"])
-    rows = [(*place, *(f"{np.mean(values):.1f}" for values in found.values())) for place, found in areas.items()]
-    return markdown(("experiment", "arm", *SURENESS), rows)
+            of_arm = found.setdefault((line["experiment"], line["arm"]), {column: [] for column in columns})
+            for how, what in columns:
+                if how == line["sureness"]:
+                    of_arm[how, what].append(100 * line[what])
+    rows = [(*place, *(f"{np.mean(values):.1f}" for values in of_arm.values())) for place, of_arm in found.items()]
+    return markdown(("experiment", "arm", *SURENESS, "answered", "promised"), rows)
 
 
-def gain(experiments: Sequence[Sequence[Judged]], draws: int = 1_000) -> str:
-    """Compare the distilled student's mean error over the coverages with its control's."""
+def gain(
+    experiments: Sequence[Sequence[Judged]], measure: Callable[..., float] = area_under_risk, draws: int = 1_000
+) -> str:
+    """Compare the distilled student with its control, in points."""
     found, examples = [], 0
     for runs in experiments:
         first, second = (
@@ -131,22 +152,22 @@ def gain(experiments: Sequence[Sequence[Judged]], draws: int = 1_000) -> str:
         pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
         if pairs:
             count, draw = len(pairs[0][0][0]), np.random.default_rng(0)
-            drawn = [np.mean(_gains(pairs, draw.integers(0, count, count))) for _ in range(draws)]
-            found.append((_gains(pairs, np.arange(count)), np.array(drawn)))
+            drawn = [np.mean(_gains(pairs, draw.integers(0, count, count), measure)) for _ in range(draws)]
+            found.append((_gains(pairs, np.arange(count), measure), np.array(drawn)))
             examples += count
     if not found:
         return "no experiment has both kd-lora and student-lora"
     one = estimate(found, examples, 0.95)
     return (
-        f"kd-lora - student-lora, mean error over the coverages: {one.difference:+.2f} points "
-        f"({one.low:+.2f} to {one.high:+.2f}; {len(found)} experiments, at least {one.n_seeds} seeds)"
+        f"{one.difference:+.2f} points ({one.low:+.2f} to {one.high:+.2f}; {len(found)} experiments, "
+        f"at least {one.n_seeds} seeds)"
     )
 
 
-def _gains(pairs: Sequence[Any], rows: np.ndarray) -> np.ndarray:
-    """Give each seed's difference of areas on some rows, in points."""
-    areas = [[area_under_risk(sure[rows], wrong[rows]) for sure, wrong in pair] for pair in pairs]
-    return 100 * -np.diff(areas, axis=1)[:, 0]
+def _gains(pairs: Sequence[Any], rows: np.ndarray, measure: Callable[..., float]) -> np.ndarray:
+    """Give each seed's difference on some rows, in points."""
+    values = [[measure(sure[rows], wrong[rows]) for sure, wrong in pair] for pair in pairs]
+    return 100 * -np.diff(values, axis=1)[:, 0]
 
 
 def regressions(folder: Path) -> Iterator[tuple[str, ...]]:
@@ -187,7 +208,9 @@ def main() -> None:
     for line in lines:
         print(json.dumps(line), flush=True)
     print(sum_up(lines))
-    print(gain(experiments))
+    print("kd-lora - student-lora, mean error over the coverages:", gain(experiments))
+    answered = gain(experiments, partial(answered_share, error=options.error))
+    print(f"kd-lora - student-lora, answered with {options.error:.1%} wrong:", answered)
     header = ("experiment", "arm", "mean error", "half by neighbours", "half by the teacher")
     print(markdown(header, [row for folder in options.experiments for row in regressions(folder)]))
     if options.keep is not None:

@@ -123,6 +123,8 @@ def test_knowing_where_one_is_wrong_counts_as_less_error():
         rows = Predictions(tuple(map(str, range(200))), ("test",) * 200, logits, ("no", "yes"), labels)
         judged += [defer.Judged("one", arm, seed, rows, rows) for seed in range(seeds)]
     told = defer.gain([judged], draws=20)
-    assert float(re.match(r".*: ([+-]\S+) points", told)[1]) < -20
+    assert float(re.match(r"([+-]\S+) points", told)[1]) < -20
+    told = defer.gain([judged], lambda sure, wrong: defer.answered_share(sure, wrong, 0.1), draws=20)
+    assert float(re.match(r"([+-]\S+) points", told)[1]) > 70
     assert "2 seeds" in told
     assert defer.gain([judged[:2]]) == "no experiment has both kd-lora and student-lora"

@@ -10,6 +10,7 @@ from interruptions import SaveAt, callback
 
 from kdlora.distil.losses import DivergedError
 from kdlora.errors import KdLoraError
+from kdlora.system.storage import claim_folder
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_path):
@@ -40,6 +41,8 @@ def test_the_rows_of_the_step_are_named(make_setup, tmp_path):
     logits[17][0] = float("nan")
     spoilt = rows.remove_columns("teacher_logits").add_column("teacher_logits", logits)
     setup.train = replace(setup.train, dataset=spoilt)
+    claim_folder(tmp_path, "training")
+    (tmp_path / "step-000000001").mkdir()  # an unusable checkpoint is not a good one
     with pytest.raises(KdLoraError, match=r"the loss is not a finite number at step \d+") as caught:
         setup.run(tmp_path)
     for part in (repr(rows[17]["id"]), "The step's 4 rows: ", "none was written yet"):

@@ -112,6 +112,9 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
             assert CheckpointFolder(folder, manifest["ingredients"]).latest().folder == folder / "step-000000003"
         assert "step-000000009 is unfinished or damaged" in caplog.text
         assert list(folder.glob(".step*")) == []
+    # Sorted behind every new one, the damaged one pushed it out as soon as it was written.
+    CheckpointFolder(tmp_path / "0", manifest["ingredients"]).write(5, {"state": {}}, {})
+    assert [path.name for path in (tmp_path / "0").glob("step-*")] == ["step-000000005"]
     outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
     assert seen[0] == 4
     assert_same_bits(weights(undisturbed.model), weights(resumed.model))

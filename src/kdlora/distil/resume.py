@@ -75,13 +75,11 @@ class CheckpointFolder:
             return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         return None
 
-    def newest(self) -> Path | None:
-        return next(reversed(self._folders()), None)
-
     def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write a checkpoint; it counts once it is whole. Older ones go."""
+        """Write a checkpoint; it counts once it is whole. Older ones go, and later ones, which nothing could use."""
         self._claim()
-        with atomic_folder(self.folder / f"step-{step:09d}") as temporary:
+        newest = self.folder / f"step-{step:09d}"
+        with atomic_folder(newest) as temporary:
             for name, content in documents.items():
                 (temporary / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             for name, values in tensors.items():
@@ -91,7 +89,9 @@ class CheckpointFolder:
             digests = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
             manifest = {"schema_version": SCHEMA_VERSION, "ingredients": self.ingredients, "sha256": digests}
             (temporary / _MANIFEST).write_text(json.dumps(seal(manifest), indent=2), encoding="utf-8")
-        for folder in self._folders()[: -self.keep]:
+        folders = self._folders()
+        kept = [folder for folder in folders if folder <= newest][-self.keep :]
+        for folder in set(folders).difference(kept):
             remove(folder)
 
     def save_best(self, tensors: Mapping[str, Tensor]) -> None:

@@ -211,8 +211,8 @@ def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLora
         ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
         shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
         text += f". The step's {len(ids)} rows: {shown}"
-    kept = trainer.checkpoints.newest()
-    last = "none was written yet" if kept is None else f"{kept}, from before that"
+    kept = trainer.checkpoints.latest()
+    last = "none was written yet" if kept is None else f"{kept.folder}, from before that"
     return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 

@@ -23,6 +23,7 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
 from kdlora.report.wording import count
+from kdlora.system.children import ChildDiedError
 
 SHOW_MODULES = (
     "import atexit, sys; "
@@ -190,6 +191,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
         (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 1, "/out"),
         (MemoryError(), 1, "micro_batch_tokens"),
+        (ChildDiedError("killed by SIGKILL"), 1, "killed by SIGKILL; free some memory"),
     ],
 )
 def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch, fault, code, expected):

@@ -27,6 +27,7 @@ PAD_MULTIPLE = 8
 """Widths that matrix units take well; also what `length_sorted_batches` and `Collator` agree on."""
 MICRO_BATCHES = "micro_batches"
 _TOKENISE_ROWS = 1000
+_COUNT_ROWS = 50  # whole texts of any length
 _CHUNK_BATCHES = 50
 _CARRIED = ("id", "label", "group", "teacher_logits")
 INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
@@ -100,16 +101,22 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
     return columns | {"length": [len(tokens) for tokens in columns["input_ids"]], "truncated": truncated}
 
 
-def share_unknown(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Give the share of unknown tokens; special tokens do not count, and some models have one of these for unknown."""
+def count_tokens(
+    texts: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[npt.NDArray[np.int64], float]:
+    """Count the tokens of whole texts, a few at a time, and give the share of unknown ones among those not special."""
     unknown, special = tokenizer.unk_token_id, tokenizer.all_special_ids
-    others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    if unknown is None or unknown in others:
-        return 0.0
-    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-    read = int((~np.isin(tokens, special)).sum())
-    missed = int((tokens == unknown).sum())
-    return missed / max(1, read + missed)
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        unknown = None  # what stands for it in some models says something else, too
+    lengths, read, missed = list[int](), 0, 0
+    for start in range(0, len(next(iter(texts.values()))), _COUNT_ROWS):
+        part = {name: column[start : start + _COUNT_ROWS] for name, column in texts.items()}
+        encoded = encode_texts(part, tokenizer, sys.maxsize)
+        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in encoded["input_ids"]])
+        lengths += encoded["length"]
+        read += int((~np.isin(tokens, special)).sum())
+        missed += 0 if unknown is None else int((tokens == unknown).sum())
+    return np.asarray(lengths), missed / max(1, read + missed)
 
 
 class LengthBucketSampler(Sampler[list[int]]):

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
-from kdlora.data.batches import PAD_MULTIPLE, encode_texts, share_unknown, tokenise
+from kdlora.data.batches import PAD_MULTIPLE, count_tokens, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.spool import label_array, read_column, read_texts
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 OPEN = ("max_length", "epochs", "learning_rate")
 """Keys of a training that may be null until data and models are known."""
-
 HELD = 0.99
 """Share of the training texts that the chosen length holds whole."""
 LEAST = 16
@@ -115,7 +114,7 @@ def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Split
     for split, rows in (("train", splits.train), ("unlabelled", splits.unlabelled)):
         if rows is None:
             continue
-        if split == "unlabelled" and (collection := _collection(config)) is not None:
+        if split == "unlabelled" and (collection := _collection(config.data.unlabelled)) is not None:
             found.append(read_collection(collection, splits.task, "data.unlabelled"))
         elif config.teacher.is_table:
             found.append(read_table(config, splits.task, split))
@@ -136,17 +135,21 @@ def check_table(config: Config, splits: Splits) -> list[str]:
     """Check that a table of teacher outputs, or a labelled collection, fits the experiment and covers its rows."""
     if not set(config.run.arms) & DISTILLED_ARMS:
         return []  # it teaches nobody
-    collection = _collection(config)
+    collection, table = _collection(config.data.unlabelled), _collection(config.teacher.logits)
     if collection is not None and config.data.augment:
         raise ConfigError(
             "data.augment makes new texts, which the labelled collection in data.unlabelled has no answers for; set "
             "data.augment to 0, or data.unlabelled to the files that were labelled"
         )
-    if collection is not None and not config.given_teacher:
+    weights = [open_collection(one).ingredients.get("weights") for one in (collection, table) if one is not None]
+    if (
+        collection is not None and config.teacher.fine_tuned is None and weights[1:] != weights[:1]
+    ):  # alone, or another's
+        own = "a table is the teacher" if config.teacher.is_table else "this experiment trains a teacher of its own"
         raise ConfigError(
-            f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but this experiment "
-            "trains a teacher of its own, and one teacher teaches all rows. Set teacher.fine_tuned to that model, or "
-            "data.unlabelled to the files that were labelled"
+            f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but {own}, and one "
+            "teacher teaches all rows. Set teacher.fine_tuned to that model, or data.unlabelled to the files that were "
+            "labelled"
         )
     if not config.teacher.is_table:
         return []
@@ -179,18 +182,17 @@ def doubts_of_units(said: np.ndarray, labels: np.ndarray, what: str) -> list[str
 
 def labels_unlabelled(config: Config) -> bool:
     more = config.data.unlabelled is not None or config.data.augment > 0
-    return more and _collection(config) is None and not config.teacher.is_table
+    return more and _collection(config.data.unlabelled) is None and not config.teacher.is_table
 
 
 def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
-    if (folder := _collection(config)) is None:
+    if (folder := _collection(config.data.unlabelled)) is None:
         return
     collection = open_collection(folder)
     if collection.ingredients.get("weights") != hash_model(encoder.model):
         raise ArtifactError(
-            f"{folder} (data.unlabelled) was labelled with other weights ({collection.model}) than those of the "
-            f"teacher {encoder.source}; one teacher teaches all rows. Label it with this teacher, or name the text "
-            "files in data.unlabelled"
+            f"{folder} (data.unlabelled) was labelled with other weights ({collection.model}) than the teacher's "
+            f"({encoder.source}); one teacher teaches all rows. Label it with this teacher, or name the text files"
         )
     if collection.ingredients.get("windows") != task.to_dict().get("windows"):
         raise ArtifactError(
@@ -203,9 +205,8 @@ def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
         logger.warning(told, folder, cut, read, longest, longest)
 
 
-def _collection(config: Config) -> Path | None:
-    place = None if config.data.unlabelled is None else Path(config.data.unlabelled)
-    return place if place is not None and is_collection(place) else None
+def _collection(place: str | None) -> Path | None:
+    return Path(place) if place is not None and is_collection(Path(place)) else None
 
 
 def settings_for(config: Config, arm: Arm) -> TrainConfig:
@@ -254,11 +255,10 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
     found: dict[Role, ModelLook] = {}
     for role, encoder in loaded_models(config, task):
         if role not in found:  # else the base of `lora` beside a teacher that was given
-            encoded, limit = encode_texts(texts, encoder.tokenizer, 2**31 - 1), encoder.tokenizer.model_max_length
-            lengths = np.asarray(encoded["length"])
+            lengths, unknown = count_tokens(texts, encoder.tokenizer)
+            limit = encoder.tokenizer.model_max_length
             wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
             seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
-            unknown = share_unknown(encoded["input_ids"], encoder.tokenizer)
             found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
     return found
 
@@ -353,8 +353,8 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
     """Settle the training of one model by its own texts and width, all of it or its adapters alone."""
     length = settings.max_length
     if length is None:
-        encoded = encode_texts(sample_texts(splits.train), encoder.tokenizer, 2**31 - 1)
-        length = choose_max_length([np.asarray(encoded["length"])], [encoder.tokenizer.model_max_length])
+        lengths, _ = count_tokens(sample_texts(splits.train), encoder.tokenizer)
+        length = choose_max_length([lengths], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
     role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
     epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size)

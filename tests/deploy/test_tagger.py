@@ -14,6 +14,7 @@ import transformers
 
 from deploy_folders import TEXTS, build_classifier
 from experiments import edit_json
+from kdlora.data.batches import WordCollator
 from kdlora.data.tags import Words, decode, split_words
 from kdlora.data.tasks import Task
 from kdlora.deploy.calibrate import save_temperature
@@ -112,6 +113,22 @@ def test_words_that_share_a_token_go_on(exported, classifier_folder, tagger):
     for model in (tagger, Tagger.load(classifier_folder("bert", "tokens"))):
         whole, cut = model.predict(text), model.predict([halves])[0]
         assert places(cut) == places(whole) != []
+
+
+def test_a_symbol_beside_a_name_is_outside(tmp_path):
+    """BERT reads `Anna♥` as one unknown word: the name had the symbol's tag, or went on with it."""
+    folder = build_classifier("bert", tmp_path / "model", kind="tokens")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    with torch.no_grad():  # every word is a B-LOC
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0]))
+    model.save_pretrained(folder)
+    tagger = Tagger.load(folder)
+    found = [[one.text for one in tagger.predict(text)] for text in ("Xq♥", "♥Xq", "Xq♥Yq", "xq.yq")]
+    assert found[:3] == [["Xq"], ["Xq"], ["Xq", "Yq"]]
+    row = {"id": "a", "text": "♥Xq", "starts": [0, 1], "ends": [1, 3], "label": [0, 1]}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert WordCollator(tokenizer, max_length=16)([row])["labels"].tolist() == [1], "the name is what is learnt"
 
 
 def _halves(start, end, tokens):
@@ -252,6 +269,17 @@ def test_chosen_types_are_replaced_and_others_stay():
     assert redact(text, entities, {"PER": "someone"}) == "someone met someone in Genève 🙂, near someone"
     assert redact(text, entities, {"LOC": ""}) == "Ada met Alan in  🙂, near Ada"
     assert redact(text, []) == text
+
+
+def test_entities_of_several_models_hide_all_that_they_cover():
+    """Entities in another order, or one in another, gave names back in clear."""
+    names = [
+        Entity("Alan", 14, 18, "PER", 0.9),
+        Entity("Ada", 0, 3, "NAME", 0.9),
+        Entity("Ada Smith", 0, 9, "PER", 0.9),
+    ]
+    assert redact("Ada Smith met Alan", names) == "[PER] met [PER]"
+    assert redact("Ada Smith met Alan", [names[1], Entity("a Smith", 2, 9, "PER", 0.9)]) == "[NAME] met Alan"
 
 
 def test_text_csv_and_tsv_keep_their_other_columns(tagger, tmp_path):

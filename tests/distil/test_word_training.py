@@ -18,7 +18,7 @@ from kdlora.data.batches import Collator, WordCollator, tokenise
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
 from kdlora.data.windows import WindowSettings
-from kdlora.data.word_tokens import cut_words, split_row, word_offsets, words_joined
+from kdlora.data.word_tokens import cut_words, split_row, word_offsets, words_joined, words_seen
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits, labelled_values
@@ -144,6 +144,9 @@ def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup, tmp_pat
     trainer.evaluate()
     ((predicted, _), (labelled,)) = sizes[0]
     assert predicted == labelled == sum(len(collate([row])["labels"]) for row in rows)
+    unlabelled = trainer.predict(rows.remove_columns(["label", "teacher_logits"])).predictions
+    expected = predict_logits(setup.model, tokenizer, tokenise(rows, tokenizer, 48))
+    np.testing.assert_allclose(unlabelled, expected[words_seen(tokens)], atol=1e-5)
 
 
 def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
@@ -168,6 +171,7 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
     assert seen > 10_000
     some = [row | {"label": [0] * len(row["starts"])} for row in rows.select(range(100))]
     batch = WordCollator(encoder.tokenizer, max_length=32)(some)
+    encoder.model.config.id2label = dict(reversed(encoder.model.config.id2label.items()))  # whatever the file's order
     joined = predict_logits(encoder.model, encoder.tokenizer, tokenised)[words_joined(tokens)]
     assert len(joined) > 1000
     assert (joined[:, 2::2] >= joined[:, 1::2]).all()
@@ -261,6 +265,11 @@ def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, mak
         by_hand = logits_by_hand(setup, setup.train, pool)
         found = predict_logits(setup.model, setup.encoder.tokenizer, setup.train, batch_tokens=48)
         np.testing.assert_allclose(found, by_hand, atol=1e-5)
+        args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False)
+        collate = Collator.of(setup.encoder.tokenizer, kind, 16)
+        script = DistillationTrainer(setup.model, args, kind=kind, pool=pool, data_collator=collate)
+        of_texts = script.predict(setup.train.dataset.remove_columns("label")).predictions
+        np.testing.assert_allclose(of_texts, by_hand, atol=1e-5)
         outcomes.append(setup.run(tmp_path / str(tokens), distil=None))
         setups.append(setup)
     if kind != "regression":  # whose targets are standardised

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from experiments import write_lines
+from experiments import write_collection, write_lines
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.load import load_splits
 from kdlora.data.logit_table import LOGIT, open_collection
@@ -208,6 +208,8 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label(model, texts, tmp_path / "out", text=("body",))
+    with pytest.raises(DataError, match="the model reads single texts; name one text column with --text"):
+        label(model, texts, tmp_path / "out", text=("text", "id"))
     assert not (tmp_path / "out").exists()  # begun with wrong columns, it would refuse the right ones
     for file in ("a.parquet", "b.jsonl", "c.csv"):
         with pytest.raises(DataError, match=rf"{file}: no column 'nope'; there are id, text"):
@@ -252,8 +254,15 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_f
     with pytest.raises(ArtifactError, match="its long texts were not read as this experiment reads them"):
         label_training_rows(windows, ExperimentLayout(tmp_path / "windows"))
     label(model, workshop.train, tmp_path / "train")
-    table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
-    assert check_table(table, load_splits(table.task, table.data)) == []
+    teacher = {"run": sections["run"], "teacher": {"model": None, "logits": str(tmp_path / "train")}}
+    for collection, count in ((None, 0), ("labelled", 1)):
+        data = {"unlabelled": collection and str(tmp_path / collection)}
+        table = workshop.config(teacher | {"data": data})
+        splits = load_splits(table.task, table.data)
+        assert len(check_table(table, splits)) == count  # rows left out
+    foreign = {"data": {"unlabelled": str(write_collection(tmp_path / "foreign"))}}
+    with pytest.raises(ConfigError, match="that M labelled, but a table is the teacher"):
+        check_table(workshop.config(teacher | foreign), splits)
 
     # Two teachers of one name, one of them trained a little longer, look alike in every config.
     save_encoder(load_encoder(str(tiny_model_folder("bert")), TASK, seed=4), tmp_path / "other")

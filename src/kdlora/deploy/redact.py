@@ -38,7 +38,7 @@ def redact(text: str, entities: Sequence[Entity], placeholders: Mapping[str, str
 
     Args:
         text: the text that the entities are of.
-        entities: as from `Tagger.predict`.
+        entities: as from `Tagger.predict`, or of several models; of one within another nothing is told.
         placeholders: what stands for each type; other types stay. By default `[TYPE]` for every type.
 
     Returns:
@@ -49,11 +49,12 @@ def redact(text: str, entities: Sequence[Entity], placeholders: Mapping[str, str
         '[PER] met Alan'
     """
     parts, place = [], 0
-    for entity in entities:
+    for entity in sorted(entities, key=lambda one: (one.start, -one.end)):
         if placeholders is None or entity.label in placeholders:
             written = f"[{entity.label}]" if placeholders is None else placeholders[entity.label]
-            parts += [text[place : entity.start], written]
-            place = entity.end
+            if entity.start >= place:
+                parts += [text[place : entity.start], written]
+            place = max(place, entity.end)
     return "".join([*parts, text[place:]])
 
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
+from kdlora.data.tags import Words, decode, entity_bounds, go_on, hide_symbols, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import Decisions, Which, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
@@ -131,8 +131,9 @@ class Tagger(Network):
         """Cut texts into the windows in which a word is read."""
         found: list[Window] = []
         encodings = self.encode([text for text, _, _ in given])
-        for encoding, (_, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
+        for encoding, (text, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
             read = read_windows(encoding.offsets, encoding.special_tokens_mask, starts, ends, self.folder.max_length)
+            hide_symbols(text, starts, read.place, read.window)
             ids, types = np.asarray(encoding.ids), np.asarray(encoding.type_ids)
             seen = np.flatnonzero(read.place >= 0)
             edges = np.searchsorted(read.window[seen], np.arange(len(read.tokens) + 1)).tolist()

@@ -125,7 +125,8 @@ def predict_logits(
     del own, found
     if words is not None:
         config: Any = model.config
-        go_on(logits, list(config.id2label.values()), words_joined(data.dataset))
+        names = [config.id2label[place] for place in range(logits.shape[1])]
+        go_on(logits, names, words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
 
 

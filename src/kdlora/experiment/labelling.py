@@ -228,14 +228,12 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     columns = Columns(settings.text, task.text, settings.id_column, 1, words=task.kind == "tokens")
     for file in () if (folder / COLLECTION_MANIFEST).exists() else files:  # else begun with columns that are not there
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
-            next(rows, None)
-    task = task if settings.text is None else replace(task, text=settings.text)
+            _check_form(task, file, next(rows, None))
     begun: dict[str, Any] = {}
     with contextlib.suppress(ArtifactError):  # as it was begun: a second timing, or the model, may say otherwise now
         begun = open_store(folder / COLLECTION_MANIFEST).ingredients
-    precision = str(begun.get("precision", "auto")) if settings.precision == "auto" else settings.precision
-    if precision != begun.get("precision"):  # else perhaps of another device
-        precision = resolve_precision(precision, settings.device)[0]
+    if settings.precision != "auto" or (precision := begun.get("precision")) is None:  # else perhaps another device's
+        precision = resolve_precision(settings.precision, settings.device)[0]
     noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
     longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
     settings = replace(settings, max_length=longest, precision=precision)
@@ -382,16 +380,17 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
     return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
 
 
+def _check_form(task: Task, file: Path, row: Row | None) -> None:
+    text = None if row is None else row.text
+    if text is not None and (isinstance(text, tuple) and not isinstance(text, Words)) != task.is_pair:
+        reads, name = ("pairs of texts", "two text columns") if task.is_pair else ("single texts", "one text column")
+        raise DataError(f"{file}: the model reads {reads}; name {name} with --text")
+
+
 def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
-    pairs = job.task.is_pair
-    if (isinstance(rows[0].text, tuple) and not isinstance(rows[0].text, Words)) != pairs:
-        raise DataError(
-            f"{file}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
-            f"{'two text columns' if pairs else 'one text column'} with --text"
-        )
+    _check_form(job.task, file, rows[0])
     if job.task.kind == "tokens":
-        asked = [row.text if isinstance(row.text, Words) else str(row.text) for row in rows]
-        found = [text if isinstance(text, Words) else (text, *split_words(text)) for text in asked]
+        found = [one if isinstance(one := row.text, Words) else (str(one), *split_words(str(one))) for row in rows]
         texts, *places = map(list, zip(*found, strict=True))
         lists = (pa.array(part, pa.list_(pa.int32())) for part in places)
         columns = zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)

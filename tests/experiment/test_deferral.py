@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 
 import tiny
@@ -24,6 +25,7 @@ from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thr
 from kdlora.experiment.deployment import benchmark_cascade, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
+from kdlora.system.storage import hold_lock
 
 
 def numbered(count: int, seed: int) -> list[dict[str, str]]:
@@ -116,6 +118,9 @@ def test_rows_that_promise_nothing_are_refused(finished: Path, tmp_path: Path, c
     splits = load_without_copies(load_config(folder / "config.yaml"), ExperimentLayout(folder))
     with pytest.raises(DataError, match="are training, validation or unlabelled texts, too"):
         unseen_rows(replace(splits, unlabelled=splits.test), splits.test, "later.csv")
+    long, new = "word " * 9_000, "a new one"  # a labelled collection has only the beginning of a long text
+    cut, later = (Dataset.from_dict({"id": list("ab"), "text": texts}) for texts in ([long[:20_000], "x"], [long, new]))
+    assert unseen_rows(replace(splits, unlabelled=cut), later, "later.csv")[0]["text"][:] == [new]
     config, validation = folder / "config.yaml", str(finished.parent / "validation.csv")
     given = config.read_text()
     config.write_text("".join(line for line in given.splitlines(True) if "test.csv" not in line))
@@ -139,7 +144,9 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     assert is_deployed(config, layout)
     config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
     layout.decided.write_text("earlier")
-    assert "What kdlora defer had decided is gone." in decide_student(config, layout)
+    with hold_lock(layout.lock, "runs it"):  # as a run does
+        assert "What kdlora defer had decided is gone." in decide_student(config, layout)
+    assert layout.thresholds.exists()
     assert not layout.deferral.exists()
 
 
@@ -306,7 +313,19 @@ def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, finished: Pat
     assert promise.wrong < 0.2 * promise.answered
 
 
-@pytest.mark.parametrize("decide", [fit_thresholds, lambda folder: defer_experiment(folder, error=0.1)])
+DECIDE = pytest.mark.parametrize("decide", [fit_thresholds, lambda folder: defer_experiment(folder, error=0.1)])
+
+
+@DECIDE
+def test_nothing_is_decided_while_a_run_is_at_work(promised, decide):
+    """A run that ships another student meanwhile gave the promise of the old one the hash of the new one."""
+    layout, before = ExperimentLayout(promised), snapshot(promised)
+    with hold_lock(layout.lock, "runs it"), pytest.raises(ArtifactError, match="another process works on the exp"):
+        decide(promised)
+    assert snapshot(promised) == before
+
+
+@DECIDE
 @pytest.mark.parametrize("name", ["student", "student/README.md"])
 def test_nothing_is_decided_through_a_link(promised, tmp_path, decide, name):
     """An experiment of somebody else may hold `student/README.md -> ../../.bashrc`, which became the model's card."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ from kdlora.experiment.scoring import open_finished
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
-from kdlora.system.storage import write_json_atomic, write_text_atomic
+from kdlora.system.storage import hold_lock, write_json_atomic, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,33 @@ def defer_experiment(
     Raises:
         DataError: no rows that chose nothing, a task that is not single-label, rates that are no rates.
         NoPromiseError: for none of the files anything can be promised.
-        ArtifactError: no finished experiment.
+        ArtifactError: no finished experiment, or another process works on it.
 
     Examples:
         >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
-    layout, config, task = open_finished(experiment)
+    with _locked(experiment) as layout:
+        return _defer(layout, data=data, unknown=unknown, error=error, confidence=confidence, sureness=sureness)
+
+
+@contextmanager
+def _locked(experiment: str | Path) -> Iterator[ExperimentLayout]:
+    """Keep others from the experiment: a run may ship another student while this one is judged."""
+    layout, _, _ = open_finished(experiment)
+    with hold_lock(layout.lock, f"works on the experiment in {layout.root}"):
+        yield layout
+
+
+def _defer(
+    layout: ExperimentLayout,
+    *,
+    error: float,
+    confidence: float,
+    sureness: Sureness,
+    data: str | None = None,
+    unknown: str | None = None,
+) -> Deferral:
+    _, config, task = open_finished(layout.root)
     if task.kind != "single-label":
         raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
     splits = load_without_copies(config, layout)
@@ -246,12 +267,17 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
         DataError: another kind of task, an unknown label.
         ConfigError: an unknown metric, a precision that is none.
         NoThresholdError: no threshold reaches the precision, or no label can be fitted; nothing is written.
-        ArtifactError: no finished experiment.
+        ArtifactError: no finished experiment, or another process works on it.
 
     Examples:
         >>> thresholds = fit_thresholds("runs/reviews", "f1")
     """
-    layout, config, task = open_finished(experiment)
+    with _locked(experiment) as layout:
+        return _fit_all(layout, goal)
+
+
+def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | None) -> Thresholds:
+    _, config, task = open_finished(layout.root)
     goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
     judged, source = splits.validation, "validation"
     found, notes, able = [], [], False
@@ -329,6 +355,7 @@ def _judge(
 
 
 def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
+    """Decide as the config says, in a run, which holds the experiment's lock."""
     notes: list[str] = []
     if layout.decided.exists():  # what an earlier config had done, or what was changed since
         kept = {
@@ -340,12 +367,12 @@ def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
         forget_decisions(config, layout)
     if config.export.thresholds is not None:
         try:
-            notes += fit_thresholds(layout.root, config.export.thresholds).notes
+            notes += _fit_all(layout, config.export.thresholds).notes
         except (DataError, ConfigError, ModelError) as fault:
             notes.append(f"No thresholds were fitted (export.thresholds): {fault}")
     if config.defer.error is not None:
         try:
-            found = defer_experiment(layout.root, **config.defer.model_dump())
+            found = _defer(layout, **config.defer.model_dump())
             notes += [f"{model.name}: {model.reason}" for model in found.models if model.reason]
         except KdLoraError as fault:
             notes.append(f"No error rate is promised (defer): {fault}")

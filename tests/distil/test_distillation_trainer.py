@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 
 from kdlora.config import DistilConfig
 from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.inference import predict_logits
 from kdlora.distil.losses import TargetScale, distillation_loss
 from kdlora.errors import DataError
 
@@ -51,6 +52,10 @@ def test_accumulation_gives_one_gradient(make_setup, tmp_path, kind, rows):
         assert trainer.state.global_step == math.ceil(rows / 8)
         parameters.append(weights(setup.model))
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    if scale is not None:  # `compute_metrics` compared standardised predictions with the labels
+        expected = scale.restore(predict_logits(setup.model, setup.encoder.tokenizer, setup.train))
+        for given in (encoded(setup), encoded(setup).remove_columns("label")):
+            np.testing.assert_allclose(trainer.predict(given).predictions, expected, rtol=1e-4)
     for name, value in parameters[0].items():
         torch.testing.assert_close(value, parameters[1][name], rtol=1e-6, atol=1e-6, msg=name)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

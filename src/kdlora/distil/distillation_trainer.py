@@ -60,7 +60,8 @@ class DistillationTrainer(Trainer):
             kind: kind of the task.
             distil: weights and temperature; None trains on the labels alone.
             target_scale: standardises labels and teacher of a regression; the model then predicts standardised
-                values until `fold_into_head`.
+                values until `fold_into_head`, after which set this to None. `predict` and `compute_metrics` give and
+                get values on the labels' scale.
             class_weights: (labels,) factors of the hard loss alone, as in `distillation_loss`.
             pool: how the logits of a text's several inputs become one row: their `mean`, or each label's `max`.
             callbacks: as in Trainer.
@@ -116,9 +117,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
-        ours = ("labels", "words", "texts", COLUMN, LABELLED)
-        known = {name: value for name, value in inputs.items() if name not in ours}
-        outputs = model(**known)
+        outputs = self._outputs(model, inputs)
         labels, teacher = inputs["labels"], None if self.distil is None else inputs.get(COLUMN)
         if self.distil is not None and teacher is None and model.training:
             raise DataError(
@@ -130,17 +129,37 @@ class DistillationTrainer(Trainer):
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
         recipe = (self.distil or DistilConfig()).model_dump(include={"alpha", "temperature", "loss"})
         recipe |= {"labelled": inputs.get(LABELLED), "class_weights": self.class_weights}
-        logits = outputs.logits.flatten(0, 1)[inputs["words"]] if self.kind == "tokens" else outputs.logits
-        if "texts" in inputs:
-            logits = pool_windows(logits, inputs["texts"], len(labels), self.pool)
-        if return_outputs:
-            outputs["logits"] = logits  # a row for each label, as `compute_metrics` wants them
-        terms = distillation_loss(logits, labels, teacher, kind=self.kind, **recipe)
+        terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
         loss = terms.total.sum() / rows
-        return (loss, outputs) if return_outputs else loss
+        return (loss, self._restored(outputs)) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Evaluate a batch; without labels Trainer would hand the model all that the collator made."""
+        answer = model if "labels" in inputs else lambda **given: self._restored(self._outputs(model, given))
+        return super().prediction_step(answer, inputs, prediction_loss_only, ignore_keys)
+
+    def _outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Run the model, and leave a row of logits for each label: those of the words, or of whole texts."""
+        ours = ("labels", "words", "texts", COLUMN, LABELLED)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ours})
+        if "words" in inputs:
+            outputs.logits = outputs.logits.flatten(0, 1)[inputs["words"]]
+        if "texts" in inputs:
+            texts = inputs["texts"]
+            rows = len(inputs["labels"]) if "labels" in inputs else int(texts.max()) + 1
+            outputs.logits = pool_windows(outputs.logits, texts, rows, self.pool)
+        return outputs
+
+    def _restored(self, outputs: Any) -> Any:
+        """Bring the predictions of a regression back to the scale of its labels."""
+        if self.target_scale is not None:
+            outputs.logits = outputs.logits * self.target_scale.std + self.target_scale.mean
+        return outputs
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """Evaluate as Trainer does, but keep all words of the last batch, which accelerate would cut as if rows."""

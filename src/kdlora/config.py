@@ -267,7 +267,7 @@ class RunConfig(Section):
     fail_fast: bool = False
     """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
-    """Seconds of training between two checkpoints. A crash costs no more."""
+    """Seconds between two checkpoints. A crash costs no more, besides the step or evaluation that it hits."""
     keep_checkpoints: int = Field(default=1, ge=1, le=MOST)
     """Number of checkpoints that a training keeps. A second one helps if the newest is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()

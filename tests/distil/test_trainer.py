@@ -2,11 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from interruptions import assert_same_bits, callback, weights
+from interruptions import CutAfter, PowerCutError, assert_same_bits, callback, weights
 from sklearn.utils.class_weight import compute_class_weight
 
 from kdlora.config import DistilConfig
@@ -117,6 +118,21 @@ def test_best_epoch_is_restored(make_setup, tmp_path, monkeypatch):
     assert outcome.best_epoch == 2.0
     assert_same_bits(weights(setup.model), after_epoch[1])
     assert any(not torch.equal(after_epoch[1][name], after_epoch[3][name]) for name in after_epoch[1])
+
+
+def test_an_evaluation_counts_for_the_next_checkpoint(make_setup, tmp_path, monkeypatch):
+    """Where it takes longer than the training, a crash cost several epochs."""
+    clock = [0.0]
+
+    def slow_score(task, metrics):
+        clock[0] += 100.0
+        return 1.0
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(train_module, "score", slow_score)
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path, callbacks=[CutAfter(7)], checkpoint_seconds=60.0)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000006"]
 
 
 def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):

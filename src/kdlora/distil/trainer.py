@@ -68,6 +68,9 @@ class TrainingOptions:
     device: str = "auto"
     distil: DistilConfig | None = None  # None trains on the labels alone, whether or not there are teacher logits
     lora: LoraSettings | None = None  # a checkpoint of another adapter is refused, for its scale is in no weight
+    base: str | None = (
+        None  # hash of the model before an adapter is taken out of its weights, to bits that depend on threads
+    )
     fresh: Sequence[str] = ()  # the encoder's `fresh`, which `head_learning_rate` is for
     rows_per_epoch: int | None = None  # None draws every row once; a control with fewer rows draws some again
     copies: int = 0  # so many of the last rows are perturbed copies, of which a step has as many as of the others
@@ -136,7 +139,8 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     # What goes on around the steps.
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.began, self.saved_at = time.monotonic() - self.train_seconds, self.train_seconds
+        self.saved_at = time.monotonic()
+        self.began = self.saved_at - self.train_seconds
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the rows. A resumed epoch keeps the losses that it has summed."""
@@ -205,7 +209,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def _is_due(self) -> bool:
         """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
-        late = self.seconds() - self.saved_at >= self.options.checkpoint_seconds
+        late = time.monotonic() - self.saved_at >= self.options.checkpoint_seconds  # with the evaluations
         wishes = torch.tensor([int(late), int(self.stop.received is not None)])
         save, stop = self.processes.total(wishes).tolist()
         if stop and self.stop.received is None:
@@ -321,7 +325,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
             if self.processes.is_first:
                 self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
-        self.saved, self.saved_at = True, self.seconds()
+        self.saved, self.saved_at = True, time.monotonic()
         self.stop.heed("with a checkpoint")
 
     def _restore(self, checkpoint: Checkpoint) -> None:

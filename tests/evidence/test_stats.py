@@ -113,12 +113,19 @@ def test_runs_of_one_seed_are_averaged_first():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "seeds", "sign"),
-    [(0.2, 2.0, 3, 1), (-2.0, -0.2, 3, -1), (-0.4, 2.0, 3, 0), (0.04, 2.0, 3, 0), (0.2, 2.0, 1, None)],
+    ("low", "high", "seeds", "rows", "sign"),
+    [
+        (0.2, 2.0, 3, 100, 1),
+        (-2.0, -0.2, 3, 10, -1),
+        (-0.4, 2.0, 3, 100, 0),
+        (0.04, 2.0, 3, 100, 0),
+        (0.2, 2.0, 1, 100, None),
+        (100.0, 100.0, 3, 9, None),
+    ],
 )
-def test_one_seed_gives_no_verdict(low, high, seeds, sign):
-    """A gain that another seed would take back is none; neither is one that rounds to zero."""
-    assert Difference(1.0, low, high, 0.01, 100, seeds, 1000, 0.95).sign is sign
+def test_one_seed_or_a_handful_of_rows_gives_no_verdict(low, high, seeds, rows, sign):
+    """A gain that another seed, or other rows, would take back is none; neither is one that rounds to zero."""
+    assert Difference(1.0, low, high, 0.01, rows, seeds, 1000, 0.95).sign is sign
 
 
 def test_seeds_are_averaged_after_the_metric():

@@ -180,14 +180,17 @@ def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
     assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
 
 
-def test_no_gain_is_not_called_a_gain(tmp_path):
-    """An interval around zero must not be sold as an improvement."""
-    layout = make_experiment(tmp_path / "reviews", rows=60)
+def test_no_gain_is_not_called_a_gain(reviews, tmp_path):
+    """An interval around zero must not be sold as an improvement, nor one of a few rows as evidence."""
+    layout = make_experiment(tmp_path / "reviews", rows=20)
     for seed in range(3):
         shutil.copy(layout.run("kd-lora", seed).predictions, layout.run("student-lora", seed).predictions)
-    opening = _opening(_report(layout.root))
+    report = _report(layout.root)
+    opening = _opening(report)
     assert "Distillation makes a difference of 0.0 points" in opening
     assert "it includes zero, so no gain is shown" in opening
+    assert "Scores are of 20 rows" in report.markdown
+    assert "Scores are of" not in reviews[1].markdown
 
 
 def test_the_test_split_takes_the_headline(reviews, tmp_path):

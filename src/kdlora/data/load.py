@@ -29,7 +29,7 @@ from kdlora.section import Metric
 logger = logging.getLogger(__name__)
 
 _FEW = 30
-"""With fewer entities, or rows of a regression, the choice of weights and of what ships is left to chance."""
+"""With fewer rows, or entities, the choice of weights and of what ships is left to chance."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     test = _test(reading, data, splits)
     scored = {"validation": validation} | ({} if test is None else {"test": test})
     _check_labels(reading.task, data, train, scored)
-    if reading.task.kind in ("tokens", "regression"):
-        _check_scored(reading, scored)
+    _check_scored(reading, scored)
     unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
     if reading.task.kind == "tokens":
         train = _cut_words(reading, train)
@@ -339,12 +338,12 @@ def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
     """Refuse a validation split on which every model scores 0; note where a score says little."""
     for split, rows in scored.items():
         labels = label_array(rows)
+        found, more, holds = len(rows), "", f"{len(rows)} rows"
         if reading.task.kind == "tokens":
             found, more = int(np.sum(labels % 2 == 1)), "with entities"  # an entity has one `B-`
             holds = f"{found} entities" if found else "no entity: every word is O"
-        else:
-            found, more = len(rows) * bool(np.ptp(labels)), "of several values"
-            holds = f"{len(rows)} rows" if found else f"one value only, {labels[0]:g} (rows: {len(rows)})"
+        elif reading.task.kind == "regression" and not np.ptp(labels):
+            found, more, holds = 0, "of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if not found and split == "validation":
             raise DataError(
                 f"the validation split holds {holds}, so that every model scores 0. Give it rows {more}; where it was "

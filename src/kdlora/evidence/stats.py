@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Cells of one matrix of counts: 32 MB of float64, small enough to stay near the caches.
 _CELLS = 4_000_000
+_FEW = 10
+"""Of fewer examples every draw may be alike, so that the interval is a point."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Difference:
 
     @property
     def sign(self) -> int | None:
-        """1 or -1 where the interval is above or below 0 to one decimal, 0 where it is not; None for one seed."""
-        if self.n_seeds < 2:
+        """1 or -1 where the interval is above or below 0 to one decimal, else 0; None for one seed or few examples."""
+        if self.n_seeds < 2 or self.n_examples < _FEW:
             return None
         return 1 if round(self.low, 1) > 0 else -1 if round(self.high, 1) < 0 else 0
 

@@ -105,7 +105,8 @@ class Questions:
 
     @property
     def tokens_of_answer(self) -> int:
-        return _TOKENS_OF_VOTE if self.votes else 1
+        """Say how many tokens hold any answer; a token of a code has at least a byte."""
+        return max(_TOKENS_OF_VOTE, *(len(option.code.encode()) for option in self.choices)) if self.votes else 1
 
     def fill(self, row: Row, options: Sequence[Option]) -> str:
         """Write the question about a row; a row is never an example of itself."""

@@ -13,9 +13,14 @@ from kdlora.asking.ask import ask, plan_asking
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
+from kdlora.configfile import build_config
+from kdlora.data.load import load_splits
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.labelling import LabelSettings
+from kdlora.experiment.recording import new_record
+from kdlora.experiment.scoring import score_given_teacher
 from kdlora.report.wording import duration
 from tiny import save_classifier, sentiment_rows, task, write_csv
 
@@ -211,6 +216,15 @@ def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
     assert re.fullmatch(rf"\| m, asked \| 97\.5 \| [\d.,]+ \| {time} \| {price} \|", asked)
     assert re.fullmatch(r"\| the student, KD-LoRA \| [\d.]+ \| [\d,]+ \| [\d.]+ (s|min|h) \| – \|", student)
 
+    # Of five thousand validation rows two hundred were audited: the others are no mistakes of the language model.
+    rows = [{"id": row["key"], "text": row["text"], "label": row["label"]} for row in rows]
+    wider = write_csv(asking.folder / "wider.csv", [*rows, {"id": "new", "text": "a new one", "label": "positive"}])
+    given = build_config(config | {"data": config["data"] | {"validation": str(wider)}})
+    layout, splits = ExperimentLayout(asking.folder / "wider"), load_splits(given.task, given.data)
+    record = score_given_teacher(given, layout, splits, new_record(given, layout, splits, "fft", 0))
+    assert record.score is None
+    assert "score on the validation split is not available: " in record.notes[-1]
+
 
 def test_log_probabilities_of_codes_become_probabilities():
     """Zero would say that the model excludes the label; more than the least that is shown cannot be."""
@@ -255,6 +269,11 @@ def test_names_in_place_of_letters_are_told_by_their_first_token():
     found = read_logprobs([(token, math.log(p)) for token, p in given], options)
     assert found == pytest.approx([2 / 3, 1 / 6, 1 / 6])
     assert [read_vote(one, options) for one in ("Angry.", "not sure", "NO", "maybe")] == [0, 2, 1, None]
+    long = {"eidgenössisches Verwaltungsverfahrensrecht": "", "no": ""}  # a vote that is cut in its middle is none
+    asked = [
+        Questions(None, names, (), AskSettings("m", codes="names", votes=3)) for names in (long, {"a": "", "b": ""})
+    ]
+    assert [one.tokens_of_answer for one in asked] == [len(next(iter(long)).encode()), 8]
     with pytest.raises(ConfigError, match="'card lost' and 'card stolen'"):
         Questions(None, {"card lost": "", "card stolen": ""}, (), settings)
     with pytest.raises(ConfigError, match=r"as the server shows \(20\), not 21"):

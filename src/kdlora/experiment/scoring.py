@@ -22,6 +22,7 @@ from kdlora.configfile import load_config
 from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.logit_table import as_offsets
+from kdlora.data.parquet import read_batches
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
@@ -118,7 +119,7 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         try:
             table, missing = read_table(config, splits.task, split), 0
             if record.asked is not None:
-                table, missing = _with_unanswered(table, rows)
+                table, missing = _with_unanswered(table, rows, split)
             attached = table.attach(rows)
         except DataError as error:
             notes.append(f"the teacher's score on the {split} split is not available: {error}")
@@ -134,10 +135,12 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
     return finish(record, layout, [place.predictions], notes)
 
 
-def _with_unanswered(table: TeacherLogits, rows: Dataset) -> tuple[TeacherLogits, int]:
+def _with_unanswered(table: TeacherLogits, rows: Dataset, split: str) -> tuple[TeacherLogits, int]:
     """Let a language model be wrong about the rows that it was asked about and did not answer; count them."""
-    known = set(table.ids.to_pylist())
-    missing = [place for place, name in enumerate(rows["id"]) if name not in known]
+    file = Path(table.source).with_name(f"{split}.parquet")  # all rows of its audit, answered or not
+    audited = read_batches(file, ["id"]) if file.is_file() else ()
+    unanswered = {name for batch in audited for name in batch["id"].to_pylist()}.difference(table.ids.to_pylist())
+    missing = [place for place, name in enumerate(rows["id"]) if name in unanswered]
     if not missing or len(missing) == len(rows):
         return table, 0
     size = len(table.label_names)

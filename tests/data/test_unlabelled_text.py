@@ -12,9 +12,10 @@ from experiments import write_lines
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
 from kdlora.data import augment
-from kdlora.data.augment import augment_texts, share_copies
+from kdlora.data.augment import augment_texts, keep_unscored, share_copies
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
+from kdlora.deploy.predict import most_characters
 from kdlora.errors import ConfigError
 from kdlora.experiment.settle import rows_per_epoch
 from tiny import sentiment_rows, write_csv
@@ -48,6 +49,11 @@ def test_scored_texts_are_left_out_and_counted(files, csv_file):
     assert splits.unlabelled.to_dict() == {"id": ["0", "2"], "text": ["new", "text 3"]}  # a training text may stay
     assert any("2 of 4 unlabelled rows hold the text of a validation or test row" in note for note in splits.notes)
     assert "(data.unlabelled): no rows are left" in refused(**files, unlabelled=csv_file("a.csv", text=["seen one"]))
+
+    # `kdlora label` keeps the beginning of a long text, which is compared with the whole of it.
+    text = "word " * 9_000
+    cut = Dataset.from_dict({"text": [text[: most_characters(128)], "new"]})
+    assert values(keep_unscored(cut, [Dataset.from_dict({"text": [text]})]), "text") == ["new"]
 
     # A premise that occurs in validation with another hypothesis is not a scored example.
     files["train"] = csv_file("train.csv", first=TEXTS, second=TEXTS, label=WORDS)

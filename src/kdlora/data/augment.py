@@ -38,6 +38,8 @@ ECHOED = 0.2
 """Share of the pairs whose second text is made from the first, so that a teacher sees close pairs too."""
 MOST = 10
 """A row of a rare class has so many times the copies of an average one at most."""
+BEGINNING = 20_000
+"""Characters by which a text is known: a collection that `kdlora label` wrote surely holds so many of a longer one."""
 _PLACES = pa.list_(pa.int32())
 _NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
@@ -193,17 +195,21 @@ def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     names = text_columns(rows)
     known = {texts for part in scored for texts in _tuples(part, names)}
     first = pa.array({texts[0] for texts in known}, pa.string())
-    candidates = np.flatnonzero(pc.is_in(_texts(rows, names[0]), first))
+    candidates = np.flatnonzero(pa.chunked_array((pc.is_in(one, first) for one in _texts(rows, names[0])), pa.bool_()))
     found = _tuples(rows.select(candidates), names)  # of a pair, each text may be known from another pair
     seen = [row for row, texts in zip(candidates, found, strict=True) if texts in known]
     return rows.select(np.delete(np.arange(len(rows)), seen)) if seen else rows
 
 
 def _tuples(rows: Dataset, names: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*(_texts(rows, name).to_pylist() for name in names), strict=True))
+    columns = ([text for part in _texts(rows, name) for text in part.to_pylist()] for name in names)
+    return list(zip(*columns, strict=True))
 
 
-def _texts(rows: Dataset, name: str) -> pa.ChunkedArray:
-    """Give texts; those of words without spaces, which joined words have where a text has none."""
-    texts = read_column(rows, name)
-    return pc.replace_substring_regex(texts, r"[\s\pZ]+", "") if "starts" in rows.column_names else texts
+def _texts(rows: Dataset, name: str) -> Iterator[pa.Array]:
+    """Give how texts begin; those of words whole and without spaces, which joined words have where a text has none."""
+    for texts in read_column(rows, name).chunks:
+        if "starts" in rows.column_names:
+            yield pc.replace_substring_regex(texts, r"[\s\pZ]+", "")
+        else:
+            yield pc.utf8_slice_codeunits(texts, 0, BEGINNING)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from kdlora.config import Config
 from kdlora.configfile import load_config
+from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tags import Words, split_words
@@ -143,11 +144,10 @@ def texts_of(rows: Dataset) -> list[Any]:
 
 def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, int]:
     """Give the rows whose texts nothing was trained or chosen on, and how many others there were."""
-    seen = {text for part in (splits.train, splits.validation, splits.unlabelled) if part for text in texts_of(part)}
-    new = [place for place, text in enumerate(texts_of(rows)) if text not in seen]
-    if not new:
+    new = keep_unscored(rows, [part for part in (splits.train, splits.validation, splits.unlabelled) if part])
+    if not len(new):
         raise DataError(f"all {len(rows)} texts of {source} are training, validation or unlabelled texts, too")
-    return rows.select(new), len(rows) - len(new)
+    return new, len(rows) - len(new)
 
 
 def load_without_copies(config: Config, layout: ExperimentLayout) -> Splits:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json_atomic(tmp_path / "b.json", {"x": object()})
     (tmp_path / "c.txt").write_text("x")
     assert (tmp_path / "deep" / "a.json").stat().st_mode == (tmp_path / "c.txt").stat().st_mode
+
+
+def test_a_disk_that_flushes_no_folder_is_written_and_a_fault_of_flushing_names_its_file(tmp_path, monkeypatch):
+    """On a shared folder of VirtualBox every command ended with "[Errno 22] Invalid argument"."""
+
+    def refuse(handle: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        if is_folder or os.lseek(handle, 0, os.SEEK_END) > 5:
+            raise OSError(errno.EINVAL if is_folder else errno.ENOSPC, "refused")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a.txt").write_text("whole")
+    assert (tmp_path / "out" / "a.txt").read_text() == "whole"
+    with pytest.raises(OSError, match=r"refused: '.*b\.txt\.tmp"):
+        write_text_atomic(tmp_path / "b.txt", "too much")
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch: pytest.MonkeyPatch):

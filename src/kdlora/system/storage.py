@@ -128,6 +128,10 @@ def _sync(path: Path) -> None:
         return
     try:
         os.fsync(handle)
+    except OSError as fault:  # shared folders of VirtualBox, old SMB and some FUSE disks flush no folder
+        if not path.is_dir() or fault.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            fault.filename = str(path)
+            raise
     finally:
         os.close(handle)
 

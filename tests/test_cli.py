@@ -16,14 +16,18 @@ import typer
 import yaml
 
 from experiments import snapshot
+from fabricate import make_experiment
 from kdlora import doctor
 from kdlora.cli import app
 from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
+from kdlora.report.collect import load_experiment
+from kdlora.report.tables import arm_table
 from kdlora.report.wording import count
 from kdlora.system.children import ChildDiedError
+from kdlora.terminal import print_result
 
 SHOW_MODULES = (
     "import atexit, sys; "
@@ -108,6 +112,16 @@ def test_run_prints_table_and_places(cli, small, tmp_path):
     assert printed["runs"] == json.loads((out / "results.json").read_text())["runs"]
 
 
+def test_a_narrow_terminal_shows_every_figure(tmp_path, monkeypatch, capsys):
+    """In half a screen, spreads and sizes were cut off in the table that a night's training ends with."""
+    layout = make_experiment(tmp_path / "reviews", arms=("fft", "student-lora"), seeds=(0, 1), rows=40)
+    records = [run.record for run in load_experiment(layout.root).runs]
+    monkeypatch.setenv("COLUMNS", "60")
+    print_result(experiment_run.ExperimentResult(layout.root, records, None))
+    shown = capsys.readouterr().out.split()
+    assert {part for row in arm_table(records).texts() for cell in row[1:] for part in cell.split()} <= set(shown)
+
+
 def test_options_make_a_config_and_go_over_a_config_file(asked, small, workshop, tmp_path, monkeypatch):
     """An option that the file silently overrides is worse than none; a name of any script must arrive."""
     monkeypatch.chdir(tmp_path)
@@ -190,6 +204,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
         (KeyboardInterrupt(), 130, "the same command continues"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 1, "/out"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/out/.a.tmp"), 2, "as long as '.a.tmp'... (while a file"),
         (MemoryError(), 1, "micro_batch_tokens"),
         (ChildDiedError("killed by SIGKILL"), 1, "killed by SIGKILL; free some memory"),
     ],

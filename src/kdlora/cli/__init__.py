@@ -65,7 +65,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             longest = max(Path(error.filename).parts, key=len)
-            _fail(f"no file can have a name as long as {longest[:60]!r}...; check the path", 2)
+            note = "(while a file is written, its name is longer)"
+            _fail(f"no file can have a name as long as {longest[:60]!r}... {note}; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:

@@ -98,6 +98,15 @@ def test_odd_files_and_words(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nnull,NA\nNone,nan\n")
     assert read(path) == {"text": ["null", "None"], "label": ["NA", "nan"]}
 
+    # What pandas writes where nothing else is asked for filled the screen with the type of every row.
+    for orient in ("columns", "index"):
+        pd.DataFrame({"text": TEXTS, "label": WORDS}).to_json(tmp_path / "a.json", orient=orient)
+        assert "df.to_json(FILE, orient='records', lines=True)" in refused(tmp_path / "a.json")
+    for column in ("text", "label"):
+        rows = [{"id": "1", "text": "a", "label": "b", column: {f"key{number}": 1 for number in range(500)}}]
+        path = write_lines(tmp_path / "a.jsonl", rows)
+        assert len(load_refused(train=path)) < len(str(path)) + 200
+
 
 def test_long_files_and_quotes_that_are_text(tmp_path):
     """The offset must be right beyond the first block, and when a block ends inside a character."""

@@ -147,7 +147,9 @@ def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
 def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
     if not (is_text(values.type) or pa.types.is_null(values.type)):
-        raise DataError(f"{raw.source}: the text column {column!r} holds {values.type}, not text; check task.text")
+        raise DataError(
+            f"{raw.source}: the text column {column!r} holds {values.type!s:.80}, not text; check task.text"
+        )
     values = values.cast(pa.string())
     blank = is_blank(values)
     if (position := first_true(blank)) is not None:
@@ -169,7 +171,9 @@ def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
         ids = raw.table[column].cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         kind = raw.table[column].type
-        raise DataError(f"{raw.source}: the id column {column!r} holds {kind}; expected text or integers") from None
+        raise DataError(
+            f"{raw.source}: the id column {column!r} holds {kind!s:.80}; expected text or integers"
+        ) from None
     if (position := first_true(pc.fill_null(pc.equal(ids, ""), True))) is not None:
         raise DataError(f"{raw.where(position)}: the id ({column!r}) is empty; every example needs one")
     if len(found := doubles(ids)):

@@ -81,7 +81,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
     elif not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(
-            f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
+            f"{raw.source}: the label column {column!r} holds {kind!s:.80}; expected names, integers or true/false"
         )
     strings = values.cast(pa.string())
     return pc.if_else(is_blank(strings), None, strings)
@@ -102,7 +102,7 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     if any(is_one(values.type) for is_one in numbers):
         return values.cast(pa.float64(), safe=False)
     if not is_text(values.type):
-        raise DataError(f"{raw.source}: the label column {column!r} holds {values.type}; expected numbers")
+        raise DataError(f"{raw.source}: the label column {column!r} holds {values.type!s:.80}; expected numbers")
     trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
     trimmed = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
     try:
@@ -370,13 +370,14 @@ def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
     """Refuse what is no list of plain values."""
     if not is_list(kind):
         raise DataError(
-            f"{raw.source}: the task is multi-label, but the column {column!r} holds {kind}; expected a list of label "
-            "names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
+            f"{raw.source}: the task is multi-label, but the column {column!r} holds {kind!s:.80}; expected a list of "
+            "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
     if pa.types.is_nested(inner := kind.value_type):
         hint = "; spans in a text are a task of their own: set task.kind to tokens" if pa.types.is_struct(inner) else ""
         raise DataError(
-            f"{raw.source}: the lists in {column!r} hold {inner}; expected label names, or 0 and 1, one per label{hint}"
+            f"{raw.source}: the lists in {column!r} hold {inner!s:.80}; expected label names, or 0 and 1, one per "
+            f"label{hint}"
         )
 
 

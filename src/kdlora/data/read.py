@@ -165,9 +165,15 @@ class _RowFile:
     def columns(self, looked_at: int | None) -> tuple[str, ...]:
         """Read the header; the columns of JSON Lines are the keys of the first objects, or of all."""
         with self._opened([]) as (named, rows):
-            columns = tuple(named or dict.fromkeys(key for row in islice(rows, looked_at) for key in row))
+            last = {} if named else {key: value for row in islice(rows, looked_at) for key, value in row.items()}
+        columns = tuple(named or last)
         if not columns:
             raise DataError(f"{self.path} holds no JSON objects; expected one example per line")
+        if last and all(isinstance(value, dict) for value in last.values()):
+            raise DataError(
+                f"{self.path}: every value is an object, as where pandas' to_json writes one object of columns; write "
+                "an object a row: df.to_json(FILE, orient='records', lines=True)"
+            )
         _refuse_duplicates(str(self.path), columns)
         for column in columns if self.form == "tsv" else ():
             if len(column) > 1 and column[0] == column[-1] == '"':

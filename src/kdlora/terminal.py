@@ -154,7 +154,7 @@ def print_result(result: ExperimentResult, told: Collection[str] = ()) -> None:
     found = arm_table(result.records)
     table = Table(title=found.caption)
     for name in found.columns:
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
     for row in found.texts():
         table.add_row(*row)
     console.print(table)

@@ -142,9 +142,7 @@ def check_table(config: Config, splits: Splits) -> list[str]:
             "data.augment to 0, or data.unlabelled to the files that were labelled"
         )
     weights = [open_collection(one).ingredients.get("weights") for one in (collection, table) if one is not None]
-    if (
-        collection is not None and config.teacher.fine_tuned is None and weights[1:] != weights[:1]
-    ):  # alone, or another's
+    if collection is not None and config.teacher.fine_tuned is None and weights[1:] != weights[:1]:
         own = "a table is the teacher" if config.teacher.is_table else "this experiment trains a teacher of its own"
         raise ConfigError(
             f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but {own}, and one "

@@ -204,6 +204,12 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(figures, write, 
     score = next(line for line in markdown.splitlines() if line.startswith("| paper, the same rows"))
     assert f"{mean:.1f}" in score
 
+    # A suite that went on elsewhere put the times of two machines into one column without a word.
+    elsewhere = figures.plan.cells["cola", "own", "kd-lora"][0].key
+    records = figures.records | {elsewhere: figures.records[elsewhere].model_copy(update={"device": "cuda:0"})}
+    told = ["Times and memory are of several machines" in page for page in (markdown, write(figures.plan, records))]
+    assert told == [False, True]
+
 
 def test_tables_of_nothing_can_be_written(write):
     """Ctrl-C in the first minute must leave a page, not a traceback over the reason."""

@@ -19,22 +19,11 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 from kdlora.experiment.plan import Plan, PlannedRun
+from kdlora.report.collect import Run
 from kdlora.report.findings import CONTROLS, Comparison, align
-from kdlora.report.page import (
-    Cell,
-    Link,
-    Page,
-    Prose,
-    Row,
-    Section,
-    Table,
-    strong,
-    to_csv,
-    to_latex,
-    write_page,
-)
+from kdlora.report.page import Cell, Link, Page, Prose, Row, Section, Table, strong, to_csv, to_latex, write_page
 from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, published_scores
-from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, compared, mean_of, published_row
+from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, UNLIKE, Cost, compared, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, model_title, points
 from kdlora.system.storage import write_text_atomic
 
@@ -316,12 +305,14 @@ def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[
 def _cost_table(figures: SuiteFigures) -> Table:
     """Show the costs in the form of the paper's Table 2, its own figures in the line below."""
     lines: list[Row] = []
+    shown: list[Run] = []
     suite, plan = figures.plan.suite, figures.plan
     for family, arm in itertools.product(suite.families, suite.arms):
         cells = (plan.cells[task, family, arm] for task in suite.tasks)
         found: Runs = next(filter(None, map(figures.finished, cells)), [])
         if not found:
             continue
+        shown += [Run(record, Path(), None) for _, record in found]
         first = found[0][1]
         trainable = {run.config.lora.rank: record.trainable_parameters for run, record in found}
         lines.append(
@@ -338,7 +329,8 @@ def _cost_table(figures: SuiteFigures) -> Table:
             measured = ("–", f"{one.memory_mb:.1f}\u00a0MB", "–", f"{one.seconds:.2f}\u00a0s in all", "")
             lines.append((Cell("paper", quiet=True), arm_title(arm), one.model, counts, *measured))
     columns = ("family", "method", "model", "trainable", "head alone", "training memory", "latency, batch 1")
-    return Table("Table 2. Costs", (*columns, "batch 32", "runs"), tuple(lines), text_columns=3, note=_COSTS_NOTE)
+    note = _COSTS_NOTE + ("" if TIME.is_alike(shown) else UNLIKE)
+    return Table("Table 2. Costs", (*columns, "batch 32", "runs"), tuple(lines), text_columns=3, note=note)
 
 
 def _by_rank(counts: Mapping[int, float | None]) -> str:

@@ -124,7 +124,7 @@ def make_experiment(
     test_split: bool = False,
     experiment: str | None = None,
 ) -> ExperimentLayout:
-    """Write a whole experiment folder: records, predictions, texts."""
+    """Write a whole experiment folder, with a `shipped.json` that leaves it to the report what ships."""
     layout = ExperimentLayout(folder)
     pair = "A second sentence about the same film, told by someone else" if len(task.text) == 2 else None
     examples = [ExampleText(str(row), "validation", f"{texts[row % len(texts)]} ({row})", pair) for row in range(rows)]
@@ -159,6 +159,7 @@ def make_experiment(
             records.append(record)
     write_results(layout.results, records)
     write_examples(layout.examples, examples)
+    layout.shipped.write_text("{}", encoding="utf-8")
     return layout
 
 

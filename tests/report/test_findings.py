@@ -214,6 +214,10 @@ def test_the_report_goes_by_what_was_shipped(tmp_path):
     assert report.markdown.split("\n\n")[1].startswith("**The other student was shipped**: it is. It keeps")
     layout.shipped.write_text("{")
     assert "The distilled student (kd-lora) was shipped" in make_report(layout.root, draws=50).markdown
+    layout.shipped.unlink()  # of a suite, or not yet
+    told = make_report(layout.root, draws=50).markdown
+    assert "**The distilled student (kd-lora) would ship by these runs**: on validation it" in told
+    assert "> Nothing has been shipped from this folder" in told
 
 
 @pytest.mark.parametrize(
@@ -294,21 +298,21 @@ def test_marked_sentences_are_those_of_the_predictions(told):
     assert len(quoted) == 8
     teacher = read_predictions(layout.run("fft", 0).predictions)
     for quotation in quoted:
-        identity = re.search(r"<dt>id</dt><dd>(\d+)</dd>", quotation)[1]
+        identity = re.search(r'<dt>id</dt><dd dir="auto">(\d+)</dd>', quotation)[1]
         example, row = examples["validation", identity], teacher.ids.index(identity)
-        lines = dict(re.findall(r'<p class="marked (\w+)"><span class="who">\w+</span>(.*?)</p>', quotation))
+        lines = dict(re.findall(r'<p class="marked (\w+)"><span class="who">\w+</span><bdi>(.*?)</bdi></p>', quotation))
         assert list(lines) == ["label", "teacher", "student"]
         for line in lines.values():
-            text = re.sub(r"<small>.*?</small>", "", line)
+            text = re.sub(r' <small dir="auto">.*?</small>', "", line)
             assert unescape(re.sub(r"</?mark>", "", text)) == example.text
         own = teacher.labels[teacher.offsets[row] : teacher.offsets[row + 1]]
         expected = [
-            (example.text[example.starts[one.start] : example.ends[one.end - 1]], f" {one.type}")
+            (example.text[example.starts[one.start] : example.ends[one.end - 1]], one.type)
             for one in spans_of(own, NAMES.label_names)
         ]
-        found = re.findall(r"<mark>(.*?)<small>(.*?)</small></mark>", lines["label"])
+        found = re.findall(r'<mark>(.*?) <small dir="auto">(.*?)</small></mark>', lines["label"])
         assert [(unescape(text), kind) for text, kind in found] == expected
-        listed = ", ".join(f"{text} ({kind.strip()})" for text, kind in expected)
+        listed = ", ".join(f"{text} ({kind})" for text, kind in expected)
         assert f"  - label: {listed}" in report.markdown
 
 

@@ -100,6 +100,10 @@ def test_it_opens_with_the_answer_in_one_sentence(reviews):
 def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatch):
     """A share of 105% reads like success; it is a teacher that nobody trained to its end."""
     monkeypatch.setitem(fabricate._NOISE, "fft", 0.8)
+    html = _report(make_experiment(tmp_path / "useful").root).html
+    assert re.search(r"below LoRA with \d\d\.\d; even so, its student gains by it\.</p>", html)
+    assert "longer training" not in html  # beside the gain it read as an error
+    monkeypatch.setitem(fabricate._NOISE, "kd-lora", 0.55)
     report = _report(make_experiment(tmp_path / "weak").root)
     assert "It may need longer training" in report.html
     assert re.search(r"It scores \d\d\.\d ± \d\.\d against \d\d\.\d ± \d\.\d of bert-base", _opening(report))  # no 105%
@@ -327,7 +331,7 @@ def test_text_from_outside_is_escaped_in_html(tmp_path, task):
         content |= {"error": HOSTILE[0]} if content["status"] == "failed" else {}
         (run / "run.json").write_text(json.dumps(seal(content)))
     report = _report(layout.root)
-    assert task.kind != "tokens" or "<small> &lt;i&gt;x&lt;/i&gt;</small>" in report.html
+    assert task.kind != "tokens" or ">&lt;i&gt;x&lt;/i&gt;</small>" in report.html
     assert task.kind != "tokens" or r"PER\|\*a\*" in report.markdown
     elements = _check(report.html)
     tags = [tag for tag, _ in elements]
@@ -388,9 +392,10 @@ def test_disagreements_show_opposite_decisions_first(reviews):
     """A list that starts with mere differences in confidence wastes the reader's time."""
     html = reviews[1].html
     first = html[html.index('class="quotations"') :].split("</li>")[0]
-    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", first)
+    facts = re.findall(r'<dt>(.*?)</dt><dd dir="auto">(.*?)</dd>', first)
     assert [name for name, _ in facts] == ["id", "label", "teacher", "student, mean of 3 seeds"]
     assert facts[2][1].split(",")[0] != facts[3][1].split(",")[0]
+    assert '<blockquote><p dir="auto">' in first  # Hebrew stood in the order of English
 
 
 def test_runs_of_different_tasks_in_one_folder_are_refused(tmp_path):
@@ -457,6 +462,8 @@ def test_times_of_two_machines_are_not_compared(tmp_path):
     assert report.html.count("the teacher was measured on another machine") == 2
     assert "Measured on cpu, Intel Xeon, fp32, 2 cores; cuda:0 (NVIDIA H100), Intel Xeon, fp32" in report.markdown
     assert "do not compare them between rows" in report.markdown
+    records = [run.record for run in load_experiment(layout.root).runs]
+    assert arm_table(records).caption.endswith("; times are of several machines or numbers of threads")
     assert "Score against parameters" in report.html
     assert "Score against latency" not in report.html
 

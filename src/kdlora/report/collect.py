@@ -72,6 +72,10 @@ class Experiment:
         """Give what the finished runs of an arm predicted on the headline's split, where it was kept."""
         return [run.predictions.only(self.split) for run in self.finished(arm) if run.predictions is not None]
 
+    @property
+    def is_shipped(self) -> bool:
+        return ExperimentLayout(self.folder).shipped.exists()
+
     @cached_property
     def choice(self) -> Choice | None:
         """What was shipped; where nothing was yet, what would be."""

@@ -161,6 +161,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
     facts["unpaired"] = bool(others.keys() & CONTROLS) and bool(others.keys() & set(CONTROLS.values()))
     if experiment.choice is not None:
         subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
+        verb = verb if experiment.is_shipped else " would ship by these runs"
         facts |= {"shipped": f"{subject}{verb}", "reason": reason, "distilled": arm in CONTROLS}
     if arm is not None:
         seeds = len(experiment.finished(arm))

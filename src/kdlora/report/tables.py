@@ -322,7 +322,8 @@ def arm_table(records: Sequence[RunRecord]) -> Table:
         "in all": lambda arm: PARAMETERS.text(arms[arm]),
         "time of a text": lambda arm: TIME.text(arms[arm]),
     }
-    return Table.of(f"score on the {split} split, 0 to 100", arms, columns)
+    unlike = "" if TIME.is_alike(*arms.values()) else "; times are of several machines or numbers of threads"
+    return Table.of(f"score on the {split} split, 0 to 100{unlike}", arms, columns)
 
 
 def run_table(experiment: Experiment, links: Links) -> Table:

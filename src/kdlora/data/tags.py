@@ -134,7 +134,8 @@ def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
 def hide_symbols(text: str, starts: Sequence[int], places: npt.NDArray[np.integer], windows: Integers) -> None:
     """Let symbols that share a sub-token with a word go unseen (-1): BERT reads `Anna♥` as one unknown word."""
     same = (np.diff(places) == 0) & (np.diff(windows) == 0)
-    for word in np.flatnonzero((np.append(same, False) | np.append(False, same)) & (places >= 0)):
+    shared = (np.append(same, False) | np.append(False, same)) & (places >= 0)
+    for word in np.flatnonzero(shared).tolist():
         sign = text[starts[word]]
         if not sign.isascii() and unicodedata.category(sign) in ("Sk", "Sm", "So"):
             places[word] = -1

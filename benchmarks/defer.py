@@ -177,7 +177,11 @@ def regressions(folder: Path) -> Iterator[tuple[str, ...]]:
     for run in runs:
         if run.seed in teachers:
             seen, off = (np.abs(part.logits[:, 0] - part.labels) for part in (run.seen, run.tested))
-            near = KNeighborsRegressor(max(10, len(seen) // 10)).fit(run.seen.logits, seen).predict(run.tested.logits)
+            near = (
+                KNeighborsRegressor(min(len(seen), max(10, len(seen) // 10)))
+                .fit(run.seen.logits, seen)
+                .predict(run.tested.logits)
+            )
             guesses = (near, np.abs(run.tested.logits[:, 0] - teachers[run.seed]))
             halves = [off[np.argsort(guess, kind="stable")[: len(off) // 2]].mean() for guess in guesses]
             rows.setdefault(run.arm, []).append([off.mean(), *halves])

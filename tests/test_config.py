@@ -158,7 +158,10 @@ def test_a_recipe_fills_in_what_is_not_set():
     assert build_config(MINIMAL) == config, "the recipe that won the comparison is what a user gets who names none"
     assert (tuned.student.train.epochs, tuned.student.train.learning_rate) == (10, 3e-3)
     assert tuned.student.train.weight_decay == paper.student.train.weight_decay
-    assert build_config({**MINIMAL, "recipe": "paper", "lora": None, "export": None}) == paper, "empty sections"
+    empty = {"lora": None, "export": None, "student": {"train": None}}
+    assert build_config({**MINIMAL, "recipe": "paper", **empty}) == paper, "empty sections"
+    with pytest.raises(ConfigError, match="studnet"):
+        build_config({**MINIMAL, "studnet": None})
     own = build_config({**MINIMAL, "recipe": "paper-tuned", "student": {"train": {"epochs": 2}}}, ["lora.rank=4"])
     assert (own.student.train.epochs, own.student.train.learning_rate, own.lora.rank) == (2, 3e-3, 4)
     assert yaml.safe_load(save_config(own))["student"]["train"]["learning_rate"] == 3e-3

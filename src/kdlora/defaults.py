@@ -66,8 +66,7 @@ def adapter_rate(width: int) -> float:
 
 
 def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the recipe under the user's values, and name the family's models; an empty section is one without keys."""
-    values = {key: value for key, value in values.items() if value is not None}
+    """Lay the recipe under the user's values, and name the family's models."""
     recipe, family = values.get("recipe", "default"), values.get("family")
     filled = dict(values)
     if isinstance(recipe, str) and recipe in RECIPES:

@@ -72,6 +72,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, values: Any) -> Any:
+        """Take a section whose keys are all commented out for one without keys."""
+        if not isinstance(values, Mapping):
+            return values
+        sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
+        return {key: value for key, value in values.items() if value is not None or key not in sections}
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:

@@ -1,6 +1,7 @@
 """Tokens in batches, windows over long texts, and where a word is read in them."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kdlora.data.batches import (
     length_sorted_batches,
     tokenise,
 )
-from kdlora.data.windows import MOST_WINDOWS, WindowSettings, read_windows
+from kdlora.data.windows import MOST_WINDOWS, Windows, WindowSettings, hide_symbols, read_windows
 
 TEXTS = ["a good film", "bad", "a long and rather dull film that nobody should have to see twice " * 3, "fine"]
 
@@ -190,3 +191,12 @@ def test_what_lies_beyond_the_most_windows_is_cut_and_told() -> None:
         found, is_cut = windows.cut([1, *[0] * tokens, 1], 8)
         assert (len(found), is_cut) == (MOST_WINDOWS, expected)
         assert windows.count_tokens([tokens], 6).tolist() == [6 * MOST_WINDOWS]  # an estimate leaves special ones out
+
+
+def test_a_symbol_is_hidden_in_an_unknown_token_alone():
+    """BERT knows `°c`: hidden there, the degree sign cut each "30 °C" in two."""
+    tokenizer = SimpleNamespace(token_to_id={"[UNK]": 1}.get)
+    for known, places in ((7, [1, 2, 2]), (1, [1, -1, 2])):
+        read = Windows([np.arange(4)], np.zeros(3, np.int64), np.array([1, 2, 2]))
+        hide_symbols("30 °C", [0, 3, 4], read, [0, 5, known, 0], tokenizer)
+        assert read.place.tolist() == places

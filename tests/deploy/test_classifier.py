@@ -111,9 +111,8 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
     assert model.predict("wonderful") == model.predict(["wonderful"])
     with pytest.raises(DataError, match="text 0: the text is empty"):
         model.predict("")
-    with pytest.raises(DataError, match="text 0: the text is empty in its first 20,000 characters"):
-        model.predict(" " * 20_000 + "wonderful")  # what is cut to blanks
-    assert np.array_equal(model.predict_logits(" " * 19_000 + "wonderful"), model.predict_logits("wonderful"))
+    for blanks in (19_000, 20_000):  # of which a cut to 20,000 characters leaves nothing else
+        assert np.array_equal(model.predict_logits(" " * blanks + "wonderful"), model.predict_logits("wonderful"))
     monkeypatch.setitem(sys.modules, "peft", None)  # what only a training needs
     assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
     monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")

@@ -124,8 +124,8 @@ def test_a_symbol_beside_a_name_is_outside(tmp_path):
         model.classifier.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0]))
     model.save_pretrained(folder)
     tagger = Tagger.load(folder)
-    found = [[one.text for one in tagger.predict(text)] for text in ("Xq♥", "♥Xq", "Xq♥Yq", "xq.yq")]
-    assert found[:3] == [["Xq"], ["Xq"], ["Xq", "Yq"]]
+    found = [[one.text for one in tagger.predict(text)] for text in ("Xq♥", "♥Xq", "Xq♥Yq")]
+    assert found == [["Xq"], ["Xq"], ["Xq", "Yq"]]
     row = {"id": "a", "text": "♥Xq", "starts": [0, 1], "ends": [1, 3], "label": [0, 1]}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert WordCollator(tokenizer, max_length=16)([row])["labels"].tolist() == [1], "the name is what is learnt"

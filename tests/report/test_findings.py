@@ -169,7 +169,9 @@ def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):
         f'PATH_OF_THIS_FOLDER", truncation=True, top_k=None)\n# Any number of labels holds: {above}\n```'
         in student_card(record)
     )
-    assert f"{above}, or above its threshold where it has one\n```" in student_card(record, decisions=["a threshold"])
+    assert f"{above} (thresholds are of kdlora's probabilities, not of these)\n```" in student_card(
+        record, decisions=["a threshold"]
+    )
 
 
 def test_a_class_without_rows_is_no_row_of_zeros():

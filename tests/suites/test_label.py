@@ -244,7 +244,7 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_f
     layout = ExperimentLayout(tmp_path / "experiment")
     label_training_rows(config, layout)
     assert not layout.unlabelled_logits.exists()
-    assert "90 texts were cut at 5 tokens, the training texts at 128; label them anew with --max-length" in caplog.text
+    assert "90 texts were cut at 5 tokens, the training texts at 64; label them anew with --max-length" in caplog.text
     record = train_run(config, layout, "kd-lora", 0, lambda event: None)
     left_out = 90 - record.rows["unlabelled"]
     assert any(f"{left_out} of 90 unlabelled rows" in note for note in record.notes)

@@ -70,6 +70,8 @@ def test_a_folder_names_what_decides_the_figures():
     assert {run.key for run in plan(seeds=[0, 1]).runs()} > base
     smaller = {"data": {"path": "x/y"}, "teacher": {"train": {"micro_batch_tokens": 64}}}
     assert {run.key for run in plan(config=smaller).runs()} == base, "after a lack of memory a suite goes on"
+    grids = {"fft": {"teacher.train.gradient_checkpointing": [False, True]}}
+    assert len(arms(plan(grids=grids), "fft")) == 2 * len(arms(plan(grids={}), "fft")), "compared for memory"
     longer = {"data": {"path": "x/y"}, "student": {"train": {"max_length": 64}}}
     changed = {run.key for run in plan(config=longer).runs()}
     assert {key for key in changed & base if "/fft-" not in key} == set()

@@ -73,7 +73,8 @@ def main() -> NoReturn:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
             _fail(f"{error}; give fewer or shorter texts at a time, or another device", 1)
         if type(error).__name__ == "ChildDiedError":  # no import: most commands have no child
-            _fail(f"{error}; free some memory and run the same command again", 1)
+            remedy = "free some memory and run" if "SIGKILL" in str(error) else "run"
+            _fail(f"{error}; {remedy} the same command again", 1)
         if not hasattr(error, "format_message"):  # click's own usage errors have one
             raise
         if message := error.format_message():

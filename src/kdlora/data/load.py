@@ -349,7 +349,7 @@ def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
                 f"the validation split holds {holds}, so that every model scores 0. Give it rows {more}; where it was "
                 "drawn, raise data.validation_fraction"
             )
-        if found < (_FEW if split == "validation" else 1):
+        if found < _FEW:
             reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")
 
 

@@ -131,16 +131,6 @@ def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
     return tags - ((tags > 0) & (tags % 2 == 0) & ~_joined((tags + 1) // 2, offsets))
 
 
-def hide_symbols(text: str, starts: Sequence[int], places: npt.NDArray[np.integer], windows: Integers) -> None:
-    """Let symbols that share a sub-token with a word go unseen (-1): BERT reads `Anna♥` as one unknown word."""
-    same = (np.diff(places) == 0) & (np.diff(windows) == 0)
-    shared = (np.append(same, False) | np.append(False, same)) & (places >= 0)
-    for word in np.flatnonzero(shared).tolist():
-        sign = text[starts[word]]
-        if not sign.isascii() and unicodedata.category(sign) in ("Sk", "Sm", "So"):
-            places[word] = -1
-
-
 def go_on(values: npt.NDArray[np.floating], names: Sequence[str], words: Integers) -> None:
     """Let words that share their sub-token with the word before go on with its entity: `I-` has what is above `B-`."""
     for place, name in enumerate(names):

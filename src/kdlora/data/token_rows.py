@@ -104,7 +104,7 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
         _check_edges(raw.source, sum(cut), len(cut), notes)
         return rows
     if not is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
-        raise DataError(f"{raw.source}: the column {text!r} holds {input_type}; {_EXPECTED}")
+        raise DataError(f"{raw.source}: the column {text!r} holds {input_type!s:.80}; {_EXPECTED}")
     words, offsets = _flatten(raw, text, "words")
     columns = {"words": _without_language(raw, pc.utf8_trim_whitespace(words.cast(pa.string())), notes)}
     if label is not None:
@@ -151,7 +151,7 @@ def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
     kind = raw.table[label].type
     if not is_list(kind):
         raise DataError(
-            f"{raw.source}: the column {label!r} holds {kind}, where a list of tags is expected, one a word"
+            f"{raw.source}: the column {label!r} holds {kind!s:.80}, where a list of tags is expected, one a word"
         )
     if pa.types.is_struct(kind.value_type):
         raise DataError(
@@ -168,8 +168,8 @@ def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
         return named_codes(tags, raw.class_names[label])
     if not (is_text(kind.value_type) or pa.types.is_null(kind.value_type)):
         raise DataError(
-            f"{raw.source}: the tags in {label!r} are {kind.value_type}, and nothing says which is which; write them "
-            "by name (B-PER), or as ClassLabels of a data set"
+            f"{raw.source}: the tags in {label!r} are {kind.value_type!s:.80}, and nothing says which is which; write "
+            "them by name (B-PER), or as ClassLabels of a data set"
         )
     return tags.cast(pa.string())
 
@@ -247,7 +247,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
     if kind is not None and not (
         is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
     ):
-        raise DataError(f"{raw.source}: the column {label!r} holds {kind} beside texts; {_EXPECTED}")
+        raise DataError(f"{raw.source}: the column {label!r} holds {kind!s:.80} beside texts; {_EXPECTED}")
     wanted, numbers = [name for name in (text, label) if name is not None], count()
     kinds = {"starts": pa.int32(), "ends": pa.int32()} | ({} if label is None else {"tags": pa.string()})
     for batch in raw.table.select(wanted).to_batches(_ROWS):

@@ -5,7 +5,8 @@ Light: NumPy alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -92,6 +93,19 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
     middles = (begins[1:] + begins[:-1] + room - 1) / 2  # from there on the next window's edge is farther
     window = np.maximum.accumulate(np.where(first < 0, 0, np.searchsorted(middles, first)))
     return Windows(frame.windows(begins), window, np.where(first < 0, -1, first - begins[window] + lead))
+
+
+def hide_symbols(text: str, starts: Sequence[int], read: Windows, tokens: npt.ArrayLike, tokenizer: Any) -> None:
+    """Let symbols that share the unknown token with a word go unseen (-1): BERT reads `Anna♥` as one `[UNK]`."""
+    names = ("[UNK]", "<unk>")
+    unknown = [place for name in names if (place := tokenizer.token_to_id(name)) is not None]
+    same = (np.diff(read.place) == 0) & (np.diff(read.window) == 0)
+    shared = (np.append(same, False) | np.append(False, same)) & (read.place >= 0)
+    for word in np.flatnonzero(shared).tolist():
+        token = np.asarray(tokens)[read.tokens[read.window[word]][read.place[word]]]
+        sign = text[starts[word]]
+        if token in unknown and not sign.isascii() and unicodedata.category(sign) in ("Sk", "Sm", "So"):
+            read.place[word] = -1
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from datasets import Dataset, Features
 
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.spool import make_dataset, read_column, slice_rows, spool
-from kdlora.data.tags import NO_TAG, Integers, hide_symbols, split_words
-from kdlora.data.windows import WindowSettings, read_windows
+from kdlora.data.tags import NO_TAG, Integers, split_words
+from kdlora.data.windows import WindowSettings, hide_symbols, read_windows
 from kdlora.errors import ModelError
 
 WORDS = ("starts", "ends")
@@ -106,7 +106,8 @@ def encode_windows(
     for row, mask in enumerate(encoded["special_tokens_mask"]):
         if has_words:
             found = read_windows(encoded["offset_mapping"][row], mask, rows["starts"][row], rows["ends"][row], limit)
-            hide_symbols(rows["text"][row], rows["starts"][row], found.place, found.window)
+            tokens = encoded["input_ids"][row]
+            hide_symbols(rows["text"][row], rows["starts"][row], found, tokens, tokenizer.backend_tokenizer)
             windows, is_cut = found.tokens, False
             begins = np.cumsum([0, *map(len, windows)])
             columns["places"].append(np.where(found.place < 0, -1, found.place + begins[found.window]))

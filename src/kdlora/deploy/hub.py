@@ -146,7 +146,7 @@ def push_experiment(
 
 
 def _is_stale(name: str, contents: Mapping[str, object]) -> bool:
-    """Say whether a file on the Hub is an earlier model's; what people add by hand, and other folders, stay."""
+    """Say whether a file on the Hub has the name of a model's; README and the like, and other folders, stay."""
     is_of_model = MODEL_FILES.fullmatch(name.removeprefix(_ONNX)) is not None
     return is_of_model and name not in contents and Path(name).name not in _BY_HAND
 

@@ -9,8 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from kdlora.data.tags import Words, decode, entity_bounds, go_on, hide_symbols, split_words, tag_names, tag_types
-from kdlora.data.windows import read_windows
+from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
+from kdlora.data.windows import hide_symbols, read_windows
 from kdlora.deploy.decisions import Decisions, Which, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
 from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_network
@@ -133,7 +133,7 @@ class Tagger(Network):
         encodings = self.encode([text for text, _, _ in given])
         for encoding, (text, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
             read = read_windows(encoding.offsets, encoding.special_tokens_mask, starts, ends, self.folder.max_length)
-            hide_symbols(text, starts, read.place, read.window)
+            hide_symbols(text, starts, read, encoding.ids, self._tokenizer)
             ids, types = np.asarray(encoding.ids), np.asarray(encoding.type_ids)
             seen = np.flatnonzero(read.place >= 0)
             edges = np.searchsorted(read.window[seen], np.arange(len(read.tokens) + 1)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import secrets
@@ -32,11 +33,11 @@ class TrackedRun:
     folder: Path
     """For the files of trackers that keep them on this machine."""
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Find it again when it is resumed: the key goes with the checkpoints, so what begins anew has another one."""
         file = self.checkpoints / "tracked"
-        if not file.exists():
+        if not file.exists() or not any(self.checkpoints.glob("step-*")):
             write_text_atomic(file, secrets.token_hex(6))
         return file.read_text(encoding="utf-8")
 

@@ -225,10 +225,10 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
-    columns = Columns(settings.text, task.text, settings.id_column, 1, words=task.kind == "tokens")
+    columns = Columns(settings.text, task.text, settings.id_column, 20_000, words=task.kind == "tokens")
     for file in () if (folder / COLLECTION_MANIFEST).exists() else files:  # else begun with columns that are not there
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
-            _check_form(task, file, next(rows, None))
+            _check_form(task, file, next((row for row in islice(rows, 100) if row.text is not None), None))
     begun: dict[str, Any] = {}
     with contextlib.suppress(ArtifactError):  # as it was begun: a second timing, or the model, may say otherwise now
         begun = open_store(folder / COLLECTION_MANIFEST).ingredients

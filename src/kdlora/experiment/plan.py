@@ -141,7 +141,9 @@ def _runs(
                 "use `kdlora run` for a teacher that is given"
             )
         effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
-        folder = f"runs/{task}/{arm}-{hash_json(run_identity(effective))[:10]}"
+        compared = any(key.endswith(ROUNDING_KEYS) for key in settings)  # for memory and speed
+        decides = identity(effective) if compared else run_identity(effective)
+        folder = f"runs/{task}/{arm}-{hash_json(decides)[:10]}"
         if folder not in seen:
             seen.add(folder)
             kept = _used_settings(settings, config, arm)

@@ -30,6 +30,7 @@ from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_fo
 from kdlora.distil.inference import hash_model, predict_logits, read_stored_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, resolve_precision
+from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher_table import read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
 from kdlora.distil.words import Texts
@@ -97,8 +98,7 @@ def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
 
 
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:
-    teacher = config.teacher
-    given = teacher.fine_tuned is not None
+    teacher, given = config.teacher, config.teacher.fine_tuned is not None
     return load_fine_tuned(
         str(teacher.fine_tuned if given else trained),
         task,
@@ -143,11 +143,12 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         )
     weights = [open_collection(one).ingredients.get("weights") for one in (collection, table) if one is not None]
     if collection is not None and config.teacher.fine_tuned is None and weights[1:] != weights[:1]:
-        own = "a table is the teacher" if config.teacher.is_table else "this experiment trains a teacher of its own"
+        own, way = "this experiment trains a teacher of its own", "data.unlabelled to the files that were labelled"
+        if config.teacher.is_table:
+            own, way = "a table is the teacher", "teacher.logits to a folder that it labelled"
         raise ConfigError(
             f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but {own}, and one "
-            "teacher teaches all rows. Set teacher.fine_tuned to that model, or data.unlabelled to the files that were "
-            "labelled"
+            f"teacher teaches all rows. Set teacher.fine_tuned to that model, or {way}"
         )
     if not config.teacher.is_table:
         return []
@@ -197,7 +198,8 @@ def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
             f"{folder} (data.unlabelled): its long texts were not read as this experiment reads them (data.long_texts, "
             "window_pool, window_stride); name the text files in data.unlabelled"
         )
-    longest, cut = closed(config.teacher.train).max_length, sum(shard.truncated for shard in collection.shards)
+    longest = min(closed(config.teacher.train).max_length, encoder.tokenizer.model_max_length)
+    cut = sum(shard.truncated for shard in collection.shards)
     if cut and isinstance(read := collection.ingredients.get("max_length"), int) and read < longest:
         told = "%s: %d texts were cut at %d tokens, the training texts at %d; label them anew with --max-length %d"
         logger.warning(told, folder, cut, read, longest, longest)
@@ -355,13 +357,12 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
         length = choose_max_length([lengths], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
     role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
-    epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size)
+    epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size * current_processes().count)
     return closed(_fill(settings, None, max_length=length, epochs=epochs, learning_rate=rate))
 
 
 def closed(settings: TrainConfig) -> SettledTraining:
-    null = [key for key in OPEN if getattr(settings, key) is None]
-    if null:
+    if null := [key for key in OPEN if getattr(settings, key) is None]:
         raise ConfigError(f"train.{null[0]} is null and no texts were looked at yet; set it, or use run_experiment")
     return SettledTraining(**settings.model_dump())
 

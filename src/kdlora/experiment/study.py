@@ -43,7 +43,6 @@ from kdlora.experiment.settle import (
 )
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
-from kdlora.section import SEEDS
 from kdlora.system.integrity import hash_json
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
     with FileLock(folder / "ask.lock"):
         _revive(study, folder)
         # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-        seed = (search.seed + len(study.trials)) % SEEDS
+        seed = int(hash_json([search.seed, len(study.trials)])[:8], 16)
         study.sampler = TPESampler(n_startup_trials=search.startup_trials, seed=seed)
         grid = grid_of(search)
         counted = counted_trials(study)

@@ -74,7 +74,8 @@ class Experiment:
 
     @property
     def is_shipped(self) -> bool:
-        return ExperimentLayout(self.folder).shipped.exists()
+        layout = ExperimentLayout(self.folder)
+        return layout.shipped.exists() or layout.student.exists()  # version 0.1 wrote no shipped.json
 
     @cached_property
     def choice(self) -> Choice | None:

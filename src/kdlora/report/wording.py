@@ -95,14 +95,16 @@ def interval(difference: Difference) -> str:
 
 
 def interval_cell(difference: Difference) -> str:
-    return f"{interval(difference)}{' (one seed: no verdict)' if difference.n_seeds < 2 else ''}"
+    why = "one seed" if difference.n_seeds < 2 else "few rows" if difference.sign is None else ""
+    return f"{interval(difference)}{f' ({why}: no verdict)' if why else ''}"
 
 
 def span(difference: Difference) -> str:
     level = f"{100 * difference.level:g}% interval"
     if difference.n_seeds < 2:
         return f"{level} over rows {interval(difference)}; one seed: no verdict"
-    return f"{level} {interval(difference)}; n = {difference.n_seeds}"
+    few = "; few rows: no verdict" if difference.sign is None else ""
+    return f"{level} {interval(difference)}; n = {difference.n_seeds}{few}"
 
 
 def of_seeds(count: int) -> str:

@@ -187,22 +187,30 @@ def test_the_process_that_ran_out_of_memory_is_named(workshop, tmp_path, monkeyp
     assert error.endswith("Lower micro_batch_tokens in teacher.train or student.train")
 
 
-def test_settings_of_accelerate_that_contradict_the_config(workshop):
+def set_variables(monkeypatch, **values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_settings_of_accelerate_that_contradict_the_config(workshop, monkeypatch):
     """Accelerate's own settings are read by libraries below: a run in another precision than its record says."""
     config = workshop.config()
-    check_launch(config, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"})
-    faults = {
-        "ACCELERATE_MIXED_PRECISION": "bf16",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_USE_FSDP": "true",
-        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
-    }
+    set_variables(monkeypatch, ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="no")
+    check_launch(config)
+    set_variables(
+        monkeypatch,
+        ACCELERATE_MIXED_PRECISION="bf16",
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_USE_FSDP="true",
+        ACCELERATE_DYNAMO_BACKEND="INDUCTOR",
+        ACCELERATE_USE_CPU="true",
+    )
     with pytest.raises(ConfigError, match=r"mixed_precision is bf16, run\.precision is fp32") as refused:
-        check_launch(config, faults)
+        check_launch(config)
     assert str(refused.value).count("\n  - ") == 5
     with pytest.raises(ConfigError, match=r"--cpu, run\.device is cuda"):
-        check_launch(workshop.config({"run": {"device": "cuda"}}), {"ACCELERATE_USE_CPU": "true"})
+        check_launch(workshop.config({"run": {"device": "cuda"}}))
 
 
 @pytest.mark.parametrize("command", [["suite", "no.yaml"], ["search", "no.yaml"], ["label", "m", "d", "--to", "t"]])
@@ -214,12 +222,18 @@ def test_verbs_that_hand_out_their_work_are_started_once(cli, command, monkeypat
     assert f"kdlora {command[0]} was started as 2 processes" in outcome.err
 
 
-def test_a_launcher_that_starts_one_process_for_two_is_told_off():
+def test_a_launcher_that_starts_one_process_for_two_is_told_off(monkeypatch):
     """`accelerate launch --num_processes 2` starts one on CPUs, which would train alone on half of a step's rows."""
-    with pytest.raises(ConfigError, match="started one"):
-        read_launch({"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    with pytest.raises(ConfigError, match="expected RANK from 0 to 1"):
-        read_launch({"WORLD_SIZE": "2", "RANK": "2"})
+    set_variables(monkeypatch, OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3")
+    assert read_launch().rank == 3
+    set_variables(monkeypatch, WORLD_SIZE="two")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
-        read_launch({"WORLD_SIZE": "two"})
-    assert read_launch({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}).rank == 3
+        read_launch()
+    set_variables(monkeypatch, WORLD_SIZE="2", RANK="2")
+    with pytest.raises(ConfigError, match="expected RANK from 0 to 1"):
+        read_launch()
+    for name in ("WORLD_SIZE", "RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name)
+    set_variables(monkeypatch, ACCELERATE_USE_CPU="False", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    with pytest.raises(ConfigError, match="started one"):
+        read_launch()

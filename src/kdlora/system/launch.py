@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdlora.config import Config
@@ -35,20 +34,20 @@ class Launch:
     attempt: str = "0"  # how often the launcher has started them again
 
 
-def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+def read_launch() -> Launch:
     """Read how many processes were started, and which of them this is."""
-    given = os.environ if environment is None else environment
-    count = _number(given, _COUNT, 1)
+    count = _number(_COUNT, 1)
     if count == 1:
         # On CPUs accelerate starts one process whatever it is asked for, unless it is given mpirun or --multi_gpu.
-        if "ACCELERATE_USE_CPU" in given and "MASTER_PORT" in given and not any(key in given for key in _RANK):
+        has_rank = any(key in os.environ for key in _RANK)
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and not has_rank:
             raise ConfigError(
                 "accelerate was asked for several processes, but started one, as it does on CPUs without mpirun. Use "
                 "torchrun --nproc-per-node 2 -m kdlora run CONFIG, or accelerate launch --multi_gpu, which works on "
                 "CPUs too"
             )
         return Launch()
-    rank = _number(given, _RANK, -1)
+    rank = _number(_RANK, -1)
     if not 0 <= rank < count:
         raise ConfigError(
             f"{count} processes, but this is number {rank}; expected RANK from 0 to {count - 1}. Start the run with "
@@ -57,11 +56,11 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(
         rank=rank,
         count=count,
-        local_rank=_number(given, _LOCAL, rank),
-        address=given.get("MASTER_ADDR", "127.0.0.1"),
-        port=_number(given, ("MASTER_PORT",), 29500),
-        hosted=_is_on(given, "TORCHELASTIC_USE_AGENT_STORE"),
-        attempt=given.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        local_rank=_number(_LOCAL, rank),
+        address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=_number(("MASTER_PORT",), 29500),
+        hosted=_is_on("TORCHELASTIC_USE_AGENT_STORE"),
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
@@ -74,12 +73,11 @@ def check_alone(verb: str) -> None:
         )
 
 
-def check_launch(config: Config, environment: Mapping[str, str] | None = None) -> None:
+def check_launch(config: Config) -> None:
     """Check that Accelerate's settings and the config do not contradict each other."""
-    given = os.environ if environment is None else environment
-    half = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    steps = given.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    compiler = given.get("ACCELERATE_DYNAMO_BACKEND", "").lower()
+    half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").lower()
     mine, out = config.run.precision, "leave it out of accelerate's settings"
     faults = {
         f"accelerate's mixed_precision is {half}, run.precision is {mine}: leave mixed_precision out of accelerate's "
@@ -91,24 +89,24 @@ def check_launch(config: Config, environment: Mapping[str, str] | None = None) -
             compiler not in ("no", "")
         ),
         "accelerate was started with --cpu, run.device is cuda: name one of them": (
-            _is_on(given, "ACCELERATE_USE_CPU") and config.run.device == "cuda"
+            _is_on("ACCELERATE_USE_CPU") and config.run.device == "cuda"
         ),
     }
     for key, name in _ENGINES.items():
         fault = f"accelerate asks for {name}, with which kdlora does not train; expected plain processes (DDP): {out}"
-        faults[fault] = _is_on(given, key)
+        faults[fault] = _is_on(key)
     if any(faults.values()):
         told = [fault for fault, is_so in faults.items() if is_so]
         raise ConfigError("accelerate's settings and the config contradict each other:\n  - " + "\n  - ".join(told))
 
 
-def _is_on(given: Mapping[str, str], key: str) -> bool:
-    return given.get(key, "").lower() in ("1", "true", "yes", "on")
+def _is_on(key: str) -> bool:
+    return os.environ.get(key, "").lower() in ("1", "true", "yes", "on")
 
 
-def _number(given: Mapping[str, str], keys: tuple[str, ...], default: int) -> int:
-    key = next((key for key in keys if key in given), None)
+def _number(keys: tuple[str, ...], default: int) -> int:
+    key = next((key for key in keys if key in os.environ), None)
     try:
-        return default if key is None else int(given[key])
+        return default if key is None else int(os.environ[key])
     except ValueError:
-        raise ConfigError(f"the environment variable {key} is {given[str(key)]!r}; expected a number") from None
+        raise ConfigError(f"the environment variable {key} is {os.environ[str(key)]!r}; expected a number") from None

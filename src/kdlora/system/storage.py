@@ -64,11 +64,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _replace_folder(temporary, target)
 
 
-def claim_folder(folder: Path, kind: str, **about: Any) -> None:
+def claim_folder(folder: Path, kind: str) -> None:
     """Make a folder ours, so that what we put into it may be replaced and removed."""
     check_folder(folder, kind)
     if read_manifest(folder) is None:
-        mark_folder(folder, kind, **about)
+        mark_folder(folder, kind)
 
 
 def mark_folder(folder: Path, kind: str, **about: Any) -> None:

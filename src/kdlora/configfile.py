@@ -98,7 +98,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
     try:
-        values = _read_yaml(text, _UniqueKeyLoader)
+        values = _read_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -106,10 +106,10 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
+def _read_yaml(text: str) -> Any:
     """Parse YAML from anywhere; what would fill the memory or the stack is a fault like any other."""
     try:
-        values = yaml.load(text, Loader=loader)
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
         written = json.JSONEncoder(ensure_ascii=False, default=str).iterencode(values)  # every alias written out
         for count, part in enumerate(written):
             part.encode("utf-8")  # an escape may stand for half a character, which no file can hold
@@ -213,7 +213,7 @@ def assign(values: dict[str, Any], override: Override) -> None:
         if not separator or not key.strip():
             raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
         try:
-            value = json.loads(json.dumps(_read_yaml(text, _UniqueKeyLoader), default=str))  # as in a file
+            value = json.loads(json.dumps(_read_yaml(text), default=str))  # as in a file
         except ConfigError as error:
             raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
     else:
@@ -273,7 +273,7 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
 
 
-def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:
+def describe_faults(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     found = error.errors(include_url=False)
     inner = {fault["loc"][:-1] for fault in found}
     # A list whose one item is faulty is reported as too short as well.

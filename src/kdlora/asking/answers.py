@@ -16,7 +16,6 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.deploy.folder import DECISIONS, MEASURED
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
@@ -24,8 +23,6 @@ from kdlora.system.storage import atomic_file, write_json_atomic
 
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
-TOLD = ("README.md", DECISIONS, MEASURED)
-"""Files of a model that tell of it, or decide by its outputs, and choose no row that is asked about."""
 _MEANING = {
     "prompts": "a prompt",
     "labels": "the labels, their order or descriptions",
@@ -70,12 +67,7 @@ def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[st
             raise ArtifactError(
                 f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder"
             )
-        stored = content["ingredients"]
-        for part in stored.get("selection") or ():
-            if isinstance(part, dict):  # files of the model that chose, as earlier versions hashed all of them
-                for name in TOLD:
-                    part.pop(name, None)
-        if not (changed := compare(stored, ingredients)):
+        if not (changed := compare(content["ingredients"], ingredients)):
             return
         if not _forget_unanswered(folder / ANSWERS):
             named = ", ".join(_MEANING.get(name, name) for name in changed)

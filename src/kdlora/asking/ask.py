@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import MANIFEST, TOLD, Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import MANIFEST, Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -34,6 +34,7 @@ from kdlora.asking.server import Reply, Server
 from kdlora.configfile import expand_home
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
+from kdlora.deploy.folder import DECISIONS, MEASURED
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.records import Asked
 from kdlora.system.integrity import hash_files
@@ -237,7 +238,7 @@ class _Asking:
         by = None
         if settings.select_by is not None:  # its card and decisions choose no row
             found = hash_files(model := expand_home(settings.select_by), [model])
-            by = {name: digest for name, digest in found.items() if name not in TOLD}
+            by = {name: digest for name, digest in found.items() if name not in ("README.md", DECISIONS, MEASURED)}
         return {
             "prompts": [one.source for one in self.questions],
             "labels": [list(label) for label in rows.labels.items()],
@@ -330,7 +331,7 @@ class _Asking:
     def _audit(self, answers: Answers, split: str, places: np.ndarray) -> Audit:
         from kdlora.asking.audit import audit_answers  # here: it loads much, and is often not needed
 
-        names = [str(one.path or "default prompt") for one in self.questions]
+        names = [one.name for one in self.questions]
         tables = [answers.probabilities(prompt, split, places) for prompt in range(len(names))]
         labels = read_column(self.rows.parts[split].select(places), "label").to_numpy()
         return audit_answers(self.rows.task, names, tables, labels, self.settings.seed)

@@ -51,7 +51,7 @@ class Questions:
         self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], settings: AskSettings
     ) -> None:
         """Take the labels in the table's order."""
-        self.path = template
+        self.name = str(template or "default prompt")
         self.names, self.votes, self._examples = list(labels), bool(settings.votes), examples
         file = template or Path(__file__).with_name("prompt.j2")
         try:
@@ -119,9 +119,9 @@ class Questions:
         try:
             filled = self._template.render(**_texts(row), labels=options, examples=shown)
         except UndefinedError as fault:
-            raise ConfigError(f"{self._where}: the prompt has an unknown field: {fault.message}") from None
+            raise ConfigError(f"{self.name}: the prompt has an unknown field: {fault.message}") from None
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as fault:
-            raise ConfigError(f"{self._where}: the prompt cannot be filled: {first_line(fault)}") from None
+            raise ConfigError(f"{self.name}: the prompt cannot be filled: {first_line(fault)}") from None
         return str(filled).strip()
 
     def check(self, row: Row) -> None:
@@ -132,13 +132,9 @@ class Questions:
             missing = [one.name for one in marked if one.code not in filled]
             if missing:
                 raise ConfigError(
-                    f"{self._where}: the prompt shows no code of the label {missing[0]!r}; write "
+                    f"{self.name}: the prompt shows no code of the label {missing[0]!r}; write "
                     "{% for label in labels %}{{ label.code }}: {{ label.name }} ... for each"
                 )
-
-    @property
-    def _where(self) -> str:
-        return str(self.path or "the default prompt")
 
 
 def _named(labels: Mapping[str, str], most: int) -> list[Option]:

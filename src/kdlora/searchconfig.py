@@ -38,7 +38,7 @@ class Range(Section):
         return self
 
     @property
-    def ends(self) -> tuple[float, float] | tuple[int, int]:
+    def values(self) -> tuple[float, float] | tuple[int, int]:
         """The lowest and the highest, as they are put into a config."""
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
@@ -65,10 +65,6 @@ def _parse_space(value: object) -> object:
             ends = [one["low"], one["high"]]
             whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
             space[str(key)] = Range.model_validate({"whole": whole, **one})
-        elif isinstance(one, Range | Choices):
-            space[str(key)] = one
-        elif isinstance(one, Mapping) and "values" in one:
-            space[str(key)] = Choices.model_validate(one)
         else:
             raise ValueError(f"{key}: expected a list of values, or {{low: ..., high: ...}}, got {one!r}")
     return space
@@ -78,7 +74,7 @@ def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Join nested sections into dotted keys, down to what is a list or a range."""
     flat: dict[str, Any] = {}
     for key, one in value.items():
-        is_section = isinstance(one, Mapping) and not {"low", "high", "values"} & set(one)
+        is_section = isinstance(one, Mapping) and not {"low", "high"} & set(one)
         flat |= _flat(one, f"{prefix}{key}.") if is_section and one else {f"{prefix}{key}": one}
     return flat
 

@@ -164,7 +164,7 @@ def check_space(config: Config, search: SearchConfig) -> None:
                 "data.window_stride; the rest is the same"
             )
             continue
-        for value in one.values if isinstance(one, Choices) else one.ends:
+        for value in one.values:
             try:
                 with_settings(config, {key: value}, where="search.space")
             except ConfigError as fault:
@@ -184,8 +184,7 @@ def check_effect(config: Config, search: SearchConfig, arm: Arm) -> None:
         return json.dumps(found)
 
     for key, one in search.space.items():
-        values = one.values if isinstance(one, Choices) else one.ends
-        if any(value != values[0] for value in values) and len(set(map(trained, values))) == 1:
+        if any(value != one.values[0] for value in one.values) and len(set(map(trained, one.values))) == 1:
             raise ConfigError(f"search.space: {key} changes nothing of the arm {arm}; leave it out, or set search.arm")
 
 
@@ -217,10 +216,10 @@ def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
         if isinstance(one, Choices):
             grid[key] = [_label(value) for value in one.values]
         elif one.low == one.high:
-            grid[key] = [one.ends[0]]
+            grid[key] = [one.values[0]]
         elif step := one.step or (1.0 if one.whole else None):
             count = min(int((one.high - one.low) / step + 1e-9), search.trials) + 1  # more than that is no grid
-            grid[key] = [one.ends[0] + (int(step) if one.whole else step) * place for place in range(count)]
+            grid[key] = [one.values[0] + (int(step) if one.whole else step) * place for place in range(count)]
     is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
     return grid if is_small else None
 
@@ -236,7 +235,7 @@ class TrialStoppedError(Exception):
 
 def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None = None) -> Splits:
     """Load the split that a search sees: part of the training rows is its validation split, and nothing else is."""
-    plain = config.data.model_copy(update={"augment": 0})  # no copy may be made of a held-out text, or of part of one
+    plain = config.data.without_copies  # no copy may be made of a held-out text, or of part of one
     held = hold_out(load_splits(config.task, plain), search)
     return add_copies(held, config.data.augment, seed=config.data.split_seed, keep_in=copies_in)
 

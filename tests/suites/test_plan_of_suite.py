@@ -138,7 +138,7 @@ def test_an_open_max_length_is_filled_in_for_all_arms_alike():
 
 
 FACTS = {
-    name: TaskFacts(GLUE[name].task.to_dict(), {}, {DataConfig(path="x/y").row_settings: {"train": rows}}, ())
+    name: TaskFacts(GLUE[name].task, {}, {DataConfig(path="x/y").row_settings: {"train": rows}}, ())
     for name, rows in (("cola", 1000), ("rte", 500))
 }
 LENGTHS = np.array([4, 6])  # five tokens a text

@@ -369,10 +369,10 @@ def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, Ta
             del wanted["teacher"]  # which is checked by its mark, once it is chosen
         if any(made[key] != value for key, value in wanted.items()):
             continue
-        if record.task.get("metrics") != list(now.task["metrics"]):
+        if record.task.get("metrics") != list(now.task.metrics):
             raise ArtifactError(
                 f"{run.key} was scored by {', '.join(record.task.get('metrics', ()))}, where the classes of "
-                f"{run.task} now ask for {', '.join(now.task['metrics'])}. Set task.metric of that task to what it "
+                f"{run.task} now ask for {', '.join(now.task.metrics)}. Set task.metric of that task to what it "
                 "was, or name another folder with --out"
             )
         found[run.key] = record

@@ -69,7 +69,7 @@ def hash_splits(splits: Splits) -> str:
 class TaskFacts:
     """What is known of a task's data, which a suite's runs may read by several `data` sections: by `row_settings`."""
 
-    task: dict[str, Any]  # Task.to_dict()
+    task: Task
     fingerprints: dict[tuple[Any, ...], str]  # of ids, texts and labels
     rows: dict[tuple[Any, ...], dict[str, int]]  # per split, with perturbed copies on their own
     notes: tuple[str, ...]
@@ -86,7 +86,7 @@ def count_rows(splits: Splits) -> dict[str, int]:
 
 def look_at(splits: Splits, data: DataConfig) -> TaskFacts:
     key = data.row_settings
-    return TaskFacts(splits.task.to_dict(), {key: hash_splits(splits)}, {key: count_rows(splits)}, splits.notes)
+    return TaskFacts(splits.task, {key: hash_splits(splits)}, {key: count_rows(splits)}, splits.notes)
 
 
 def now() -> str:
@@ -119,7 +119,7 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
     models = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
     return RunRecord(
         experiment=config.title(),
-        task=facts.task,
+        task=facts.task.to_dict(),
         rows=facts.rows[config.data.row_settings],
         arm=arm,
         seed=seed,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.configfile import expand_home
-from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
@@ -171,9 +170,7 @@ def settle_plan(
     facts = {task: answers[task][0] for task in configs}
     looks = {(task, family): one for task in configs for family, one in answers[task][1].items()}
     chosen = {
-        (task, family): decide(
-            one, facts[task].rows[configs[task][family].data.row_settings], Task.from_dict(facts[task].task)
-        )
+        (task, family): decide(one, facts[task].rows[configs[task][family].data.row_settings], facts[task].task)
         for (task, family), one in looks.items()
     }
     return make_plan(suite, chosen), facts, looks

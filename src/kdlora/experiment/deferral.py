@@ -174,21 +174,16 @@ def _defer(
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and not config.given_teacher and layout.teacher.exists():
         deferral = _with_teacher(deferral, config.teacher_arm, layout.teacher, task, (splits.validation, rows), strange)
-    gone = _what_goes(layout)
+    earlier = getattr(read_part(layout.deferral, Deferral, "")[0], "models", ())
+    had_promise = any(one.promise is not None for one in earlier)
     for folder, decisions in decided:
         write_decisions(folder, decisions)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
+        gone = ["What was promised before is gone, so every text is answered."] if had_promise else []
         raise NoPromiseError(" ".join([*dict.fromkeys(reasons), *gone]) or f"{layout.root} ships no student")
     return deferral
-
-
-def _what_goes(layout: ExperimentLayout) -> list[str]:
-    """Say that an earlier promise goes, if there is one."""
-    earlier = getattr(read_part(layout.deferral, Deferral, "")[0], "models", ())
-    had_promise = any(one.promise is not None for one in earlier)
-    return ["What was promised before is gone, so every text is answered."] if had_promise else []
 
 
 def _test_rows(config: Config, task: Task, splits: Splits, data: str | None) -> tuple[Dataset, str]:

@@ -29,8 +29,6 @@ RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
 _SHOWN_LABELS = 6
 _FEW_TO_CHOOSE = 5
 """Validation rows of a label below which the scores of arms are told to rest on few."""
-WITHOUT_WORDS = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
-"""What is said where a task of tokens names the arm."""
 
 
 @dataclass(frozen=True)

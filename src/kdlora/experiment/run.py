@@ -6,7 +6,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
 from kdlora.experiment.jobs import Job, Queue, carry_out, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
-from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
+from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.recording import (
     TaskFacts,
     is_shipped,
@@ -83,7 +83,7 @@ class ExperimentResult:
     folder: Path
     records: list[RunRecord]
     shipped: RunRecord | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         shipped = "nothing shipped" if self.shipped is None else f"{self.shipped.arm} seed {self.shipped.seed} shipped"
@@ -204,7 +204,8 @@ def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
     if not arms:
         raise ConfigError("run.arms: a bag of words has one answer a text, and this task wants one a word; name others")
     run = config.run.model_copy(update={"arms": arms})
-    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, WITHOUT_WORDS))
+    note = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
+    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, note))
 
 
 def _plan(
@@ -353,7 +354,7 @@ def _run_all(
 
 def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> RunRecord | None:
     """Choose a student on validation and put it into `student/` and `adapter/`, unless it is there."""
-    choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed))[0] for one in records])
+    choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed)) for one in records])
     if choice is None:
         return None
     best = next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed))

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -112,7 +112,7 @@ class SearchResult:
     finished: int
     pruned: int
     failed: int
-    paths: tuple[Path, ...] = field(default=())
+    paths: tuple[Path, ...] = ()
 
 
 def run_search(

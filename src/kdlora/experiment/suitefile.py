@@ -49,8 +49,9 @@ def _parse_axes(value: object) -> object:
 
 def _parse_tasks(value: object) -> object:
     """Read a list of GLUE tasks, or a mapping from names to partial configs."""
-    if isinstance(value, str | list | tuple):
-        value = dict.fromkeys(_without_twins([_glue_name(str(one)) for one in _listed(value)], "tasks"))
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple):
+        value = dict.fromkeys(_without_twins([_glue_name(str(one)) for one in names], "tasks"))
     if not isinstance(value, Mapping):
         raise ValueError(f"expected GLUE tasks, or names with sections, got {value!r}")  # noqa: TRY004 - as above
     tasks: dict[str, Any] = {}
@@ -60,10 +61,6 @@ def _parse_tasks(value: object) -> object:
             content["task"] = {"name": _glue_name(str(name))}
     _without_twins(map(str, value), "tasks")
     return tasks
-
-
-def _listed(value: str | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
-    return [value] if isinstance(value, str) else value
 
 
 def _glue_name(name: str) -> str:
@@ -80,16 +77,17 @@ def _glue_name(name: str) -> str:
 
 def _parse_families(value: object) -> object:
     """Read a list of the paper's families, or a mapping from names to partial configs."""
-    if not isinstance(value, str | list | tuple):
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
         _without_twins(map(str, value) if isinstance(value, Mapping) else (), "families")
         return value
-    for name in map(str, _listed(value)):
+    for name in map(str, names):
         if name not in FAMILIES:
             raise ValueError(
                 f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{did_you_mean(name, FAMILIES)} "
                 "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
             )
-    return {name: {"family": name} for name in _without_twins(map(str, _listed(value)), "families")}
+    return {name: {"family": name} for name in _without_twins(map(str, names), "families")}
 
 
 def _without_twins(names: Iterable[str], what: str) -> list[str]:

@@ -94,12 +94,7 @@ def search(options: Search) -> None:
 
     wanted = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)
     with draw_bars() as show:
-        result = run_search(
-            *wanted,
-            options.out,
-            on=options.on,
-            listen=lambda event: _show_search(event, show),
-        )
+        result = run_search(*wanted, options.out, on=options.on, listen=lambda event: _show_search(event, show))
     if options.as_json:
         print_json(asdict(result))
     else:
@@ -179,9 +174,7 @@ class Label:
     model: Annotated[str, Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
     data: Annotated[str, Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
     to: Annotated[Path, Option("--to", help="Output folder. The same command continues.")]
-    on: Annotated[
-        str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
-    ] = None
+    on: On = None
     text: Text = None
     id_column: IdColumn = "id"
     label_names: Annotated[

@@ -27,7 +27,6 @@ from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
-from kdlora.evidence.defer import shift_logits
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
 
@@ -264,10 +263,7 @@ class _Worker:
         """Give logits whose usual decision is the one by the fitted thresholds."""
         model = self.model
         given: list[Any] = [Words(*one) if model.marks_entities and isinstance(one, list) else one for one in texts]
-        logits, thresholds = model.predict_logits(given), model.decisions.thresholds
-        found: list[list[float]] = shift_logits(
-            logits, model.label_names, thresholds, model.folder.temperature
-        ).tolist()
+        found: list[list[float]] = model.shift(model.predict_logits(given)).tolist()
         return found
 
     def memory(self) -> int | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, check_text, iterate_texts
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness, shift_logits
+from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness
 from kdlora.evidence.metrics import probabilities
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ Service = Callable[[Sequence[Text]], Sequence[str]]
 """A teacher of the user's own: from texts to the name of a label for each."""
 
 STREAM_ROWS = 1_024
-_SHARES = tuple(np.arange(0, 101) / 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +220,10 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         seconds.append(perf_counter() - start)
     sure = measure_sureness(outputs[0], temperature=student.folder.temperature)
     small, large = (
-        shift_logits(logits, model.label_names, model.decisions.thresholds, model.folder.temperature)
+        model.shift(logits)[:, [model.label_names.index(name) for name in given.task.label_names]]
         for model, logits in zip((student, teacher), outputs, strict=True)
     )
-    small, large = (
-        logits[:, [model.label_names.index(name) for name in given.task.label_names]]
-        for model, logits in ((student, small), (teacher, large))
-    )
-    thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), sys.float_info.max)
+    thresholds = np.append(np.unique(np.quantile(sure, np.arange(100) / 100, method="lower")), sys.float_info.max)
     points = []
     for threshold in thresholds:
         passed = sure < threshold

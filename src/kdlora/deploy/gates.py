@@ -99,8 +99,7 @@ class Checks:
         self.stages: list[Parity] = []  # that held
         self.attempts: list[Parity] = []  # that did not
         self.texts, more = check_texts(given.texts, task.kind, "validation text"), list(more)
-        wanted = min(len(more), max(0, ENOUGH_ROWS - len(self.texts)))
-        for row in np.linspace(0, len(more) - 1, wanted, dtype=int):
+        for row in spread(range(len(more)), max(0, ENOUGH_ROWS - len(self.texts))):
             self.texts += check_texts([more[row]], task.kind, "training text", row)
         self.texts = self.texts or check_texts(list(map(folder.example, _PROBES)), task.kind, "text")
         few = spread(more, _CALIBRATION)

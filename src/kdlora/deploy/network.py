@@ -16,6 +16,7 @@ from kdlora.deploy.decisions import Decisions, Which, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, Way
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.evidence.defer import shift_logits
 from kdlora.extras import extras_named
 from kdlora.foreign import panics_as_errors
 
@@ -184,6 +185,10 @@ class Network:
                 f"output of shape {logits.shape} for {shape[0]} texts."
             )
         return logits
+
+    def shift(self, logits: np.ndarray) -> np.ndarray:
+        """Move logits so that their usual decision is the one by the fitted thresholds."""
+        return shift_logits(logits, self.label_names, self.decisions.thresholds, self.folder.temperature)
 
 
 def open_network(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy.network import BATCH_SIZE, Network, Window
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import measure_sureness, shift_logits
+from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
 
 Text = str | tuple[str, str]
@@ -134,12 +135,9 @@ class Classifier(Network):
         Args:
             logits: float32 (texts, labels) of a classification, as from `predict_logits`.
         """
-        names = self.label_names
-        shifted = shift_logits(logits, names, self.decisions.thresholds, self.folder.temperature)
+        names, shifted = self.label_names, self.shift(logits)
         if self.folder.kind == "multi-label":
-            return [
-                tuple(name for name, said in zip(names, row, strict=True) if said) for row in (shifted > 0).tolist()
-            ]
+            return [tuple(compress(names, row)) for row in (shifted > 0).tolist()]
         return [names[column] for column in shifted.argmax(axis=1).tolist()]
 
     def _defer(self, logits: np.ndarray) -> list[str]:

@@ -26,7 +26,6 @@ from kdlora.deploy.hub import locate_export
 from kdlora.deploy.onnx_backend import read_onnx
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ArtifactError, ModelError
-from kdlora.evidence.defer import shift_logits
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.environment import cache_folder
 from kdlora.system.ownership import MANIFEST, check_folder
@@ -138,7 +137,7 @@ def _check_target(target: Path) -> None:
 
 def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
     """Say all that the page has to know of the model, its decisions among it."""
-    folder, decisions, names = classifier.folder, classifier.decisions, classifier.label_names
+    folder, names, promise = classifier.folder, classifier.label_names, classifier.decisions.promise
     columns = (folder.task or {}).get("text") or ["text"]
     singles = [*_CHECKS, " ".join(_CHECKS)]
     texts: list[Text] = [*singles] if len(columns) == 1 else [*zip(singles, singles[::-1], strict=True)]
@@ -147,8 +146,7 @@ def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
     before = [parts.index(0)]
     if len(columns) == 2:
         before.append(parts.index(1) - parts.index(0) - parts.count(0))
-    shifted = shift_logits(np.zeros((1, len(names))), names, decisions.thresholds, folder.temperature)
-    promise = decisions.promise
+    offsets = -classifier.shift(np.zeros((1, len(names))))[0]
     return {
         "title": title,
         "kind": folder.kind,
@@ -156,7 +154,7 @@ def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
         "columns": columns,
         "max_length": folder.max_length,
         "temperature": folder.temperature,
-        "offsets": (-shifted[0]).tolist(),  # of the logits, by the fitted thresholds
+        "offsets": offsets.tolist(),  # of the logits, by the fitted thresholds
         "promise": promise and {"sureness": promise.sureness, "threshold": promise.threshold},
         "before": before,  # special tokens in front of each text
         "optimise": "all" if folder.record is None else "disabled",  # an export of ours is optimised already

@@ -85,8 +85,8 @@ def _collect_cell(jobs: Sequence[Job], out: Path, states: Mapping[Job, Figures])
 
 def _int8_figures(shipped: Shipped) -> Figures | None:
     """Keep what the product measured: the quantised student beside the teacher in PyTorch, in the same rounds."""
-    student = next((model for model in shipped.models if model.precision == "int8"), None)
-    teacher = next((model for model in shipped.models if model.name == "teacher"), None)
+    student = next((model for model in shipped.benchmark.models if model.precision == "int8"), None)
+    teacher = next((model for model in shipped.benchmark.models if model.name == "teacher"), None)
     if student is None or teacher is None:
         return None
     rates = {"texts_per_second": student.texts_per_second, "teacher": teacher.texts_per_second}

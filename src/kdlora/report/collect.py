@@ -24,11 +24,12 @@ from kdlora.report.wording import tell_unknown
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it lies on disk: figures link to the `path` of its record; predictions may be missing."""
+    """One run as it lies on disk: figures link to the `path` of its record, and a `fault` says what cannot be read."""
 
     record: RunRecord
     path: Path
-    predictions: Predictions | None
+    predictions: Predictions | None = None
+    fault: str = ""
 
     def score(self, split: str) -> float | None:
         return self.record.test_score if split == "test" else self.record.score
@@ -39,13 +40,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: arms × seeds on one task, what could not be read of it, and figures of the exported student."""
+    """One experiment: arms × seeds on one task, and figures of the exported student."""
 
     name: str
     task: Task
     folder: Path
     runs: tuple[Run, ...]
-    faults: tuple[str, ...] = ()
     shipped: Shipped | None = None
 
     @property
@@ -154,39 +154,37 @@ def load_experiment(folder: Path) -> Experiment:
             f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no "
             "record. Run the experiment first, or name its folder."
         )
-    loaded = [load_run(*one) for one in records]
-    faults = tuple(fault for _, found in loaded for fault in found)
-    runs = tuple(run for run, _ in loaded)
+    runs = tuple(load_run(*one) for one in records)
     tasks = [_task_of(run) for run in runs]
     if any(task != tasks[0] for task in tasks):
         raise ArtifactError(f"{layout.root}: its runs are of different tasks; keep each task in a folder of its own")
     name = records[0][0].experiment or layout.root.name
-    return Experiment(name, tasks[0], layout.root, runs, faults, read_shipped(layout))
+    return Experiment(name, tasks[0], layout.root, runs, read_shipped(layout))
 
 
-def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]:
+def load_run(record: RunRecord, place: RunLayout) -> Run:
     """Read a run's predictions too, where it made any, and say what could not be read."""
     kept = place.predictions.exists() or any(path.endswith(place.predictions.name) for path in record.files)
     if record.status != "finished" or not kept:
-        return Run(record, place.record, None), ()
+        return Run(record, place.record)
     try:
         found, names = read_predictions(place.predictions), tuple(record.task.get("label_names") or ())
         if found.label_names != names:
             known, wanted = ", ".join(found.label_names), ", ".join(names)
             raise ValueError(f"they are of the labels {known:.80}, the run of {wanted:.80}")
         check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
-        return Run(record, place.record, found), ()
+        return Run(record, place.record, found)
     except (KdLoraError, ValueError, IndexError) as error:
         reason = f"its predictions cannot be read ({error})"
         if not place.predictions.exists():
             reason = f"{place.predictions.name} is missing"
-        return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
+        return Run(record, place.record, fault=f"{record.arm}, seed {record.seed}: {reason}")
 
 
 def load_single_run(place: RunLayout) -> Experiment:
-    run, faults = load_run(read_record(place.record), place)
+    run = load_run(read_record(place.record), place)
     name = f"{run.record.experiment}: {place.root.name}"
-    return Experiment(name, _task_of(run), place.root.parent.parent, (run,), faults)
+    return Experiment(name, _task_of(run), place.root.parent.parent, (run,))
 
 
 def _task_of(run: Run) -> Task:

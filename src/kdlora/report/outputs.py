@@ -238,7 +238,7 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
         return None
     task, rows = experiment.task, aligned[0]
     if task.kind == "tokens":
-        return span_quotations(task, aligned, experiment.examples, _MOST_QUOTATIONS)
+        return span_quotations(task, aligned, experiment.examples)
     logits = [one.logits for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
@@ -336,7 +336,7 @@ def _share(value: float, total: float) -> str:
 
 
 def span_quotations(
-    task: Task, aligned: Sequence[Predictions], texts: dict[tuple[str, str], ExampleText], most: int
+    task: Task, aligned: Sequence[Predictions], texts: dict[tuple[str, str], ExampleText]
 ) -> list[Quotation]:
     """Quote where the entities of the first predictions, the teacher's, and of the mean of the others differ most."""
     teacher, rows = aligned[0], aligned[0].offsets
@@ -348,7 +348,7 @@ def span_quotations(
     quotations: list[Quotation] = []
     for row in np.argsort(-differs, kind="stable"):
         example = texts.get((teacher.split[row], teacher.ids[row]))
-        if not differs[row] or len(quotations) == most:
+        if not differs[row] or len(quotations) == _MOST_QUOTATIONS:
             break
         if example is not None and len(example.starts) == rows[row + 1] - rows[row]:
             spans = {

@@ -159,13 +159,9 @@ class Shipped:
     """What lies in an experiment folder beside the student, and sentences on what cannot be read of it."""
 
     layout: ExperimentLayout
-    benchmark: BenchmarkResult | None
-    export: Export | None
-    faults: tuple[str, ...] = ()
-
-    @property
-    def models(self) -> tuple[ModelFigures, ...]:
-        return self.benchmark.models if self.benchmark else ()
+    benchmark: BenchmarkResult
+    export: Export
+    faults: tuple[str, ...]
 
 
 def read_shipped(layout: ExperimentLayout) -> Shipped | None:
@@ -173,7 +169,8 @@ def read_shipped(layout: ExperimentLayout) -> Shipped | None:
         return None
     benchmark, fault = read_part(layout.benchmark, BenchmarkResult, _RERUN)
     export, other = read_part(layout.export_record, Export, _RERUN)
-    return Shipped(layout, benchmark, export, tuple(filter(None, (fault, other))))
+    faults = tuple(filter(None, (fault, other)))
+    return Shipped(layout, benchmark or BenchmarkResult(), export or Export(), faults)
 
 
 def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:

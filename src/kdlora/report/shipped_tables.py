@@ -19,21 +19,20 @@ _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
     if shipped is None:
         return []
-    notes = () if shipped.benchmark is None else shipped.benchmark.notes
-    blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *notes)]
+    benchmark = shipped.benchmark
+    blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *benchmark.notes)]
     if (page := shipped.layout.page / "index.html").is_file():
         how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
         blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))
-    if shipped.benchmark is not None and shipped.models:
+    if benchmark.models:
         link = Link("benchmark.json", links.file(shipped.layout.benchmark))
-        blocks.append(shipped.benchmark.table((link,)))
-    if shipped.export is not None:
-        blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
-    elif not shipped.layout.export_record.exists():
+        blocks.append(benchmark.table((link,)))
+    blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
+    if not shipped.layout.export_record.exists():
         told = "The student was not exported to ONNX: export.formats is empty, or the export failed, as the run said."
         blocks.append(Paragraph(told, "note"))
-    if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
-        blocks.append(_calibration_table(shipped.benchmark.calibration))
+    if benchmark.calibration is not None:
+        blocks.append(_calibration_table(benchmark.calibration))
     return blocks
 
 

@@ -231,8 +231,8 @@ def _asked_table(experiment: Experiment) -> Table | None:
     price = "–" if asked.cost_per_million is None else f"{asked.cost_per_million:,.2f}"
     rows = [_a_million(f"{model_title(asked.model)}, asked", experiment.score("fft"), asked.per_second, price)]
     arm, shipped = experiment.student_arm, experiment.shipped
-    if shipped is not None and shipped.models:
-        own = [model for model in shipped.models if model.name != TEACHER]
+    if shipped is not None and shipped.benchmark.models:
+        own = [model for model in shipped.benchmark.models if model.name != TEACHER]
         rows += [_a_million(one.name, mean_sd([one.score]), one.texts_per_second) for one in own]
     elif arm is not None and (batch := TIME_OF_32.mean(experiment.finished(arm))):
         rows.append(_a_million(f"the student, {arm_title(arm)}", experiment.score(arm), 32_000 / batch))
@@ -308,7 +308,7 @@ def arm_table(records: Sequence[RunRecord]) -> Table:
     arms: dict[str, list[Run]] = {arm: [] for arm in ALL_ARMS if any(record.arm == arm for record in records)}
     for record in records:
         if record.status == "finished":
-            arms[record.arm].append(Run(record, Path(), None))
+            arms[record.arm].append(Run(record, Path()))
 
     def score(arm: str) -> str:
         found = [value for run in arms[arm] if (value := run.score(split)) is not None]

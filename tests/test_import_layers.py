@@ -16,7 +16,7 @@ ORDER = [
     {"data.logit_table"},
     {"evidence.predictions"},
     {"evidence.records"},
-    {"evidence", "distil.losses"},
+    {"evidence"},
     {"report", "data"},
     {"models"},
     {"distil"},

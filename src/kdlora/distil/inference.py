@@ -48,7 +48,7 @@ from kdlora.data.word_tokens import (
     words_seen,
 )
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import DTYPES, autocast, freed_memory_kept, resolve_device, resolve_precision
+from kdlora.distil.precision import DTYPES, autocast, evaluating, freed_memory_kept, resolve_device, resolve_precision
 from kdlora.distil.processes import ALONE, Processes, current_processes
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.models.encoders import Encoder
@@ -101,7 +101,7 @@ def predict_logits(
             logits: torch.Tensor = model(**batch).logits.float()
             yield logits if places is None else logits.flatten(0, 1)[places]
 
-    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
+    with freed_memory_kept(device), evaluating(model), torch.inference_mode(), autocast(precision, device):
         # The batches are those of a single process, so that the figures are the same to the bit.
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
@@ -128,18 +128,6 @@ def predict_logits(
         names = [config.id2label[place] for place in range(logits.shape[1])]
         go_on(logits, names, words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put every module back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from kdlora.config import Kind
 from kdlora.data.tasks import Task
 from kdlora.data.windows import Pool
+from kdlora.distil.precision import evaluating
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 
 SOFT_LOSSES = ("kl", "mse")
@@ -293,10 +294,6 @@ def _last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:
 def _probe(model: nn.Module) -> np.ndarray:
     device = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]], device=device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits: np.ndarray = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu().numpy()
-    finally:
-        model.train(training)
     return logits

@@ -193,6 +193,18 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and put every module back into the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def dropout_set(model: nn.Module, rate: float | None) -> Iterator[int]:
     """Train with another dropout than the model's config asks for, which stays as it is; its own comes back on exit."""
     places = [] if rate is None else _places(model)

@@ -207,7 +207,7 @@ def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None)
 def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLoraError:
     """Add the rows of the step to a divergence, and what is left from before it."""
     text = str(fault)
-    if fault.step > 0 and "id" in data.column_names:
+    if "id" in data.column_names:
         ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
         shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
         text += f". The step's {len(ids)} rows: {shown}"

@@ -99,7 +99,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self.train_seconds = self.evaluation_seconds = 0.0
         self.examples = 0
-        self.finished = self.saved = self.postponed = self.weightless = False
+        self.finished = self.saved = self.postponed = False
         self.stop = StopSignals()
         self.began = self.saved_at = self.told_at = self.rate = 0.0
         self.resumed: Checkpoint | None = None
@@ -251,8 +251,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.examples += rows
         own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
         # With fewer rows than processes, a spare process has a row of another's; here it weighs nothing.
-        self.weightless = self.processes.rank >= rows
-        divisor = torch.tensor(math.inf) if self.weightless else num_items_in_batch
+        divisor = num_items_in_batch if self.processes.rank < rows else torch.tensor(math.inf)
         losses = []
         for number, micro_batch in enumerate(own, start=1):
             # Processes may cut their rows into different numbers of micro-batches; they meet once, at the last.
@@ -277,7 +276,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         return next(itertools.islice(iter(self.sampler), place, None))
 
     def record(self, terms: LossTerms) -> None:
-        if not self.weightless:
+        if self.processes.rank < self._rows_of_step():
             super().record(terms)
             self.epoch_sums.add(terms, self.state.global_step + 1)
 

@@ -31,7 +31,7 @@ from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import TEMPERATURE_KEY, read_model_folder
 from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import resolve_device
+from kdlora.distil.precision import evaluating, resolve_device
 from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.defer import shift_logits
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
@@ -233,17 +233,13 @@ def measure_latency(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    was_training, found = model.training, []
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for size in _BATCH_SIZES:
-                count = min(_TIMED[-1][1], max(1, len(rows) // size))  # full batches, as many as there are rows for
-                batches = [encode(range(start * size, (start + 1) * size)) for start in range(count)]
-                p50, p95 = time_calls(forward, batches)
-                found.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
-    finally:
-        model.train(was_training)
+    found = []
+    with evaluating(model), torch.inference_mode():
+        for size in _BATCH_SIZES:
+            count = min(_TIMED[-1][1], max(1, len(rows) // size))  # full batches, as many as there are rows for
+            batches = [encode(range(start * size, (start + 1) * size)) for start in range(count)]
+            p50, p95 = time_calls(forward, batches)
+            found.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
     return found
 
 

@@ -97,10 +97,6 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
         ):
             Classifier.load(place, max_length=8)  # its answers are others
         assert Classifier.load(place, max_length=8, decisions="thresholds").predict([unsure])[0].label is not None
-    kept = json.loads((place / "kdlora_decisions.json").read_text())
-    earlier = {name: {key: one[key] for key in one if key != "max_length"} for name, one in kept.items()}
-    (place / "kdlora_decisions.json").write_text(json.dumps(earlier))  # as it was written before it had that key
-    assert Classifier.load(place, max_length=8).decisions.promise is not None
     texts = tiny.write_csv(tmp_path / "texts.csv", [{"id": "a", "text": sure}, {"id": "b", "text": unsure}])
     cli("predict", promised / "student-onnx", texts, "--to", tmp_path / "said.csv")
     assert [(row["label"], row["error"]) for row in read_rows(tmp_path / "said.csv")] == [(first.label, ""), ("", "")]

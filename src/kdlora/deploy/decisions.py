@@ -71,7 +71,7 @@ def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
     _check_thresholds(decisions.thresholds, folder, path)
     if which == "thresholds" or decisions.promise is None:
         return replace(decisions, promise=None)
-    if (tested := found.get("max_length", folder.max_length)) != folder.max_length:
+    if (tested := found.get("max_length")) != folder.max_length:
         raise ModelError(
             f"{path}: the error rate was promised for a max_length of {tested!r:.20}, got {folder.max_length}. Load "
             "the model with the promised one, or with decisions='thresholds', which promises nothing."

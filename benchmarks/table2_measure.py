@@ -103,7 +103,7 @@ def _collate(size: Size, lengths: Sequence[int]) -> dict[str, Tensor]:
     """Make the tensors of a batch, as a trained model gets them."""
     rows = synthetic_rows(size, lengths)
     inputs = rows.dataset.select_columns([name for name in INPUTS if name in rows.dataset.column_names])
-    return Collator(size.settings["pad_token_id"], TASK.kind, rows.max_length)(list(inputs))
+    return Collator(size.settings["pad_token_id"], rows.max_length, TASK.kind)(list(inputs))
 
 
 def _pass(

@@ -20,7 +20,7 @@ from kdlora.configfile import expand_home
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import KNOWN_COLUMNS, infer_columns, infer_task
 from kdlora.data.read import Source, open_file
-from kdlora.data.spool import read_column, slice_rows
+from kdlora.data.spool import read_column, slice_rows, text_columns
 from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, DataError, first_line
 from kdlora.system.integrity import hash_file
@@ -58,7 +58,6 @@ def read_labels(file: str) -> dict[str, str]:
 
 
 def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
-    """Read everything that is asked about, and draw what is drawn."""
     source = open_file(expand_home(data), "the data", plain=True)
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
@@ -172,7 +171,7 @@ def _doubts(rows: Dataset, settings: AskSettings) -> np.ndarray:
     if model.folder.kind == "regression":
         raise ConfigError(f"{settings.select_by}: a regression doubts nothing; name a model that gives probabilities")
     margins: list[float] = []
-    for table in slice_rows(rows, ["text", *(["text_pair"] if "text_pair" in rows.column_names else [])], _SLICE):
+    for table in slice_rows(rows, text_columns(rows), _SLICE):
         columns = [column.to_pylist() for column in table.columns]
         texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
         ordered = np.sort([[*found.probabilities.values()] for found in model.predict(texts)])

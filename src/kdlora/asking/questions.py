@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class Questions:
     def check(self, row: Row) -> None:
         """Fill every question once, and see that it shows each code."""
         for options in [self.choices] if len(self.groups) == 1 else [self.choices, *self.groups]:
-            marked = [Option(f"\x02{one.code}\x03", one.name, one.description, one.labels) for one in options]
+            marked = [replace(one, code=f"\x02{one.code}\x03") for one in options]
             filled = self.fill(row, marked)
             missing = [one.name for one in marked if one.code not in filled]
             if missing:

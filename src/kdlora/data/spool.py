@@ -44,9 +44,8 @@ def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
 
 def _map(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Table:
     """Write batches of one schema. The file has no name, so that a kill while it is written leaves nothing behind."""
-    folder = tempfile.gettempdir()
     try:
-        with tempfile.TemporaryFile(prefix="kdlora-rows-", dir=folder) as file:
+        with tempfile.TemporaryFile(prefix="kdlora-rows-") as file:
             with pa.ipc.new_stream(file, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
@@ -57,7 +56,7 @@ def _map(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Table:
             raise
         # A write does not say where, and nobody knows of this file.
         said = f"{error.strerror} in the folder for temporary files (TMPDIR)"
-        raise OSError(error.errno, said, folder) from error
+        raise OSError(error.errno, said, tempfile.gettempdir()) from error
     return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
 
 

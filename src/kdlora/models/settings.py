@@ -135,22 +135,15 @@ def check_index(path: Path) -> None:
 
 
 def read_licence(name: str, revision: str | None = None) -> str | None:
-    card = Path(name) / "README.md" if Path(name).is_dir() else _fetch_card(name, revision)
-    if card is None or not card.is_file():
-        return None
+    """Read it from the card in a folder, on the Hub or in its cache; without one the student's card says so."""
+    card = Path(name) / "README.md"
     try:
+        if not Path(name).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            card = Path(hf_hub_download(name, "README.md", revision=revision, etag_timeout=5))
         metadata = read_front_matter(card)
-    except ValueError:
+    except (OSError, ValueError):  # not there, not reachable, not allowed, not to be read
         return None
     licence = metadata.get("license") if isinstance(metadata, dict) else None
     return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
-
-
-def _fetch_card(name: str, revision: str | None) -> Path | None:
-    """Fetch a card from the Hub or its cache; without one the student's card says that it is not known."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "README.md", revision=revision, etag_timeout=5))
-    except (OSError, ValueError):  # not there, not reachable, not allowed
-        return None

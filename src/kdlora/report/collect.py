@@ -44,7 +44,7 @@ class Experiment:
 
     name: str
     task: Task
-    folder: Path
+    layout: ExperimentLayout
     runs: tuple[Run, ...]
     shipped: Shipped | None = None
 
@@ -74,13 +74,12 @@ class Experiment:
 
     @property
     def is_shipped(self) -> bool:
-        layout = ExperimentLayout(self.folder)
-        return layout.shipped.exists() or layout.student.exists()  # version 0.1 wrote no shipped.json
+        return self.layout.shipped.exists() or self.layout.student.exists()  # version 0.1 wrote no shipped.json
 
     @cached_property
     def choice(self) -> Choice | None:
         """What was shipped; where nothing was yet, what would be."""
-        recorded = read_choice(ExperimentLayout(self.folder).shipped)
+        recorded = read_choice(self.layout.shipped)
         if recorded is not None and self.finished(recorded.arm):
             return recorded
         return choose_student(self.task, [run for run in self.runs if run.score(self.split) is not None])
@@ -97,7 +96,7 @@ class Experiment:
     @cached_property
     def shows_paper(self) -> bool:
         try:
-            return load_config(ExperimentLayout(self.folder).config).report.paper
+            return load_config(self.layout.config).report.paper
         except (KdLoraError, OSError):
             return False
 
@@ -116,7 +115,7 @@ class Experiment:
 
     def _planned(self, part: str) -> dict[str, Any]:
         try:
-            found = read_json(ExperimentLayout(self.folder).plan)[part]
+            found = read_json(self.layout.plan)[part]
         except (ArtifactError, KeyError, TypeError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -124,7 +123,7 @@ class Experiment:
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:
         try:
-            return read_examples(ExperimentLayout(self.folder).examples)
+            return read_examples(self.layout.examples)
         except ArtifactError:
             return {}
 
@@ -159,7 +158,7 @@ def load_experiment(folder: Path) -> Experiment:
     if any(task != tasks[0] for task in tasks):
         raise ArtifactError(f"{layout.root}: its runs are of different tasks; keep each task in a folder of its own")
     name = records[0][0].experiment or layout.root.name
-    return Experiment(name, tasks[0], layout.root, runs, read_shipped(layout))
+    return Experiment(name, tasks[0], layout, runs, read_shipped(layout))
 
 
 def load_run(record: RunRecord, place: RunLayout) -> Run:
@@ -184,7 +183,7 @@ def load_run(record: RunRecord, place: RunLayout) -> Run:
 def load_single_run(place: RunLayout) -> Experiment:
     run = load_run(read_record(place.record), place)
     name = f"{run.record.experiment}: {place.root.name}"
-    return Experiment(name, _task_of(run), place.root.parent.parent, (run,))
+    return Experiment(name, _task_of(run), ExperimentLayout(place.root.parent.parent), (run,))
 
 
 def _task_of(run: Run) -> Task:

@@ -81,7 +81,7 @@ def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
     names = [experiment.name for experiment in found]
     return [
-        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
+        replace(one, name=f"{one.name} ({one.layout.root.name}, {number})") if names.count(one.name) > 1 else one
         for number, one in enumerate(found, start=1)
     ]
 

@@ -61,9 +61,8 @@ def threshold_table(found: Thresholds) -> Table:
 
 def deferral_blocks(experiment: Experiment) -> list[Block | None]:
     """Show what `kdlora thresholds` and `kdlora defer` found; nothing where they have not been called."""
-    layout = ExperimentLayout(experiment.folder)
-    fitted, fault = read_part(layout.thresholds, Thresholds, "Run kdlora thresholds again.")
-    found, other = read_part(layout.deferral, Deferral, "Run kdlora defer again.")
+    fitted, fault = read_part(experiment.layout.thresholds, Thresholds, "Run kdlora thresholds again.")
+    found, other = read_part(experiment.layout.deferral, Deferral, "Run kdlora defer again.")
     blocks: list[Block | None] = [Paragraph(told, "warning") for told in (fault, other) if told]
     if fitted is not None:
         blocks.append(threshold_table(fitted))

@@ -83,7 +83,7 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
         ("In short", "short", short),
         ("Score", "score", score_blocks(experiment, comparisons, links)),
         ("Cost", "cost", cost_blocks(experiment, links)),
-        ("As shipped", "shipped", shipped_blocks(experiment.shipped, links)),
+        ("As shipped", "shipped", shipped_blocks(experiment, links)),
         ("What may be acted on", "deferring", deferral_blocks(experiment)),
         ("Training", "training", [training]),
         ("What it gets wrong", "errors", error_blocks(experiment)),

@@ -158,7 +158,6 @@ class Export:
 class Shipped:
     """What lies in an experiment folder beside the student, and sentences on what cannot be read of it."""
 
-    layout: ExperimentLayout
     benchmark: BenchmarkResult
     export: Export
     faults: tuple[str, ...]
@@ -170,7 +169,7 @@ def read_shipped(layout: ExperimentLayout) -> Shipped | None:
     benchmark, fault = read_part(layout.benchmark, BenchmarkResult, _RERUN)
     export, other = read_part(layout.export_record, Export, _RERUN)
     faults = tuple(filter(None, (fault, other)))
-    return Shipped(layout, benchmark or BenchmarkResult(), export or Export(), faults)
+    return Shipped(benchmark or BenchmarkResult(), export or Export(), faults)
 
 
 def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:

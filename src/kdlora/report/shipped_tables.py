@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Sequence
 
+from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Cell, Link, Paragraph, Prose, Table, Tile, strong
-from kdlora.report.shipped import Calibration, Export, Parity, Shipped
+from kdlora.report.shipped import Calibration, Export, Parity
 from kdlora.report.tables import Links
 from kdlora.report.wording import points, signed
 
@@ -16,19 +17,20 @@ _STAGES |= {"openvino": "OpenVINO", "openvino-bf16": "OpenVINO in bf16"}
 _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
-def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
+def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
+    layout, shipped = experiment.layout, experiment.shipped
     if shipped is None:
         return []
     benchmark = shipped.benchmark
     blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *benchmark.notes)]
-    if (page := shipped.layout.page / "index.html").is_file():
-        how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
+    if (page := layout.page / "index.html").is_file():
+        how = f"a page for the browser, once its folder is served: python -m http.server -d {layout.page.name}"
         blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))
     if benchmark.models:
-        link = Link("benchmark.json", links.file(shipped.layout.benchmark))
+        link = Link("benchmark.json", links.file(layout.benchmark))
         blocks.append(benchmark.table((link,)))
-    blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
-    if not shipped.layout.export_record.exists():
+    blocks += _export_blocks(shipped.export, links.file(layout.export_record))
+    if not layout.export_record.exists():
         told = "The student was not exported to ONNX: export.formats is empty, or the export failed, as the run said."
         blocks.append(Paragraph(told, "note"))
     if benchmark.calibration is not None:

@@ -47,18 +47,13 @@ def main() -> NoReturn:
     try:
         with extras_named("this command"):
             code = app(standalone_mode=False, prog_name="kdlora")
-        if code == 130:  # newer versions of Typer turn Ctrl-C into this
+        if code == 130:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
-    except typer.Exit as exit_request:
-        sys.exit(exit_request.exit_code)
     except KdLoraError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         number = asked[0] if asked else signal.SIGINT
         _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         _fail(f"out of memory{what}; lower micro_batch_tokens in teacher.train or student.train", 1)

@@ -229,7 +229,7 @@ def test_the_chosen_layers_are_kept_in_order_and_load_again(tiny_model_folder, t
         layers = whole.model.get_submodule(f"{parent}.{child}")
         cut = nn.ModuleList([layers[number] for number in chosen])
         setattr(whole.model.get_submodule(parent), child, cut)  # in place
-        student = student_from_layers(source, chosen, THREE_WAY, seed=2)
+        student = student_from_layers(load_encoder(source, THREE_WAY, seed=2), chosen)
         expected = tiny.logits(whole.model, whole.tokenizer)
         assert torch.allclose(tiny.logits(student.model, student.tokenizer), expected, atol=1e-6)
         assert student.fresh == whole.fresh
@@ -237,7 +237,7 @@ def test_the_chosen_layers_are_kept_in_order_and_load_again(tiny_model_folder, t
     # ModernBERT's first layer has no norm: cut in place, the student would be another model once reloaded.
     if family == "modernbert" and Version(transformers.__version__) < Version("5.20"):
         pytest.skip("some transformers before 5.20 refuse the ModernBERT config that they have written themselves")
-    student = student_from_layers(source, [1, 3], THREE_WAY, seed=2)
+    student = student_from_layers(load_encoder(source, THREE_WAY, seed=2), [1, 3])
     save_encoder(student, tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(tiny.logits(again, student.tokenizer), tiny.logits(student.model, student.tokenizer))
@@ -245,16 +245,19 @@ def test_the_chosen_layers_are_kept_in_order_and_load_again(tiny_model_folder, t
 
 def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_folder, tmp_path):
     """A layer pretrained on a window of tokens would be run over the whole text; DeBERTa's two kinds are no layers."""
-    student = student_from_layers(str(tiny_model_folder("modernbert", layers=4)), [0, 1, 3], THREE_WAY, seed=0).model
+    source = str(tiny_model_folder("modernbert", layers=4))
+    student = student_from_layers(load_encoder(source, THREE_WAY, seed=0), [0, 1, 3]).model
     assert student.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
-    student = student_from_layers(str(tiny_model_folder("deberta-v2", layers=2)), [1], THREE_WAY, seed=0).model
+    source = str(tiny_model_folder("deberta-v2", layers=2))
+    student = student_from_layers(load_encoder(source, THREE_WAY, seed=0), [1]).model
     assert student.config.pos_att_type == ["p2c", "c2p"]
     folder = shutil.copytree(tiny_model_folder("llama"), tmp_path / "smollm3")  # a layer in four has no positions
     size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     size |= {"vocab_size": json.loads((folder / "config.json").read_text())["vocab_size"], "pad_token_id": 0}
     whole = transformers.SmolLM3ForSequenceClassification(transformers.SmolLM3Config(num_hidden_layers=4, **size))
     whole.save_pretrained(folder)
-    assert student_from_layers(str(folder), [0, 3], THREE_WAY, seed=0).model.config.no_rope_layers == [1, 0]
+    student = student_from_layers(load_encoder(str(folder), THREE_WAY, seed=0), [0, 3]).model
+    assert student.config.no_rope_layers == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -267,8 +270,9 @@ def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_f
 )
 def test_impossible_choices_are_refused(tiny_model_folder, layers, message):
     """Python would take -1 for the last layer, and slicing forgive the rest."""
+    whole = load_encoder(str(tiny_model_folder("bert")), THREE_WAY, seed=0)
     with pytest.raises(ModelError, match=message):
-        student_from_layers(str(tiny_model_folder("bert")), layers, THREE_WAY, seed=0)
+        student_from_layers(whole, layers)
     sizes = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
     with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):  # it runs one layer many times

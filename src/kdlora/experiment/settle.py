@@ -6,9 +6,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -92,9 +91,9 @@ def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
     layers = None if arm in TEACHER_ARMS else config.student.from_teacher_layers
     named = config.teacher if arm in TEACHER_ARMS or layers is not None else config.student
     assert named.model is not None  # the config refuses arms, and layers, without their model
-    load: Callable[..., Encoder] = load_encoder if layers is None else partial(student_from_layers, layers=layers)
     trust = named.trust_remote_code
-    return load(named.model, task=task, seed=seed, revision=named.revision, trust_remote_code=trust)
+    encoder = load_encoder(named.model, task, seed=seed, revision=named.revision, trust_remote_code=trust)
+    return encoder if layers is None else student_from_layers(encoder, layers)
 
 
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
@@ -58,7 +51,6 @@ class Encoder:
 
     @property
     def reads_words(self) -> bool:
-        """Whether it answers for each word of a text."""
         return type(self.model).__name__.endswith("ForTokenClassification")
 
 
@@ -149,17 +141,8 @@ def load_fine_tuned(
     return _encoder(place, loaded), columns
 
 
-def student_from_layers(
-    source: str,
-    layers: Sequence[int],
-    task: Task,
-    *,
-    seed: int,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Encoder:
+def student_from_layers(whole: Encoder, layers: Sequence[int]) -> Encoder:
     """Make a student from some layers of a pretrained encoder (arXiv 2305.15032), its embeddings and pooler."""
-    whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
     stack, depth = find_layers(whole.model)
     if outside := [layer for layer in layers if not 0 <= layer < depth]:
         raise ModelError(
@@ -178,16 +161,15 @@ def student_from_layers(
         if isinstance(values, list | tuple) and len(values) == depth:
             setattr(config, key, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
-    made = AutoModelForTokenClassification if whole.reads_words else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
-        small = made.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        small = type(whole.model)._from_config(config, dtype=torch.float32)
     given, origin = whole.model.state_dict(), {}
     for key in small.state_dict():  # its layer number i is layer number `layers[i]` of the large one
         new, _, rest = key.removeprefix(stack + ".").partition(".")
         origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if key.startswith(stack + ".") else key
     small.load_state_dict({key: given[old] for key, old in origin.items()})
     small.name_or_path = small.config._name_or_path = ""
-    return dataclasses.replace(whole, model=small.eval())
+    return replace(whole, model=small.eval())
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, int]:

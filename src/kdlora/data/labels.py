@@ -367,7 +367,6 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
 
 
 def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
-    """Refuse what is no list of plain values."""
     if not is_list(kind):
         raise DataError(
             f"{raw.source}: the task is multi-label, but the column {column!r} holds {kind!s:.80}; expected a list of "

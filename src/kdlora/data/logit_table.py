@@ -72,7 +72,6 @@ class Shard(BaseModel):
 
     @property
     def rows_read(self) -> int:
-        """Rows of the input that it covers."""
         return self.rows + self.rejected
 
     def state(self, folder: Path) -> str:

@@ -17,9 +17,7 @@ from kdlora.data.windows import WindowSettings
 from kdlora.errors import MOST_LISTED, ConfigError, DataError, KdLoraError, did_you_mean, listed
 from kdlora.section import Costs, OpenClassWeights
 
-ProblemType = Literal["single_label_classification", "regression", "multi_label_classification", "token_classification"]
-
-PROBLEM_TYPES: dict[Kind, ProblemType] = {
+PROBLEM_TYPES: dict[Kind, str] = {
     "single-label": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
@@ -114,7 +112,7 @@ class Task:
         return {label: column for column, label in enumerate(self.label_names)}
 
     @property
-    def problem_type(self) -> ProblemType:
+    def problem_type(self) -> str:
         """The kind in the words of a transformers config."""
         return PROBLEM_TYPES[self.kind]
 

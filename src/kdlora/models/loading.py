@@ -237,7 +237,6 @@ def load_config(source: Source) -> PretrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; all loads of one by transformers go through here."""
     with _loading_of("tokenizer", source):
         for path in (_find(source, name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)):
             if path is not None:
@@ -277,10 +276,7 @@ def _options(source: Source) -> dict[str, Any]:
 
 
 def _find(source: Source, name: str) -> Path | None:
-    """Find a file of a model here, in the Hub's cache or on the Hub."""
-    if source.is_folder:
-        path = Path(source.name) / name
-        return path if path.is_file() else None
+    """Find a file of a model in its folder, in the Hub's cache or on the Hub."""
     found = cached_file(
         source.name,
         name,

@@ -161,7 +161,7 @@ def _encode(reader: RowReader, row: Row, text: str) -> bytes:
     """Write a row with another text in the form of the input; a value of no text stays."""
     values = dict(row.values or {})
     if row.text:
-        values[reader.text_column] = text
+        values[reader.text_columns[0]] = text
     if reader.form == "text":
         return f"{text}\n".encode()
     if reader.form == "jsonl":  # half of a pair of surrogates stays the number that it was

@@ -57,15 +57,11 @@ class RowReader:
         self.name = "standard input" if self._path is None else str(source)
         self.form = _choose_format(self._path, form)
         self._columns, self.start = columns, start
-        self._texts: tuple[str, ...] = ()
+        self.text_columns: tuple[str, ...] = ()
         self.header: Sequence[str] = ()
         """Columns of the input, once its first row is read; none of JSON Lines, where each row has its own."""
         self.fraction: Callable[[], float | None] = lambda: None
         """Give the share of the input that has been read, 0..1; None for a stream."""
-
-    @property
-    def text_column(self) -> str:
-        return self._texts[0]
 
     def __iter__(self) -> Generator[Row]:
         with contextlib.closing(self._parquet() if self.form == "parquet" else self._text()) as found:
@@ -86,13 +82,13 @@ class RowReader:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
-            self.header, self._texts = columns, self._find_columns(columns) if columns else ()
+            self.header, self.text_columns = columns, self._find_columns(columns) if columns else ()
             # As in training: by sentences, and without empty lines.
             for number, (_, values) in enumerate(rows):
                 if number >= self.start:
                     yield number, values
-                elif not self._texts and not isinstance(values, str):  # as the interrupted run chose them
-                    self._texts = self._find_columns(list(values))
+                elif not self.text_columns and not isinstance(values, str):  # as the interrupted run chose them
+                    self.text_columns = self._find_columns(list(values))
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -103,10 +99,10 @@ class RowReader:
         # Not buffered ahead: the first rows would wait until all texts of the file are in memory.
         with parquet_faults(self.name), pq.ParquetFile(self._path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            self._texts = self._find_columns(names)
+            self.text_columns = self._find_columns(names)
             number = 0
             self.fraction = lambda: number / max(1, file.metadata.num_rows)
-            wanted = [name for name in dict.fromkeys((*self._texts, self._columns.id)) if name in names]
+            wanted = [name for name in dict.fromkeys((*self.text_columns, self._columns.id)) if name in names]
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 if number + batch.num_rows <= self.start:
                     number += batch.num_rows
@@ -117,7 +113,7 @@ class RowReader:
                     number += 1
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
-        self._texts = self._texts or self._find_columns(list(values))
+        self.text_columns = self.text_columns or self._find_columns(list(values))
         given = values.get(self._columns.id) if self.form != "text" else None
         name = str(number) if given is None else str(given)
         try:
@@ -125,7 +121,7 @@ class RowReader:
         except UnicodeEncodeError:
             return Row(str(number), None, f"row {number}: the id is not valid UTF-8")
         parts, cut = [], self._columns.cut
-        for column in self._texts:
+        for column in self.text_columns:
             part = values.get(column)
             if part is None and not (cut is None and column in values):
                 return Row(name, None, f"row {number}: column {column!r} is empty or missing")

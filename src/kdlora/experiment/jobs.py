@@ -102,13 +102,13 @@ def carry_out(
 
     `check` is called before the record, which gets the notes, is written.
     """
-    start = time.perf_counter()
+    start, hear = time.perf_counter(), listen or (lambda event: None)
     record, fault = None, None
     try:
         if job.kind == "label":
-            in_child(label_training_rows, job.config, job.layout, on_message=listen or ignore)
+            in_child(label_training_rows, job.config, job.layout, on_message=hear)
         else:
-            record = _train(job, in_child, listen or ignore)
+            record = _train(job, in_child, hear)
     except OSError:
         raise
     except Exception as error:
@@ -176,10 +176,6 @@ def lost(job: Job, error: Exception) -> Outcome:
     fault = f"{type(error).__name__}: {error}"
     record = None if job.kind == "label" else record_failure(job, job.layout, job.facts, fault)
     return Outcome(job, record, fault, 0.0)
-
-
-def ignore(event: Any) -> None:
-    """Take an event that nobody listens to."""
 
 
 class Queue:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
-from itertools import compress, product
+from itertools import compress, pairwise, product
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
-from kdlora.data.tags import tag_names
+from kdlora.data.tags import decode, tag_names
 from kdlora.data.tasks import Task, full_metric
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
-from kdlora.evidence.ranking import counts_from_logits, entity_counts, weighted_entities
+from kdlora.evidence.ranking import counts_from_logits, weighted_entities
 from kdlora.evidence.stats import PairedArms, contrast
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
@@ -223,7 +223,9 @@ def test_counts_are_those_of_sets_of_entities(seed):
     predicted, wanted = ([[], *rows] for rows in drawn_rows(seed))  # an empty row that vanished would shift the others
     logits, labels, offsets = as_arrays(predicted, wanted)
     labelled = np.random.default_rng(seed).random(len(labels)) < 0.9
-    found = entity_counts(logits.argmax(axis=1), np.where(labelled, labels, -100), NAMES, offsets)
+    found = counts_from_logits(NAMES, logits, np.where(labelled, labels, -100), offsets)
+    decided = [NAMES[tag] for tag in decode(logits, offsets)]
+    predicted = [decided[start:end] for start, end in pairwise(offsets)]
     for row, rows in enumerate(zip(predicted, wanted, strict=True)):
         kept = labelled[offsets[row] : offsets[row + 1]]
         for column, name in enumerate(TYPES):

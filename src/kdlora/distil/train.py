@@ -282,7 +282,6 @@ def _arguments(
         fp16=precision == "fp16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
-        logging_strategy="steps",
         logging_steps=max(1, steps // _LOGS_PER_TRAINING),
         logging_nan_inf_filter=False,  # it would hide a diverged loss, and reads it in every step
         save_strategy="no",

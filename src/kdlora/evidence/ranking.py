@@ -74,42 +74,37 @@ def ratio(above: Any, below: Any) -> np.ndarray:
     return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)
 
 
-def entity_counts(predicted: Integers, wanted: Integers, names: Sequence[str], offsets: Integers) -> Integers:
-    """Count the entities of each row and type: (rows, types, 3), of right, predicted and wanted ones.
-
-    Strict: an entity is right where its first word, its last word and its type are. Words without a label (-100) are
-    left out of both.
-    """
-    kept = np.asarray(wanted) >= 0
-    edges = np.concatenate(([0], np.cumsum(kept)))[offsets]
-    found = []
-    for tags in (np.asarray(predicted)[kept], np.asarray(wanted)[kept]):
-        starts, ends = entity_bounds(tags, edges)
-        found.append(np.stack([starts, ends, (tags[starts] - 1) // 2], axis=1))
-    ends_of = np.full((int(kept.sum()), 2), -1)
-    ends_of[found[0][:, 0]] = found[0][:, 1:]
-    right = found[1][(ends_of[found[1][:, 0]] == found[1][:, 1:]).all(axis=1)]
-    counts = np.zeros((len(offsets) - 1, len(tag_types(names)), 3), np.int64)
-    for column, entities in enumerate((right, *found)):
-        rows = np.searchsorted(edges, entities[:, 0], side="right") - 1
-        np.add.at(counts, (rows, entities[:, 2], column), 1)
-    return counts
-
-
 def counts_from_logits(
     names: Sequence[str], logits: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None
 ) -> Integers:
-    """Count as `entity_counts` does what logits of words say; a word that has none was not seen, and is outside."""
-    edges = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets, np.int64)
-    if logits.shape != (edges[-1], len(names)) or labels.shape != (edges[-1],):
-        raise ValueError(f"expected {edges[-1]} words x {len(names)} labels, got {logits.shape} and {labels.shape}")
+    """Count the entities of each row and type: (rows, types, 3), of right, predicted and wanted ones.
+
+    Strict: an entity is right where its first word, its last word and its type are. Words without a label (-100) are
+    left out of both. A word that has no logits was not seen, and is outside.
+    """
+    words = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets, np.int64)
+    if logits.shape != (words[-1], len(names)) or labels.shape != (words[-1],):
+        raise ValueError(f"expected {words[-1]} words x {len(names)} labels, got {logits.shape} and {labels.shape}")
     unseen = np.isnan(logits).all(axis=1)
     if unseen.all() or not np.isfinite(logits[~unseen]).all():
         raise ArtifactError(
             "expected finite logits, got nan or inf. The training diverged: lower the learning rate, or use fp32 "
             "or bf16."
         )
-    return entity_counts(decode(logits, edges), labels, names, edges)
+    kept = labels >= 0
+    edges = np.concatenate(([0], np.cumsum(kept)))[words]
+    found = []
+    for tags in (decode(logits, words)[kept], labels[kept]):
+        starts, ends = entity_bounds(tags, edges)
+        found.append(np.stack([starts, ends, (tags[starts] - 1) // 2], axis=1))
+    ends_of = np.full((int(kept.sum()), 2), -1)
+    ends_of[found[0][:, 0]] = found[0][:, 1:]
+    right = found[1][(ends_of[found[1][:, 0]] == found[1][:, 1:]).all(axis=1)]
+    counts = np.zeros((len(words) - 1, len(tag_types(names)), 3), np.int64)
+    for column, entities in enumerate((right, *found)):
+        rows = np.searchsorted(edges, entities[:, 0], side="right") - 1
+        np.add.at(counts, (rows, entities[:, 2], column), 1)
+    return counts
 
 
 def entity_rates(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

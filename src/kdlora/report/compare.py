@@ -75,7 +75,7 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
 
 def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     """Read experiments and single runs; those of the same name are told apart by folder and number."""
-    places = [RunLayout(Path(folder)) for folder in dict.fromkeys(map(expand_home, folders))]
+    places = [RunLayout(folder) for folder in dict.fromkeys(map(expand_home, folders))]
     if not places:
         raise ArtifactError("expected at least one experiment or run folder, got none")
     found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]

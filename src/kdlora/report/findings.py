@@ -50,7 +50,7 @@ class Comparison:
         return Comparison(self.second, self.first, one, -self.plain, self.reason)
 
 
-def compare_arms(experiment: Experiment, *, draws: int = 2_000) -> list[Comparison]:
+def compare_arms(experiment: Experiment, *, draws: int) -> list[Comparison]:
     """Hold the shipped arm against every other, its control first; then each other distilled arm against its own."""
     arm = experiment.student_arm
     if arm is None:

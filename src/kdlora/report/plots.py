@@ -165,12 +165,12 @@ def _for_page(svg: str, title: str, description: str, identity: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", whole)  # signs that no page may hold
 
 
-def scatter(axes: Any, points: Sequence[tuple[float, float]], style: Style, *, radius: float = 4, **looks: Any) -> None:
+def scatter(axes: Any, points: Sequence[tuple[float, float]], style: Style, *, radius: float, **looks: Any) -> None:
     looks = {"c": style.colour, "marker": style.marker, "edgecolors": PALETTE["card"]} | looks
     axes.scatter(*zip(*points, strict=True), (2 * radius) ** 2, **looks)
 
 
-def padded(values: Sequence[float], *, margin: float = 0.12, least: float = 1.0) -> tuple[float, float]:
+def padded(values: Sequence[float], *, margin: float, least: float = 1.0) -> tuple[float, float]:
     low, high = min(values), max(values)
     spread = max(high - low, least)
     middle = (low + high) / 2

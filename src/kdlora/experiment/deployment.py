@@ -118,9 +118,7 @@ def _locate(models: Sequence[Path]) -> list[Path]:
 
 def _read_labelled(folders: Sequence[Path], data: str) -> LabelledTexts:
     """Read a labelled file by the task that a model folder of ours carries."""
-    stated = next(
-        (found for found in (read_model_folder(folder).task for folder in folders) if found is not None), None
-    )
+    stated = next(filter(None, (read_model_folder(folder).task for folder in folders)), None)
     if stated is None:
         raise DataError(
             f"{folders[0]} does not say which columns its task has; name the experiment folder, or leave the data out"

@@ -170,7 +170,7 @@ def open_engine(on: str | None, needs: Resources, paths: Iterable[str], gpus: Se
 
 def local_paths(config: Config) -> list[str]:
     named = (getattr(getattr(config, section), key) for section, key in PATH_KEYS)
-    return [name for name in dict.fromkeys(named) if name is not None and Path(name).is_absolute()]
+    return [name for name in named if name is not None and Path(name).is_absolute()]
 
 
 def connect(on: str) -> Any:

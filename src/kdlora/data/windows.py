@@ -95,16 +95,16 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
     return Windows(frame.windows(begins), window, np.where(first < 0, -1, first - begins[window] + lead))
 
 
-def hide_symbols(text: str, starts: Sequence[int], read: Windows, tokens: npt.ArrayLike, tokenizer: Any) -> None:
+def hide_symbols(text: str, starts: Sequence[int], read: Windows, tokens: Sequence[int], tokenizer: Any) -> None:
     """Let symbols that share the unknown token with a word go unseen (-1): BERT reads `Anna♥` as one `[UNK]`."""
     names = ("[UNK]", "<unk>")
     unknown = [place for name in names if (place := tokenizer.token_to_id(name)) is not None]
     same = (np.diff(read.place) == 0) & (np.diff(read.window) == 0)
     shared = (np.append(same, False) | np.append(False, same)) & (read.place >= 0)
+    signs = {"Sk", "Sm", "So"}
     for word in np.flatnonzero(shared).tolist():
-        token = np.asarray(tokens)[read.tokens[read.window[word]][read.place[word]]]
-        sign = text[starts[word]]
-        if token in unknown and not sign.isascii() and unicodedata.category(sign) in ("Sk", "Sm", "So"):
+        is_symbol = not (sign := text[starts[word]]).isascii() and unicodedata.category(sign) in signs
+        if is_symbol and tokens[read.tokens[read.window[word]][read.place[word]]] in unknown:
             read.place[word] = -1
 
 

@@ -189,7 +189,8 @@ def check_one(text: Any, where: str, *, whole: bool = False, most: int | None = 
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
     if most is not None and len(text) > most:
-        text = text.lstrip()[:most]  # a tokenizer passes blanks over, in training too
+        begin = text[:most]
+        text = text.lstrip()[:most] if begin.isspace() else begin  # of blanks alone nothing would be left
     if not whole and (not text or text.isspace()):
         raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
     if whole and len(text) > MOST_CHARACTERS:

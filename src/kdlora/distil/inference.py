@@ -124,10 +124,13 @@ def predict_logits(
         logits[numbers] = values
     del own, found
     if words is not None:
-        config: Any = model.config
-        names = [config.id2label[place] for place in range(logits.shape[1])]
-        go_on(logits, names, words_joined(data.dataset))
+        go_on(logits, _output_names(model.config), words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
+
+
+def _output_names(config: Any) -> list[str]:
+    """Name a model's outputs in their order, which need not be that of its config.json."""
+    return [config.id2label[place] for place in range(config.num_labels)]
 
 
 def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:

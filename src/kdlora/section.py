@@ -173,9 +173,10 @@ class ExportConfig(Section):
     formats: tuple[Literal["onnx", "onnx-int8", "openvino"], ...] = ("onnx", "onnx-int8")
     """Files in `student-onnx/`: fp32, dynamic int8, and static int8 for OpenVINO. An empty list exports nothing."""
     max_metric_drop: float = Field(default=0.5, ge=0.0)
-    """Points of the score that int8 may lose, or one row, unless this is 0. If it loses more, it is not kept."""
+    """Points of the score that int8 may lose, or one row (of tokens: one entity), unless this is 0. If it loses more,
+    it is not kept."""
     min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
-    """Share of predictions that must be the same in int8 and fp32."""
+    """Share of predictions that must be the same in int8 and fp32. One may differ, unless this is 1."""
     min_recall: dict[str, Share] = Field(default_factory=dict)
     """Least share of the entities of a type that every file must find on the validation rows, such as {EMAIL: 0.99}.
     Nothing is exported below it. For `task.kind: tokens`."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
+from kdlora.data.tags import Words
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
 from kdlora.deploy import graph
@@ -98,6 +100,8 @@ def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, m
     with pytest.raises(ParityError, match=r"int8 does not hold with any remedy.*of predictions agree") as caught:
         export_onnx(classifier_folder(), tmp_path / "out", texts=given, more_texts=TEXTS[5:])
     assert {stage.rows for stage in caught.value.result.stages} == {50}, "training rows fill up"
+    shares = [(5 * one.unseen % 1, one.labelled) for one in caught.value.result.attempts]
+    assert shares == [(0, 5)] * len(shares), "of the validation rows alone"
     assert (tmp_path / "out" / "model.onnx").is_file()
     assert not (tmp_path / "out" / "model_quantized.onnx").exists()
     names = [attempt.stage for attempt in caught.value.result.attempts]
@@ -181,19 +185,59 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
     assert not out.exists()
 
 
+def compare(given, before, after, **limits):
+    """Hold logits to those before them, which are all right."""
+    at = {"task": given.task, "given": given, "logits": before, "score": 100.0}
+    checks = SimpleNamespace(**at, stage="onnx", offsets=given.offsets, texts=given.texts)
+    return Checks._compare(checks, "onnx-int8", after, Gate(**limits))
+
+
 @pytest.mark.parametrize(
-    ("flipped", "drop", "passes"), [(1, 0.5, True), (2, 0.5, False), (2, 4.0, True), (1, 0.0, False)]
+    ("metric", "counts", "flipped", "drop", "passes"),
+    [
+        ("accuracy", (40, 40, 40), 1, 0.5, True),
+        ("accuracy", (40, 40, 40), 2, 0.5, False),
+        ("accuracy", (40, 40, 40), 2, 4.0, True),
+        ("accuracy", (40, 40, 40), 1, 0.0, False),
+        ("macro_f1", (2, 1, 117), 1, 0.5, True),
+        ("macro_f1", (2, 1, 117), 2, 0.5, False),
+        ("macro_f1", (2, 1, 117), 1, 0.0, False),
+    ],
 )
-def test_one_row_of_a_small_validation_set_may_change(flipped, drop, passes):
-    """Prevents an int8 file that is refused for a single row, 0.8 points of 120; a drop of 0 stays 0."""
-    logits = np.eye(3, dtype=np.float32)[np.arange(120) % 3]
-    given = LabelledTexts(["a text"] * 120, np.arange(120) % 3, OTHER)
-    before = SimpleNamespace(
-        task=OTHER, given=given, logits=logits, score=100.0, stage="onnx", offsets=None, texts=given.texts
-    )
+def test_one_row_of_a_small_validation_set_may_change(metric, counts, flipped, drop, passes):
+    """Prevents an int8 file that is refused for one row, or for one of a rare class; a drop of 0 stays 0."""
+    labels = np.repeat(np.arange(3), counts)
+    given = LabelledTexts(["a text"] * 120, labels, replace(OTHER, metrics=(metric,)))
+    logits = np.eye(3, dtype=np.float32)[labels]
     after = logits.copy()
-    after[:flipped] = np.roll(after[:flipped], 1, axis=1)
-    found = Checks._compare(before, "onnx-int8", after, Gate(drop=drop))
+    after[:flipped] = after[-1]
+    found = compare(given, logits, after, drop=drop)
+    assert found.passed is passes, found.reason
+
+
+@pytest.mark.parametrize(("lost", "passes"), [(1, True), (10, False)])
+def test_one_entity_and_not_one_document_may_be_lost(lost, passes):
+    """Prevents an int8 file that lost 5 points of 20 documents as the one row that may change."""
+    task, text = Task("tokens", ("text",), ("tags",), ("O", "B-PER", "I-PER"), ("entity_f1",)), "Ada " * 25
+    given = LabelledTexts([Words(text, range(0, 100, 4), range(3, 100, 4))] * 20, [1] * 500, task)
+    logits = np.eye(3, dtype=np.float32)[[1] * 500]
+    after = logits.copy()
+    after[:lost] = (1, 0, 0)
+    found = compare(given, logits, after, drop=0.5)
+    assert found.passed is passes, found.reason
+
+
+@pytest.mark.parametrize(("changed", "least", "passes"), [(1, 0.99, True), (2, 0.99, False), (1, 1.0, False)])
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+def test_one_decision_of_few_may_differ(kind, changed, least, passes):
+    """Prevents an int8 file that is refused for one of 30 answers; a share of 1 means all."""
+    task = Task(kind, ("text",), ("label",), ("a", "b", "c"), ("macro_f1",))
+    labels = np.arange(30) % 3
+    logits = 2.0 * np.eye(3)[labels] - 1
+    after = logits.copy()
+    after[:changed] = np.roll(after[:changed], 1, axis=1) if kind == "single-label" else -1
+    labels = labels if kind == "single-label" else logits > 0
+    found = compare(LabelledTexts(["a text"] * 30, labels, task), logits, after, agreement=least)
     assert found.passed is passes, found.reason
 
 

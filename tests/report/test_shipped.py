@@ -60,7 +60,7 @@ def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     assert "The export failed before its last stage" in report.html
     row = _rows(report)["quantised: int8 weights per channel"]
     assert row[:3] == ["ONNX, optimised", "failed", "1,243"]
-    assert row[3:] == ["0.41", "97.31%", "90.38", "+0.82", "+0.52 to +1.12"]
+    assert row[3:] == ["0.41", "97.31%", "95.31% of 1,043", "90.38", "+0.82", "+0.52 to +1.12"]
     assert (
         "**failed**, 97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points" in report.markdown
     )
@@ -79,7 +79,7 @@ def test_the_recipe_that_passed_follows_those_that_failed(report):
     ]
     rows = _rows(report)
     assert rows["quantised: uint8 weights, embeddings left in fp32"][4] == "99.99%"
-    assert rows["ONNX, as captured"][4] == "100%"
+    assert rows["ONNX, as captured"][4:6] == ["100%", "–"]
     assert "Quantisation: uint8 weights, embeddings left in fp32. Fused operators: 6 Attention, 13 Layer" in report.html
     assert "The export failed" not in report.html
 

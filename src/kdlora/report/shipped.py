@@ -136,6 +136,8 @@ class Parity:
     drop_high: Finite | None = None
     reason: str = ""  # which limits it broke, in figures; empty where it passed
     recall: dict[str, Amount] = field(default_factory=dict)  # of the types of entities for which it has a limit, 0..1
+    unseen: Amount | None = None  # share of equal decisions on the labelled rows alone, without training texts
+    labelled: Count | None = None  # their number
 
     @property
     def passed(self) -> bool:

@@ -60,7 +60,8 @@ def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...
         f"Quantisation: {export.recipe}." if export.recipe else "",
         f"Fused operators: {fused}." if fused else "",
         f"Opset {export.opset}." if export.opset is not None else "",
-        "Each stage is compared with the one named, on the same texts. Scores are of the labelled rows among them.",
+        "Each stage is compared with the one named, on the same texts. Scores and the second share of decisions are of "
+        "the labelled rows alone, without training texts.",
     ]
     return Table.of(
         "The export, stage by stage",
@@ -73,9 +74,9 @@ def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...
             "largest logit difference": lambda one: (
                 "–" if one.largest_difference is None else f"{one.largest_difference:.2g}"
             ),
-            # Rounded down: 100% means all of them.
-            "same decisions": lambda one: (
-                "100%" if one.agreement >= 1 else f"{math.floor(1e4 * one.agreement) / 100:.2f}%"
+            "same decisions": lambda one: _share(one.agreement),
+            "of labelled rows": lambda one: (
+                "–" if one.unseen is None else f"{_share(one.unseen)} of {one.labelled or 0:,}"
             ),
             "score": lambda one: points(one.score, 2),
             "points lost": lambda one: signed(one.drop, 2),
@@ -87,6 +88,11 @@ def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...
         note=" ".join(fact for fact in facts if fact),
         compact=True,
     )
+
+
+def _share(value: float) -> str:
+    """Round down, so that 100% means all."""
+    return "100%" if value >= 1 else f"{math.floor(1e4 * value) / 100:.2f}%"
 
 
 def _stage_title(stage: str) -> str:

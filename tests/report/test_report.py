@@ -20,7 +20,7 @@ from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
-from kdlora.evidence.records import read_record
+from kdlora.evidence.records import Asked, read_record
 from kdlora.report.collect import load_experiment
 from kdlora.report.report import Report, make_report
 from kdlora.report.tables import Links, arm_table
@@ -195,6 +195,15 @@ def test_no_gain_is_not_called_a_gain(reviews, tmp_path):
     assert "it includes zero, so no gain is shown" in opening
     assert "Scores are of 20 rows" in report.markdown
     assert "Scores are of" not in reviews[1].markdown
+
+
+def test_labels_by_the_teacher_make_no_student_without_one(reviews, tmp_path):
+    """Where people labelled nothing, the control learns the language model's labels, and the gain is another one."""
+    layout = make_experiment(tmp_path / "reviews", arms=("kd-lora", "student-lora"), seeds=(0,))
+    told, asked = "The training labels are the language model’s own", Asked("m", 9, 9, 1.0, 16, None, own_labels=True)
+    edit_record(layout.run("kd-lora", 0).record, asked=asked)
+    assert told in _report(layout.root).markdown
+    assert told not in reviews[1].markdown
 
 
 def test_the_test_split_takes_the_headline(reviews, tmp_path):

@@ -139,7 +139,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
         with Answers(folder, ids, rows.task.num_labels, settings) as answers:
             begun = time.perf_counter()
             audit = _run(asking.carry_out(answers, progress or (lambda done, total: None)))
-            asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
+            asked = _sum_up(asking, answers, time.perf_counter() - begun, before)
             if answers.good:  # without an answer, the next call may be of another model
                 write_json_atomic(folder / Asked.FILE, asdict(asked))
             written = _write_outcome(folder, rows, answers, audit)
@@ -164,20 +164,21 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     )
 
 
-def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:
+def _sum_up(asking: _Asking, answers: Answers, seconds: float, before: Asked | None) -> Asked:
     """Say how fast the longest call had its answers, and what all cost."""
-    new, cost = answers.done - answers.resumed, settings.cost(*answers.spent[1:].tolist())
+    new, cost = answers.done - answers.resumed, asking.settings.cost(*answers.spent[1:].tolist())
     if before is not None and before.timed >= new:
         timed, rate, concurrency = before.timed, before.per_second, before.concurrency
     else:
-        timed, rate, concurrency = new, new / seconds if new else None, settings.concurrency
+        timed, rate, concurrency = new, new / seconds if new else None, asking.settings.concurrency
     return Asked(
-        model=settings.model,
+        model=asking.settings.model,
         questions=answers.done,
         timed=timed,
         per_second=rate,
         concurrency=concurrency,
         cost_per_million=None if cost is None else 1e6 * cost / answers.done,
+        own_labels="label" not in asking.rows.parts["train"].column_names,
     )
 
 

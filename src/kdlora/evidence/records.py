@@ -49,6 +49,7 @@ class Asked:
     per_second: Annotated[float, Field(gt=0)] | None
     concurrency: int
     cost_per_million: float | None  # questions, where prices were given
+    own_labels: bool = False  # people labelled nothing, and the likeliest answers are the training labels
 
     @classmethod
     def read(cls, folder: Path) -> Asked | None:

@@ -146,6 +146,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "score": experiment.score(arm) if arm else None,
         "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms if one in STUDENT_ARMS), default=0),
         "given": is_teacher_given(experiment.runs),
+        "own_labels": any(run.record.asked is not None and run.record.asked.own_labels for run in experiment.runs),
         "constant": _constant_seeds(experiment),
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),

@@ -5,7 +5,9 @@ A graph names the files of its large weights. Such a name may be absolute, lead 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,9 @@ from kdlora.extras import extras_named
 from kdlora.foreign import is_plain_name, leads_out
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.integrity import is_sealed_or_old
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's limit, processor time and period in microseconds, as "150000 100000"; "max 100000" is none."""
 
 
 class OnnxBackend:
@@ -69,11 +74,15 @@ def open_session(
 
 
 def default_threads() -> int:
-    """Give the threads that PyTorch would use: `OMP_NUM_THREADS`, else one a core that this process may use."""
+    """Give `OMP_NUM_THREADS`, else one thread a core that this process may use, a container's limit included."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, _CPU_QUOTA.read_text(encoding="utf-8").split())
+        cores = max(1, min(cores, math.ceil(quota / period)))
+    return cores
 
 
 def recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:

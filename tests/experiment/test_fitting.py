@@ -142,6 +142,18 @@ def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     assert "no threshold reaches a precision of 0.999 on 200 rows" in refused.err
     assert snapshot(fitted) == kept
 
+    # One label of few rows kept all others from being fitted.
+    after = read(fitted)
+    notes = " ".join(fit_thresholds(fitted, {"praise": 0.999, "music": "accuracy"}).notes)
+    assert "'praise' keeps its threshold in student: no threshold reaches a precision of 0.999 on 200 rows" in notes
+    assert {name for name, value in read(fitted).items() if value != after[name]} == {"music"}
+    told = json.loads((fitted / "thresholds.json").read_text())["models"][0]["labels"]
+    assert {one["label"]: one["goal"] for one in told} == {
+        "film": "f1",
+        "music": "accuracy",
+        "praise": "precision 0.4",
+    }
+
 
 @pytest.mark.parametrize(
     ("arguments", "told"),

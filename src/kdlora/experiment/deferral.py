@@ -261,7 +261,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     Raises:
         DataError: another kind of task, an unknown label.
         ConfigError: an unknown metric, a precision that is none.
-        NoThresholdError: no threshold reaches the precision, or no label can be fitted; nothing is written.
+        NoThresholdError: of one of the files no label can be fitted; nothing is written.
         ArtifactError: no finished experiment, or another process works on it.
 
     Examples:
@@ -275,7 +275,8 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     _, config, task = open_finished(layout.root)
     goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
     judged, source = splits.validation, "validation"
-    found, notes, able = [], [], False
+    earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
+    found, notes, able = [], [], []
     try:
         if splits.test is not None:
             judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
@@ -285,17 +286,16 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
         fitted, reasons = _fit(model, task, goals, splits.validation)
         notes += [reason for reason in reasons if reason not in notes]
         kept = model.decisions.thresholds if task.kind == "multi-label" else {}
-        found.append((name, model, {**kept, **fitted}))
-        able = able or bool(fitted)
-    if not able:
+        told = {label.label: label.goal for one in earlier if one.name == name for label in one.labels}
+        found.append((name, model, {**kept, **fitted}, told | {label: goals[label] for label in fitted}))
+        able.append(bool(fitted))
+    if not found or not all(able):
         raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
-    earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
-    told = {label.label: label.goal for model in earlier for label in model.labels} | goals
-    models = tuple(_judge(*one, task=task, goals=told, rows=judged) for one in found)
+    models = tuple(_judge(*one, task=task, rows=judged) for one in found)
     if layout.deferral.exists():
         notes.append("the promised error rate was of other answers and is gone; kdlora defer promises anew")
         remove(layout.deferral)
-    for _, model, thresholds in found:
+    for _, model, thresholds, _ in found:
         write_decisions(model.folder, Decisions(thresholds=thresholds))
     result = Thresholds(len(splits.validation), len(judged), source, models, tuple(notes))
     write_json_atomic(layout.thresholds, asdict(result))
@@ -304,16 +304,16 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
 
 
 def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset) -> tuple[dict[str, float], list[str]]:
-    """Fit one file's thresholds; a label that has no rows keeps 0.5, a precision that is not reached ends all."""
+    """Fit one file's thresholds; a label keeps its own where no row has it, or where none reaches the precision."""
     logits, fitted, reasons = model.predict_logits(texts_of(rows)), {}, []
     for name, goal in goals.items():
         odds, labels = _binary(task, name, logits, rows, model.folder.temperature)
         try:
             fitted[name] = fit_threshold(odds, labels, goal)
         except NoThresholdError as fault:
-            if 0 < labels.sum() < len(labels):  # the rows know the label, and no threshold reaches the precision
-                raise NoThresholdError(f"{name!r:.80} of {model.folder.file or model.folder.path}: {fault}") from None
-            reasons.append(f"{name!r:.80} keeps 0.5: {fault}")
+            unreached = 0 < labels.sum() < len(labels)  # by this file, whose outputs are its own
+            its = f"its threshold in {(model.folder.file or model.folder.path).name}" if unreached else "0.5"
+            reasons.append(f"{name!r:.80} keeps {its}: {fault}")
     return fitted, reasons
 
 
@@ -330,9 +330,9 @@ def _judge(
     name: str,
     model: Classifier,
     thresholds: Mapping[str, float],
+    goals: Mapping[str, Goal],
     *,
     task: Task,
-    goals: Mapping[str, Goal],
     rows: Dataset,
 ) -> FittedModel:
     logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature

@@ -22,7 +22,7 @@ from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds
-from kdlora.experiment.deployment import benchmark_cascade, is_deployed, load_without_copies, unseen_rows
+from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 from kdlora.system.storage import hold_lock
@@ -144,6 +144,13 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
         assert "What kdlora defer had decided is gone." in decide_student(config, layout)
     assert layout.thresholds.exists()
     assert not layout.deferral.exists()
+
+
+def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Path, caplog) -> None:
+    """An answer was given where the experiment's own file, of the same weights, gives none."""
+    export_model(promised, tmp_path / "out", formats="onnx")
+    told = "thresholds and the promised error rate are of other files than those of"
+    assert [one for one in caplog.messages if f"kdlora_decisions.json: {told} {tmp_path / 'out'}" in one]
 
 
 def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:

@@ -12,6 +12,7 @@ from kdlora.data.tags import Words, tag_names, tag_types
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.folder import (
     CONFIG_FILE,
+    DECISIONS,
     EXPORT_RECORD,
     MEASURED,
     ONNX_FP32,
@@ -164,6 +165,9 @@ def _write(
         if weights := [file.with_suffix(".bin") for file in kept.values() if file.suffix == ".xml"]:
             keep[weights[0].name] = weights[0]
         finish_package(work, folder, checks.task, keep, asdict(how))
+    if (decided := folder.path / DECISIONS).exists():
+        what = "thresholds and the promised error rate are of other files than those of"
+        logger.warning("%s: %s %s, which answer without them", decided, what, target)
     files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
     sizes = {name: sum(part.stat().st_size for part in target.glob(f"{path.stem}.*")) for name, path in files.items()}
     result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)

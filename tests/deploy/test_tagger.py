@@ -249,10 +249,27 @@ def test_predict_writes_entities(tagger, tmp_path):
         expected = tagger.predict(text)
         assert [one["text"] for one in row["entities"]] == [one.text for one in expected]
         assert set(row["entities"][0]) == {"text", "start", "end", "label", "score"}
+        assert set(row) == {"id", "entities"}
     with pytest.raises(DataError, match=r"any number of entities; name a \.jsonl file"):
         predict_file(tagger, source, tmp_path / "out.csv")
     with pytest.raises(ConfigError, match="entities are marked in one text column, got a, b"):
         predict_file(tagger, source, tmp_path / "out.jsonl", text=("a", "b"))
+
+
+@pytest.mark.parametrize("suffix", [".conll", ".jsonl"])
+def test_entities_of_words_come_with_their_text(tagger, tmp_path, suffix):
+    """Prevents places in a text that is in no file."""
+    lists, source = [text.split() for text in TEXTS[:5]], tmp_path / f"in{suffix}"
+    if suffix == ".conll":
+        source.write_text("\n".join("".join(f"{word}\tO\n" for word in words) for words in lists))
+    else:
+        source.write_text("".join(json.dumps({"words": words}) + "\n" for words in lists))
+    predict_file(tagger, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [" ".join(words) for words in lists]
+    entities = [(row["text"], one) for row in rows for one in row["entities"]]
+    assert len(entities) > 5
+    assert all(text[one["start"] : one["end"]] == one["text"] for text, one in entities)
 
 
 def test_chosen_types_are_replaced_and_others_stay():

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kdlora.data.lines import Format
+from kdlora.data.tags import Words
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import BATCH_SIZE, Network
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier, Prediction, most_characters
@@ -245,7 +246,8 @@ def _as_object(row: Row, prediction: Answer | None) -> dict[str, Any]:
     if prediction is None:
         return {"id": row.id, "error": row.error}
     if not isinstance(prediction, Prediction):
-        return {"id": row.id, "entities": [asdict(entity) for entity in prediction]}
+        joined = {"text": row.text.text} if isinstance(row.text, Words) else {}  # as no file has it
+        return {"id": row.id, **joined, "entities": [asdict(entity) for entity in prediction]}
     found: dict[str, Any] = {"id": row.id, "label": prediction.label}
     found |= {"deferred": prediction.deferred} if prediction.deferred else {}
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})

@@ -285,7 +285,13 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     assert labels(named.validation) == [0, 0]
     assert "its splits are train, test. Did you mean 'test'" in refused(path=tmp_path / "saved", validation="tset")
     DatasetDict({"train": emotions, "test": emotions.select([])}).save_to_disk(tmp_path / "empty")
-    assert "empty/test (data.path) has no rows" in refused(path=tmp_path / "empty")
+    assert "empty/test has no rows" in refused(path=tmp_path / "empty")
+
+    # Parts that were saved one by one had to be written as files first.
+    splits = load(train=tmp_path / "saved" / "train", validation=tmp_path / "saved" / "test")
+    assert (len(splits.train), labels(splits.validation)) == (20, [1, 1])
+    remedy = f"holds the splits train, test; give the folder of one, such as {tmp_path / 'saved' / 'train'}, or train"
+    assert remedy in refused(train=tmp_path / "saved")
 
     # Codes in lists are label numbers, not values.
     features = Features({"text": Value("string"), "labels": List(ClassLabel(names=["x", "y", "z"]))})

@@ -32,15 +32,7 @@ _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev
 
 def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) -> Source:
     """Open one file, or a folder that holds one, to evaluate or predict; `plain` allows a text a line."""
-    if is_saved_dataset(path):
-        source, *others = (splits := open_saved(path)).values()
-        if others:
-            raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
-    elif path.is_dir():
-        raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
-    else:
-        source = _open_any_file(path, "the data file", known, plain=plain)
-    return _with_hub_columns(source, known)
+    return _with_hub_columns(_open_any_file(path, "the data file", known, plain=plain), known)
 
 
 def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
@@ -133,7 +125,17 @@ def _open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]
 
 
 def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool = False) -> Source:
-    """Open a file that may be one of GLUE's own, whichever split it is."""
+    """Open a file that may be one of GLUE's own, whichever split it is, or a saved folder of one split."""
+    if is_saved_dataset(file):
+        source, *others = (splits := open_saved(file)).values()
+        if others:
+            raise DataError(
+                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one, such as "
+                f"{file / next(iter(splits))}, or train on the whole by data.path (--data)"
+            )
+        return source
+    if file.is_dir():
+        raise DataError(f"{file} ({key}) is a folder; expected a data file, or a folder written by save_to_disk")
     if glue is None or file.suffix.lower() != ".tsv":
         return open_file(file, key, plain=plain)
     source = open_file(file, key, benchmark=True)
@@ -183,7 +185,7 @@ def open_saved(folder: Path) -> dict[str, Source]:
         _check_saved(folder)
         loaded = load_from_disk(str(folder))
     except (*UNREADABLE, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder} (data.path) is no readable save_to_disk folder ({error}); save it again") from None
+        raise DataError(f"{folder} is no readable save_to_disk folder ({error}); save it again") from None
     except ArtifactError as error:
         raise DataError(str(error)) from None
     if isinstance(loaded, Dataset):
@@ -202,7 +204,7 @@ def _check_saved(folder: Path) -> None:
     for part in parts:
         files = [file["filename"] for file in read_json(part / "state.json")["_data_files"]]
         if not files:
-            raise DataError(f"{part} (data.path) has no rows; save it with examples, or the rest without it")
+            raise DataError(f"{part} has no rows; save it with examples, or the rest without it")
         if outside := [name for name in files if not is_plain_name(name)]:
             raise DataError(f"{part / 'state.json'}: names the file {outside[0]!r:.80}; expected one beside it")
 

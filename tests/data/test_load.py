@@ -101,7 +101,9 @@ def test_pairs_several_labels_and_kinds_that_are_set(csv_file):
     many = csv_file("b.csv", text=TEXTS * 2, label=range(40))
     assert load({"kind": "single-label"}, train=many, validation=many).task.num_labels == 40
     path = csv_file("a.csv", text=TEXTS, label=[1, 2, 3, 4] * 5)
-    assert load(train=path).task.label_names == ("1", "2", "3", "4")
+    splits = load(train=path)
+    assert splits.task.label_names == ("1", "2", "3", "4")
+    assert "a quantity, as ratings are, set task.kind to regression." in " ".join(splits.notes)
     regression = load({"kind": "regression"}, train=path, validation=path)
     assert regression.task.metrics == ("pearson", "spearman")
     assert labels(regression.train) == [1.0, 2.0, 3.0, 4.0] * 5
@@ -212,7 +214,11 @@ def test_columns_of_lists_and_of_texts_are_not_mixed(tmp_path: Path, csv_file):
     message = refused({"label": ["labels", "topic"]}, train=path, validation=path)
     assert "'labels' is ['b'], but a multi-label column holds only 0 and 1" in message
     path = write_lines(tmp_path / "d.jsonl", [{"text": "t", "a": 1, "b": 0}, {"text": "u", "a": None, "b": 1}])
-    assert "row 2: no label in column 'a'" in refused({"label": ["a", "b"]}, train=path, validation=path)
+    # Who removes the rows throws away the texts that have no label.
+    told = refused({"label": ["a", "b"]}, train=path, validation=path)
+    assert "row 2: no label in column 'a' (1 of 2 rows); write 0 where a text does not have 'a'" in told
+    path = write_lines(tmp_path / "e.jsonl", [{"text": "t", "labels": ["a", "b"]}, {"text": "u", "labels": None}])
+    assert "(1 of 2 rows); write [] for a text without any label" in refused(train=path, validation=path)
 
 
 def test_thousands_of_labels_that_do_not_fit_are_not_all_listed():

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
-from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text, named_codes
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_spellings
 from kdlora.errors import DataError, did_you_mean, listed
@@ -87,11 +87,13 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     return pc.if_else(is_blank(strings), None, strings)
 
 
-def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
+def refuse_missing(
+    raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array, remedy: str = "remove the rows, or label them"
+) -> None:
     if (position := first_true(missing)) is not None:
         raise DataError(
             f"{raw.where(position)}: no label in column {column!r} ({pc.sum(missing).as_py()} of "
-            f"{raw.table.num_rows} rows); remove the rows, or label them"
+            f"{raw.table.num_rows} rows); {remedy}"
         )
 
 
@@ -112,12 +114,6 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
         where, value = (raw.source, "a value") if position is None else (raw.where(position), values[position].as_py())
         remedy = "write decimals with a point, as in 0.5" if re.match(_COMMA, value) else "correct it"
         raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; {remedy}") from None
-
-
-def named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
-    """Give the names of codes; a code without a name, such as the Hub's -1 for a hidden label, has none."""
-    inside = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
-    return pc.take(pa.array(names, pa.string()), pc.if_else(inside, codes, None))
 
 
 def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -> NoReturn:
@@ -173,7 +169,8 @@ def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     if pa.types.is_nested(values.type):
         _refuse_value(raw.where(0), column, values[0])
     strings = pc.utf8_lower(values.cast(pa.string()))
-    refuse_missing(raw, column, pc.is_in(strings, pa.array(["", "nan", None])))
+    remedy = f"write 0 where a text does not have {column!r}, and remove a row only if nobody has looked at it"
+    refuse_missing(raw, column, pc.is_in(strings, pa.array(["", "nan", None])), remedy)
     one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))
     allowed = pc.or_(one, pc.is_in(strings, pa.array(["0", "0.0", "false"])))
     if (position := first_true(pc.invert(allowed))) is not None:
@@ -189,7 +186,7 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
 
 def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...], notes: list[str]) -> npt.NDArray[np.float32]:
     values = pa.concat_arrays(raw.table[column].chunks)
-    refuse_missing(raw, column, pc.is_null(values))
+    refuse_missing(raw, column, pc.is_null(values), "write [] for a text without any label")
     _refuse_other_lists(raw, column, values.type)
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(values)), lengths)
@@ -271,6 +268,8 @@ def infer_task(
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
+        if kind == "single-label" and len(names) > 2 and all(re.match(INTEGER, name) for name in names):
+            notes.append("Where these numbers are a quantity, as ratings are, set task.kind to regression.")
     if config.label_names is None and kind != "regression":
         notes.append(f"The {len(names)} label names and their order were taken from the data: {listed(names)}.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes

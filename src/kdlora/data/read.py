@@ -123,6 +123,12 @@ def open_dataset(dataset: Dataset, name: str) -> Source:
     return Source(name, tuple(dataset.column_names), read)
 
 
+def named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
+    """Give the names of codes; a code without a name, such as the Hub's -1 for a hidden label, has none."""
+    inside = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
+    return pc.take(pa.array(names, pa.string()), pc.if_else(inside, codes, None))
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column holds text, in any of the ways in which Arrow stores it."""
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -44,6 +44,10 @@ _MEANING = {
 }
 
 
+class OtherTrainingError(ArtifactError):
+    """A checkpoint is of another training than the one that would go on from it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint: files with verified checksums, and the state that JSON holds."""
@@ -123,13 +127,13 @@ class CheckpointFolder:
         if changed == ["processes"]:
             count = int(ingredients["processes"])
             way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
-            raise ArtifactError(
+            raise OtherTrainingError(
                 f"{checkpoint}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
                 f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
             )
         if changed:
             named = ", ".join(_MEANING.get(name, f"the {name}") for name in changed)
-            raise ArtifactError(
+            raise OtherTrainingError(
                 f"{checkpoint}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
                 "train anew, or choose another output folder"
             )

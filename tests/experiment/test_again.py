@@ -85,7 +85,10 @@ def test_arms_may_be_added_whose_models_nobody_looked_at(workshop, tmp_path):
     both = run_experiment(workshop.config(values | {"run": {"arms": ["fft", "student-lora"]}}), tmp_path / "out")
     assert [one.arm for one in both.records] == ["fft", "student-lora"]
     assert both.records[1] == first.records[0]
-    assert load_config(both.layout.config).teacher.train.learning_rate > 0
+    settled = load_config(both.layout.config)
+    assert settled.teacher.train.learning_rate > 0
+    for again in (settled, workshop.config(values | {"run": {"arms": ["fft", "student-lora"]}})):
+        assert run_experiment(again, tmp_path / "out").records == both.records
 
 
 def test_what_cannot_be_had_of_the_student_is_refused_and_takes_nothing(copied, workshop, monkeypatch):
@@ -156,6 +159,9 @@ def test_another_config_is_refused_and_named(copied, workshop):
         assert told in str(caught.value)
     with pytest.raises(ArtifactError, match=r"teacher\.seed: 0 there, 5 here"):  # which the first seed decides
         run_experiment(workshop.config({"run": {"arms": ARMS, "seeds": [5, 0, 1]}}), copied.root)
+    # A quick look trained for an epoch; the plain command that came after it took its figures for those of the whole.
+    with pytest.raises(ArtifactError, match=r"student\.train\.epochs: 2\.0 there, None here"):
+        run_experiment(workshop.config(ALL | {"student": {"train": FAST | {"epochs": None}}}), copied.root)
     assert snapshot(copied.root) == before
 
 

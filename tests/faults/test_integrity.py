@@ -15,6 +15,7 @@ from kill_driver import differences
 from experiments import edit_json, read_rows, snapshot
 from fabricate import edit_record
 from kdlora.config import Config
+from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
@@ -94,6 +95,18 @@ def test_a_damaged_artefact_is_made_again(made, layout, name, damage):
     np.testing.assert_array_equal(one.logits, two.logits)
 
 
+def test_a_teacher_that_would_be_another_one_is_refused_before_it_is_trained(made, layout):
+    """Hours of a teacher on a GPU ended in students that were refused; the report set old ones beside a new teacher."""
+    for name, damage in (("teacher/model.safetensors", flip_one_bit), ("teacher", shutil.rmtree)):
+        damage(layout.root / name)
+        edit_record(layout.run("kd-lora", 0).record, versions={"torch": "1.0"})
+        before = snapshot(layout.root)
+        with pytest.raises(ArtifactError, match=r"fft-seed0: .* taught kd-lora-seed0\. Put them back, or delete"):
+            run_experiment(made.with_run(arms=("kd-lora", "kd-fft")), layout.root)
+        assert snapshot(layout.root) == before
+    assert not run_experiment(made.config, layout.root).failed  # there is nobody left to teach
+
+
 def change_one_label(path: Path) -> None:
     rows = read_rows(path)
     rows[3]["label"] = "negative" if rows[3]["label"] == "positive" else "positive"
@@ -149,6 +162,16 @@ def test_data_that_change_while_the_experiment_runs_are_noticed(made, tmp_path):
     assert changed[0].arm == "student-lora"
     assert [record.arm for record in result.failed] == ["student-fft"]
     assert "the data changed since student-lora with seed 0 was trained" in result.failed[0].error
+
+
+def test_a_training_that_cannot_go_on_stops_the_experiment(made, layout):
+    """It was a failed run among others, that trained for hours, and were then told of no teacher where it was one."""
+    place = layout.run("student-lora", 0)
+    CheckpointFolder(place.checkpoints, {"device": "cuda"}).write(1, {"state": {}}, {})
+    with pytest.raises(ArtifactError, match=f"is of another training: .*changed. Delete {place.checkpoints} to"):
+        run_experiment(made.with_run(arms=("kd-lora", "student-lora", "student-fft")), layout.root)
+    assert not place.record.exists()
+    assert not layout.run("student-fft", 0).root.exists()
 
 
 def test_an_edited_record_or_list_of_shards_is_refused(made, layout):

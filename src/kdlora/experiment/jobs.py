@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeVar
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
-from kdlora.errors import ArtifactError, ConfigError, KdLoraError
+from kdlora.distil.precision import resolve_device
+from kdlora.distil.resume import OtherTrainingError
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, listed
 from kdlora.evidence.records import RunRecord, read_record, write_record
 from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, run_identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
@@ -23,6 +25,7 @@ from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.section import WINDOW_KEYS, DataConfig
 from kdlora.system.children import run_in_child
+from kdlora.system.environment import collect_versions, describe_machine
 from kdlora.system.integrity import damaged_files
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_text_atomic
@@ -98,9 +101,10 @@ def carry_out(
     check: Callable[[], None] | None = None,
     notes: Sequence[str] = (),
 ) -> Outcome:
-    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome, but for a full disk.
+    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome.
 
-    `check` is called before the record, which gets the notes, is written.
+    What the user has to mend first is raised: a full disk, checkpoints of another training. `check` is called before
+    the record, which gets the notes, is written.
     """
     start, hear = time.perf_counter(), listen or (lambda event: None)
     record, fault = None, None
@@ -109,7 +113,7 @@ def carry_out(
             in_child(label_training_rows, job.config, job.layout, on_message=hear)
         else:
             record = _train(job, in_child, hear)
-    except OSError:
+    except (OSError, OtherTrainingError):
         raise
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
@@ -347,6 +351,22 @@ def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
         logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
         return None
     return record
+
+
+def refuse_another_teacher(teacher: PlannedRun, root: Path) -> None:
+    """Refuse to train a teacher again that has taught, where it would not be the same to the bit."""
+    layout, machine = teacher.layout(root), describe_machine()
+    here = resolve_device(teacher.config.run.device).type, collect_versions(), machine["cpu"], machine["cores"]
+    made = [read_record(path) for path in sorted(layout.runs.glob("*/run.json"))]
+    taught = [one for one in made if one.status == "finished" and one.arm in DISTILLED_ARMS]
+    places = [(one.device, one.versions, one.machine.get("cpu"), one.machine.get("cores")) for one in taught]
+    if any(place != here for place in places):  # as on each GPU, whose name is not that of its type
+        raise ArtifactError(
+            f"{teacher.key}: files of the teacher ({layout.teacher}) are gone or damaged, and trained again here it "
+            "would not be the same to the bit as the one that taught "
+            f"{listed(f'{one.arm}-seed{one.seed}' for one in taught)}. Put them back, or delete the folders of these "
+            f"runs in {layout.runs} to have them trained again"
+        )
 
 
 def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, TaskFacts]) -> dict[str, RunRecord]:

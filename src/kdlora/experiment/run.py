@@ -20,7 +20,7 @@ from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results, w
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
-from kdlora.experiment.jobs import Job, Queue, carry_out, undamaged_record
+from kdlora.experiment.jobs import Job, Queue, carry_out, refuse_another_teacher, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.recording import (
@@ -48,8 +48,8 @@ from kdlora.section import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
-from kdlora.system.ownership import remove_abandoned
-from kdlora.system.storage import HeldLock, claim_folder, hold_lock, write_json_atomic, write_text_atomic
+from kdlora.system.ownership import read_manifest, remove_abandoned
+from kdlora.system.storage import HeldLock, claim_folder, hold_lock, mark_folder, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ def _settle_paths(config: Config, out: str | Path | None) -> tuple[Config, Exper
 def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:
     """Settle the config by what is recorded, load the data, and find the runs that need not be repeated."""
     refuse_foreign_folder(layout.root, "experiment")
-    config = with_recorded(config, layout.config)
-    check_folder(config, layout)
+    asked, config = config, with_recorded(config, layout.config)
+    check_folder(config, layout, asked)
     copies, kept = layout.copies if layout.copies.exists() else None, with_metric(config, layout)
     splits = load_splits(config.task, config.data, copies_in=copies)
     if kept.task.metric not in (config.task.metric, *splits.task.metrics):  # an earlier version chose another one
@@ -241,6 +241,9 @@ def _lead(
         check_folder(asked if with_recorded(asked, layout.config) == asked else config, layout)
         finished = _finished(config, layout, facts.fingerprint(config), finished)
         remove_abandoned(layout.root)
+        if not layout.config.exists():  # what is left open today may be left open tomorrow
+            is_open = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}
+            mark_folder(layout.root, "experiment", open=is_open)
         write_text_atomic(layout.config, save_config(config))
         if plan is not None:
             write_json_atomic(layout.plan, plan.to_dict())
@@ -263,11 +266,14 @@ def _lead(
     return ExperimentResult(layout.root, records, shipped, tuple(notes))
 
 
-def check_folder(config: Config, layout: ExperimentLayout) -> None:
-    """Check that a folder of ours is new, or holds this very experiment."""
+def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None = None) -> None:
+    """Check that a folder of ours is new, or holds this very experiment, and that no key which was set is open now."""
     if not layout.config.exists():
         return
     there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
+    if asked is not None and (open_then := (read_manifest(layout.root) or {}).get("open")) is not None:
+        open_now = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}
+        here |= {key: value for key, value in open_now.items() if open_then.get(key, 0) != value}
     data = [f"{section}.{key}" for section, key in PATH_KEYS if section == "data"]
     # Files may lie elsewhere now: finished runs carry a fingerprint of their rows.
     moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}
@@ -302,11 +308,14 @@ def _finished(
             logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         else:
             found[run.key] = record
-    teaches = any(run.arm in DISTILLED_ARMS and run.key not in found for run in plan_runs(config))
-    if teaches and not config.given_teacher and not layout.teacher.exists():
-        teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
-        if found.pop(teacher.key, None) is not None:
-            logger.info("the teacher has no weights and is trained again")
+    left = [run for run in plan_runs(config) if run.key not in found]
+    teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
+    teaches = any(run.arm in DISTILLED_ARMS for run in left)
+    if teaches and not config.given_teacher and not layout.teacher.exists() and found.pop(teacher.key, None):
+        logger.info("the teacher has no weights and is trained again")
+        left.append(teacher)
+    if teacher in left and not config.given_teacher:
+        refuse_another_teacher(teacher, layout.root)
     return found
 
 

@@ -179,8 +179,11 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
         label(model, tmp_path / "none.jsonl", tmp_path / "none")
 
 
-def test_ids_are_unique_over_all_files(model, tmp_path):
-    """Row 0 is in every file: without the file's name, logits of one file would be attached to rows of another."""
+def test_ids_are_unique_over_all_files(model, tmp_path, monkeypatch):
+    """Row 0 is in every file: without the file's name, logits of one file would be attached to rows of another.
+
+    Ids that the files name themselves were compared when all rows were labelled, for nothing.
+    """
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.csv", "sub/b.csv"):
@@ -192,10 +195,17 @@ def test_ids_are_unique_over_all_files(model, tmp_path):
     assert read_all(tmp_path / "one")["id"].tolist() == ["0", "1"]
     for name in ("a.csv", "sub/b.csv"):
         write_csv(folder / name, rows(2, 1))
-    with pytest.raises(DataError, match=r"the id '1-r[01]' occurs more than once"):
-        label(model, folder, tmp_path / "double")
+    told = r"the id '1-r[01]' occurs more than once"
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "_load_teacher", lambda *_: pytest.fail("something was labelled"))
+        with pytest.raises(DataError, match=f"{folder}: {told}"):
+            label(model, folder, tmp_path / "double")
+    assert not (tmp_path / "double").exists()
+    mixed = write_lines(tmp_path / "mixed.jsonl", [{"text": "one"}, {"id": "0", "text": "two"}])
+    with pytest.raises(DataError, match="the id '0' occurs more than once"):
+        label(model, mixed, tmp_path / "mixed")
     with pytest.raises(DataError, match="unfinished"):
-        open_collection(tmp_path / "double")
+        open_collection(tmp_path / "mixed")
 
 
 def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, open_store, write_note
+from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
 from kdlora.data.tags import Words, split_words
@@ -196,8 +196,7 @@ def label_collection(
         _carry_out(job, done, on, _counting(job, progress, resumed))
         shards = [shard for shards in done.values() for shard in shards]
         rows, rejected, cut = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
-        if rows:
-            _refuse_doubles(store.model_copy(update={"shards": shards}))
+        _refuse_doubles(store.model_copy(update={"shards": shards}).batches(["id"]), str(folder))
         store.finish(shards, len(job.task.text) if job.settings.texts else 0)
     if not rows:
         raise DataError(f"{folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
@@ -205,11 +204,22 @@ def label_collection(
     return LabelSummary(folder, rows, rejected, cut, teacher.max_length, len(shards), resumed, seconds)
 
 
-def _refuse_doubles(store: LogitStore) -> None:
+def _given_ids(files: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
+    """Give the ids of rows with a text, as far as files name them; what numbers its rows is not read to the end."""
+    for file in files:
+        with contextlib.closing(iter(RowReader(file, columns))) as rows:
+            for window in cut_windows(rows):
+                if not (ids := [row.id for row in window if row.text is not None and not row.numbered]):
+                    break
+                yield pa.record_batch([pa.array(ids, pa.string())], ["id"])
+
+
+def _refuse_doubles(batches: Iterator[pa.RecordBatch], where: str) -> None:
     """Refuse a collection in which an id occurs twice: logits could not be attached to the right row."""
-    if len(found := doubles(spool(store.batches(["id"]), str(store.folder))["id"])):
+    first = next(batches, None)  # none where no row has a text, or an id
+    if first is not None and len(found := doubles(spool(chain([first], batches), where)["id"])):
         raise DataError(
-            f"{store.folder}: the id {found[0].as_py()!r} occurs more than once; ids must be unique over the whole "
+            f"{where}: the id {found[0].as_py()!r} occurs more than once; ids must be unique over the whole "
             "collection. Make them so, or name another column with --id-column and another folder with --to"
         )
 
@@ -218,26 +228,24 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     files = _find_files(data, folder)
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
-    task = read_task(
-        model,
-        label_names=settings.label_names,
-        text=settings.text or ("text",),
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    task = read_task(model, text=settings.text or ("text",), **_about_model(settings))
     columns = Columns(settings.text, task.text, settings.id_column, 20_000, words=task.kind == "tokens")
-    for file in () if (folder / COLLECTION_MANIFEST).exists() else files:  # else begun with columns that are not there
+    new = () if (folder / COLLECTION_MANIFEST).exists() else files
+    for file in new:  # before anything is begun with columns that are not there
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
             _check_form(task, file, next((row for row in islice(rows, 100) if row.text is not None), None))
-    begun: dict[str, Any] = {}
-    with contextlib.suppress(ArtifactError):  # as it was begun: a second timing, or the model, may say otherwise now
-        begun = open_store(folder / COLLECTION_MANIFEST).ingredients
+    _refuse_doubles(_given_ids(new, columns), data)
+    begun = {} if new else open_store(folder / COLLECTION_MANIFEST).ingredients  # timing or model may differ now
     if settings.precision != "auto" or (precision := begun.get("precision")) is None:  # else perhaps another device's
         precision = resolve_precision(settings.precision, settings.device)[0]
     noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
     longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
     settings = replace(settings, max_length=longest, precision=precision)
     return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
+
+
+def _about_model(settings: LabelSettings) -> dict[str, Any]:
+    return {key: getattr(settings, key) for key in ("label_names", "revision", "trust_remote_code")}
 
 
 def _find_files(data: str, out: Path) -> tuple[Path, ...]:
@@ -270,11 +278,9 @@ def _cut_work(job: _Job) -> list[_Unit]:
     """Cut the work: one unit a shard of a Parquet file, whose rows are numbered; one a file of lines."""
     units: list[_Unit] = []
     for number, file in enumerate(job.files):
-        if file.suffix.lower() == ".parquet":
-            shards = max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
-            units += [_Unit(number, shard, to_the_end=False) for shard in range(shards)]
-        else:
-            units.append(_Unit(number, 0, to_the_end=True))
+        lines = file.suffix.lower() != ".parquet"
+        shards = 1 if lines else max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
+        units += [_Unit(number, shard, to_the_end=lines) for shard in range(shards)]
     return units
 
 
@@ -317,13 +323,7 @@ def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: 
 @functools.lru_cache(maxsize=1)
 def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
     """Load the model that labels; a process keeps it between units."""
-    encoder, columns = load_fine_tuned(
-        model,
-        task,
-        label_names=settings.label_names,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    encoder, columns = load_fine_tuned(model, task, **_about_model(settings))
     device = resolve_device(settings.device)
     batch_tokens = BATCH_TOKENS if device.type == "cpu" else TEACHER_TOKENS
     encoder.model.to(device)

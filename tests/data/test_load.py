@@ -399,6 +399,17 @@ def test_a_regression_that_scores_0_in_every_model_is_refused(csv_file) -> None:
     assert told == ["The validation split holds 2 rows", "The test split holds one value only, 0.5 (rows: 2)"]
 
 
+def test_a_validation_split_has_labels_where_few_rows_have_any(tmp_path: Path) -> None:
+    """Of 200 comments ten had a label, every third drawn split none, and every model scored 0."""
+    rows = [{"text": f"text {row}", "labels": [["a"], ["a", "b"]][row % 2] * (row < 10)} for row in range(200)]
+    train, none = (write_lines(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows), ("b", rows[10:])))
+    for seed in range(20):
+        splits = load(train=train, split_seed=seed)
+        assert len(splits.validation) == 21
+        assert np.sum(labels(splits.validation), axis=0).tolist() == [2, 1]
+    assert "the validation split holds no labels" in refused(train=train, validation=none)
+
+
 @given(
     classes=st.lists(st.integers(0, 4), min_size=2, max_size=300),
     fraction=st.floats(0.01, 0.99),

@@ -94,7 +94,7 @@ def test_held_out_rows_without_an_entity_are_refused(search_of):
     rows = {"id": [str(row) for row in range(20)], "text": list("abcdefghijklmnopqrst"), "label": [[1]] + [[0]] * 19}
     task = Task("tokens", ("words",), ("tags",), ("O", "B-X", "I-X"), ("entity_f1",))
     rare = dataclasses.replace(splits, task=task, train=Dataset.from_dict(rows | words))
-    with pytest.raises(DataError, match=r"no held-out row has an entity.*raise search\.validation_fraction"):
+    with pytest.raises(DataError, match=r"no held-out row has a label or an entity.*raise search\.validation_fraction"):
         hold_out(rare, SearchConfig(validation_fraction=0.1))
 
 
@@ -103,11 +103,11 @@ def test_a_label_of_one_text_stays_in_training(search_of):
     config, _ = search_of()
     splits = load_splits(config.task, config.data)
     texts = [f"text {row % 30}" for row in range(60)]  # every text twice
-    labels = [[float(row % 30 == rare) for rare in range(8)] for row in range(60)]
+    labels = [[*(float(row % 30 == rare) for rare in range(8)), float(row % 30 > 7)] for row in range(60)]
     train = Dataset.from_dict({"id": [str(row) for row in range(60)], "text": texts, "label": labels})
-    task = Task("multi-label", ("text",), tuple("abcdefgh"), tuple("abcdefgh"), ("micro_f1",))
+    task = Task("multi-label", ("text",), tuple("abcdefghi"), tuple("abcdefghi"), ("micro_f1",))
     held = hold_out(dataclasses.replace(splits, task=task, train=train), SearchConfig(validation_fraction=0.5))
-    assert np.array(held.train["label"]).max(axis=0).tolist() == [1.0] * 8
+    assert np.array(held.train["label"]).max(axis=0).tolist() == [1.0] * 9
     assert 20 <= len(held.validation) < 30
     assert not set(held.train["text"]) & set(held.validation["text"])
 

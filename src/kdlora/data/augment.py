@@ -24,7 +24,7 @@ from kdlora.data.spool import (
     spool,
     text_columns,
 )
-from kdlora.data.tags import NO_SPACES
+from kdlora.data.tags import NO_SPACES, Integers
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS, word_columns
 from kdlora.system.integrity import hash_file, hash_json
@@ -44,17 +44,22 @@ _PLACES = pa.list_(pa.int32())
 _NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
 
-def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
-    """Give rows of rare labels more copies, by the roots of their classes' rows, where classes or labels count alike.
+def row_classes(task: Task, rows: Dataset) -> Integers | None:
+    """Give rows' classes, of several labels its rarest one, or that of the rows without any; None without classes."""
+    if task.kind not in ("single-label", "multi-label"):
+        return None
+    labels = label_array(rows)
+    if task.kind == "single-label":
+        return labels
+    has = np.column_stack([labels, ~labels.any(axis=1)]).astype(bool)
+    return np.asarray(np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1))
 
-    With several labels a row is of its rarest one, and the rows without any are a class of their own.
-    """
-    if task.kind != "multi-label" and task.auto_weights is None:
+
+def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
+    """Give rows of rare labels more copies, by the roots of their classes' rows, where labels count alike."""
+    classes = row_classes(task, rows)
+    if classes is None or (task.kind == "single-label" and task.auto_weights is None):
         return copies
-    classes = label_array(rows)
-    if task.kind == "multi-label":
-        has = np.column_stack([classes, ~classes.any(axis=1)]).astype(bool)
-        classes = np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1)
     counts = np.bincount(classes)
     roots = np.sqrt(counts)
     of_class = copies * len(rows) * roots / roots.sum() / np.maximum(counts, 1)

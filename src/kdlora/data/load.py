@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
-from kdlora.data.augment import keep_unscored, share_copies, stored_copies
+from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
@@ -221,7 +221,7 @@ def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> No
 def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tuple[Dataset, Dataset]:
     if len(train) < 2:
         raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
-    classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
+    classes = row_classes(reading.task, train)
     kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
     kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
@@ -339,9 +339,10 @@ def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
     for split, rows in scored.items():
         labels = label_array(rows)
         found, more, holds = len(rows), "", f"{len(rows)} rows"
-        if reading.task.kind == "tokens":
-            found, more = int(np.sum(labels % 2 == 1)), "with entities"  # an entity has one `B-`
-            holds = f"{found} entities" if found else "no entity: every word is O"
+        if reading.task.kind in ("multi-label", "tokens"):
+            what = "entities" if reading.task.kind == "tokens" else "labels"
+            found, more = int(np.sum(labels % 2 == 1)), f"with {what}"  # an entity has one `B-`, whose tag is odd
+            holds = f"{found or 'no'} {what}"
         elif reading.task.kind == "regression" and not np.ptp(labels):
             found, more, holds = 0, "of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if not found and split == "validation":

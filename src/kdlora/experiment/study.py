@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import build_config
-from kdlora.data.augment import keep_unscored
+from kdlora.data.augment import keep_unscored, row_classes
 from kdlora.data.load import Splits, add_copies, give_back, load_splits, split_rows
-from kdlora.data.spool import label_array, read_column, read_texts
+from kdlora.data.spool import label_array, read_texts
 from kdlora.data.tasks import DEFAULT_METRICS
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
@@ -245,7 +245,7 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     texts = pd.DataFrame(read_texts(splits.train))
     number = texts.groupby(list(texts), sort=False).ngroup().to_numpy()  # of each row's text, in their order
     first = np.flatnonzero(~texts.duplicated())
-    classes = read_column(splits.train, "label").to_numpy()[first] if splits.task.kind == "single-label" else None
+    classes = row_classes(splits.task, splits.train)
     if len(first) < 2:
         raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
     _, drawn = split_rows(len(first), search.validation_fraction, search.seed, classes)
@@ -256,8 +256,10 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
     train = splits.train.select(np.flatnonzero(~is_held))
     validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
-    if splits.task.kind == "tokens" and not (label_array(validation) > 0).any():
-        raise DataError("no held-out row has an entity, so every trial would score 0; raise search.validation_fraction")
+    if splits.task.kind in ("multi-label", "tokens") and not (label_array(validation) > 0).any():
+        raise DataError(
+            "no held-out row has a label or an entity, so every trial would score 0; raise search.validation_fraction"
+        )
     if unlabelled is not None:
         unlabelled = keep_unscored(unlabelled, [validation])
     return dataclasses.replace(
@@ -278,6 +280,7 @@ def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
 
 
 def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:
+    classes = None if classes is None else classes[first]
     """Train a teacher without the held-out rows, unless it was given, and store what it says of the others."""
     prepare_process(config)
     splits, seed = load_held_out(config, search, layout.copies), config.teacher_seed

@@ -31,7 +31,7 @@ _TEXT = re.compile(r"^Text: (.*)$", re.MULTILINE)
 class StandIn:
     """What it answers, and what it does wrong.
 
-    `fault` is asked with the number of each request: "429", "500", "cut", "garbage", "slow", "empty", "refusal",
+    `fault` is asked with the number of each request: "400", "429", "500", "cut", "garbage", "slow", "empty", "refusal",
     "nonsense" or none of these. `edit` may change each answer before it is sent.
     """
 
@@ -98,7 +98,7 @@ class StandIn:
         if self.limit not in asked:
             told = f"Unsupported parameter: 'max_tokens'. Use '{self.limit}' instead."
             return 400, json.dumps({"error": {"message": told}}).encode()
-        if fault in ("429", "500"):
+        if fault in ("400", "429", "500"):
             return int(fault), json.dumps({"error": {"message": "busy"}}).encode()
         if fault == "garbage":
             return 200, b"<html>a proxy of somebody</html>"

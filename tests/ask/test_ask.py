@@ -93,6 +93,22 @@ def test_votes_where_there_are_no_log_probabilities(asking):
     assert table[["negative", "positive"]].min().min() > 0
 
 
+def test_thoughts_before_the_answer_are_no_part_of_it(asking):
+    """Eight tokens ended in the middle of a thought: such a model could not be asked at all."""
+
+    def think(answer: dict) -> None:
+        message = answer["choices"][0]["message"]
+        message["content"] = f"<think>\n{'B: hm. ' * 50}</think>\n\n{message['content']}"
+
+    asking.model.logprobs, asking.model.edit = False, think
+    done = asking(votes=3, answer_tokens=600, rows=10)
+    assert (done.rows, done.unanswered) == (10, 0)
+    assert {one["max_tokens"] for one in asking.model.seen} == {600}
+    table = pd.read_parquet(done.table).set_index("id")
+    rows = pd.read_csv(asking.data).set_index("id").loc[table.index]
+    assert (table.idxmax(axis=1) == rows["label"]).all()
+
+
 def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     """Seventy labels do not fit the likely tokens that a server shows: those beyond would have no probability."""
     names = [f"topic {number:02}" for number in range(70)]

@@ -48,6 +48,24 @@ def test_what_is_no_label_never_becomes_one(asking, cli):
     assert "60 rows" not in cli(*asking.command).err  # they are not asked again, and stay out
 
 
+def test_what_the_server_refused_is_asked_again(asking):
+    """An expired key, or a server with wrong settings, left rows without an answer for ever."""
+    asking.model.fault = lambda number: "400" if number >= 20 else {3: "refusal", 9: "nonsense"}.get(number)
+    done = asking(concurrency=4)
+    assert (done.rows, done.unanswered, done.left) == (18, 42, 0)
+    asking.model.fault = lambda number: None
+    done = asking(concurrency=4)
+    assert (done.rows, done.unanswered, done.requests) == (58, 2, 100)
+    assert (asking().resumed, asking.model.number) == (60, 100)
+
+    asking.to = asking.folder / "nonsense"  # a folder without any answer begins anew, whatever was wrong
+    asking.model.fault = lambda number: "nonsense" if number < 120 else None
+    with pytest.raises(DataError, match="none of the first 20 rows has an answer"):
+        asking()
+    done = asking()
+    assert (done.rows, done.unanswered, done.requests) == (60, 0, 80)
+
+
 def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cli):
     """Exit code 1: the machine's fault; what was answered stays."""
     asking.model.fault = lambda number: "500" if number >= 20 else None
@@ -146,6 +164,26 @@ def test_answers_to_something_else_are_refused(asking, monkeypatch):
         asking()
 
 
+def test_a_file_may_be_added_later(asking):
+    """Every answer was paid for again, though no question had changed."""
+    rows = [{"id": row["id"], "text": row["text"]} for row in sentiment_rows(60, 0)]
+    write_csv(asking.data, rows)
+    labels = {"negative": "", "positive": ""}
+    assert asking(labels=labels).asked.own_labels
+    rows = [{"kind": row.pop("label"), **row} for row in sentiment_rows(40, 1)]
+    audit = {"labels": labels, "label": "kind", "audit": write_csv(asking.folder / "people.csv", rows)}
+    done = asking(**audit)
+    assert (done.rows, done.resumed, done.requests, done.audit.rows) == (100, 60, 100, 40)
+    more = asking.folder / "more.txt"
+    more.write_text("a superb plot\nan awful ending\n")
+    assert asking(**audit, unlabelled=more).requests == 102
+    assert answered(asking.to).most_common(1)[0][1] == 1
+    more.write_text("another text\n")
+    for change in ({}, {"unlabelled": more}):  # left out or edited, it is another table
+        with pytest.raises(ArtifactError, match="the data, or what is read of it changed"):
+            asking(**audit, **change)
+
+
 def test_what_a_message_advises_can_be_done(asking):
     """A first mistake that settles what a folder without any answer is of: each remedy was refused as stale."""
     prompt = asking.folder / "p.j2"
@@ -156,7 +194,9 @@ def test_what_a_message_advises_can_be_done(asking):
     with pytest.raises(ConfigError, match="has no model 'm'"):
         asking()
     asking.model.fault = lambda number: "nonsense"
-    with pytest.raises(DataError, match=r"none of the first 20 rows has an answer .* change the prompt"):
+    with pytest.raises(
+        DataError, match=r"none of the first 20 rows has an answer .* change the prompt.*--answer-tokens"
+    ):
         asking(model="good")
     asking.model.fault, asking.model.logprobs = lambda number: None, False
     with pytest.raises(ConfigError, match="--votes 5"):

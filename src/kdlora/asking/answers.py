@@ -23,6 +23,8 @@ from kdlora.system.storage import atomic_file, write_json_atomic
 
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
+REFUSED = "the server refuses it"
+"""Begins the reason of a row whose request was an error: it cost no tokens, and the next call asks again."""
 _MEANING = {
     "prompts": "a prompt",
     "labels": "the labels, their order or descriptions",
@@ -59,7 +61,7 @@ class _Line(BaseModel):
 
 
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Begin a folder, or go on with one of the same making; one that has no answer yet takes a new making."""
+    """Begin a folder, or go on with one of the same making; one that has no answer yet begins anew."""
     manifest = folder / MANIFEST
     if manifest.is_file():
         content = read_json(manifest)
@@ -67,9 +69,11 @@ def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[st
             raise ArtifactError(
                 f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder"
             )
-        if not (changed := compare(content["ingredients"], ingredients)):
-            return
-        if not _forget_unanswered(folder / ANSWERS):
+        before, (files, text, _, *more) = content["ingredients"], ingredients["data"]
+        # Neither a file that is added nor the label column's name, without other labels, changes what was asked.
+        data = [{name: files.get(name) for name in before["data"][0]}, text, before["data"][2], *more]
+        changed = compare(before, {**ingredients, "data": data})
+        if not _forget_unanswered(folder / ANSWERS) and changed:
             named = ", ".join(_MEANING.get(name, name) for name in changed)
             raise ArtifactError(
                 f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this "
@@ -120,7 +124,8 @@ class Answers:
                 if not text.endswith(b"\n"):
                     break
                 whole += len(text)
-                line = self._read(text)
+                if (line := self._read(text)).unanswered.startswith(REFUSED):
+                    continue
                 if not places:
                     names = {split: ids.to_pylist() for split, ids in self._ids.items()}
                     places = {split: dict(zip(ids, range(len(ids)), strict=True)) for split, ids in names.items()}
@@ -176,11 +181,14 @@ class Answers:
     def refuse_useless(self) -> None:
         """Refuse to go on where the first rows have no answer."""
         reasons = [entry["unanswered"] for entry in self.bad]
-        refused = [reason for reason in reasons if reason.startswith("the server refuses")]
+        refused = [reason for reason in reasons if reason.startswith(REFUSED)]
         if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
             raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
         if len(reasons) >= _FIRST_UNANSWERED:
-            raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
+            raise DataError(
+                f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt. A model that "
+                "thinks before it answers needs --votes 5 and tokens for its thoughts: --answer-tokens 1000"
+            )
 
     def keep(self, key: Key, found: np.ndarray | str) -> None:
         """Keep the probabilities of a row, or why there are none."""

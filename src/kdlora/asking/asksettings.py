@@ -19,6 +19,7 @@ LEAST_AUDIT_ROWS = 40
 """Half of them fit the temperature, which takes 20."""
 _LEAST = dict.fromkeys(("shots", "seed", "votes", "temperature", "price_in", "price_out"), 0) | {
     "top_logprobs": 2,
+    "answer_tokens": 1,
     "concurrency": 1,
     "rows": 1,
     "timeout": 0.001,
@@ -44,6 +45,7 @@ class AskSettings:
         shots: labelled rows that each prompt shows as examples.
         seed: seed of all random choices.
         votes: answers per row that are counted, for servers without log-probabilities. 0: none.
+        answer_tokens: limit of a vote's tokens. A model that thinks before it answers needs hundreds.
         temperature: sampling temperature of the answers. Default: 0; with votes: 1.
         top_logprobs: likely tokens that the server returns, at most 20. More labels take two steps.
         audit: file of rows that people labelled, or a number of labelled rows to draw.
@@ -76,6 +78,7 @@ class AskSettings:
     shots: int = 0
     seed: int = 0
     votes: int = 0
+    answer_tokens: int = 8
     temperature: float | None = None
     top_logprobs: int = 20
     audit: str | Path | int | None = None

@@ -24,7 +24,6 @@ LEAST_MASS = 0.1
 LEAST_PROBABILITY = 1e-6
 _FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
-_TOKENS_OF_VOTE = 8
 _HAIR = 1e-3
 _LEAST_BEGUN = 2
 LEAST_OF_GROUP = 0.05
@@ -53,6 +52,7 @@ class Questions:
         """Take the labels in the table's order."""
         self.name = str(template or "default prompt")
         self.names, self.votes, self._examples = list(labels), bool(settings.votes), examples
+        self._answer_tokens = settings.answer_tokens
         file = template or Path(__file__).with_name("prompt.j2")
         try:
             self.source = file.read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ class Questions:
     @property
     def tokens_of_answer(self) -> int:
         """Say how many tokens hold any answer; a token of a code has at least a byte."""
-        return max(_TOKENS_OF_VOTE, *(len(option.code.encode()) for option in self.choices)) if self.votes else 1
+        return max(self._answer_tokens, *(len(option.code.encode()) for option in self.choices)) if self.votes else 1
 
     def fill(self, row: Row, options: Sequence[Option]) -> str:
         """Write the question about a row; a row is never an example of itself."""

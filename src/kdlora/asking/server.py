@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from kdlora.asking.answers import Answers
+from kdlora.asking.answers import REFUSED, Answers
 from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
 from kdlora.errors import ConfigError, first_line
 from kdlora.extras import check_installed
@@ -131,7 +131,7 @@ class Server:
             raise ConfigError(f"{where} says that the account is used up ({said}); the answers so far are kept")
         if status in _AGAIN or status >= 500:
             return None
-        return Reply(refused=f"the server refuses it: {said}")
+        return Reply(refused=f"{REFUSED}: {said}")
 
     def _gave_up(self, attempts: int, problem: str) -> Exception:
         where = self._settings.url
@@ -162,7 +162,7 @@ def _read_reply(body: str) -> Reply:
     content = json.loads(body)
     choice = content["choices"][0]
     message = choice.get("message") or {}
-    text = str(message.get("content") or choice.get("text") or "")
+    text = str(message.get("content") or choice.get("text") or "").rpartition("</think>")[2]
     used = _read_usage(content.get("usage") or {})
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}", used=used)

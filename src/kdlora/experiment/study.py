@@ -248,6 +248,7 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     classes = row_classes(splits.task, splits.train)
     if len(first) < 2:
         raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
+    classes = None if classes is None else classes[first]
     _, drawn = split_rows(len(first), search.validation_fraction, search.seed, classes)
     is_held = np.isin(number, drawn)
     kept, _ = give_back(splits.task, splits.train, np.flatnonzero(~is_held), np.flatnonzero(is_held))
@@ -280,7 +281,6 @@ def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
 
 
 def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:
-    classes = None if classes is None else classes[first]
     """Train a teacher without the held-out rows, unless it was given, and store what it says of the others."""
     prepare_process(config)
     splits, seed = load_held_out(config, search, layout.copies), config.teacher_seed

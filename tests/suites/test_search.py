@@ -29,6 +29,7 @@ from kdlora.experiment.study import (
     grid_of,
     hold_out,
     load_held_out,
+    open_study,
     settings_of,
     train_trial,
 )
@@ -191,6 +192,18 @@ def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, 
     first, second = search.study().trials
     assert (second.params, second.user_attrs["continues"]) == (first.params, 0)
     assert [one.number for one in counted_trials(search.study())] == [1]
+
+
+@pytest.mark.parametrize(("key", "pruned"), [("lora.rank", True), ("student.train.epochs", False)])
+def test_trainings_of_other_lengths_are_not_pruned(tmp_path, key, pruned):
+    """In its first epochs a long training is behind a short one, so the long ones would all be thrown out."""
+    study = open_study(tmp_path, "s", SearchConfig(space={key: [3, 20]}, pruning_startup_trials=1))
+    for score in (80.0, 60.0):
+        trial = study.ask()
+        for epoch in (1, 2):
+            trial.report(score, epoch)
+        assert trial.should_prune() == (pruned and score < 80)
+        study.tell(trial, score)
 
 
 def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path):

@@ -78,7 +78,7 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
     study.pruner = optuna.pruners.NopPruner()
-    if search.pruning:
+    if search.pruning and not any(key.endswith("train.epochs") for key in search.space):
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
     return study
 

@@ -194,6 +194,19 @@ def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, 
     assert [one.number for one in counted_trials(search.study())] == [1]
 
 
+def test_each_trial_is_a_new_point(tmp_path):
+    """Of thirty trials over lists ten repeated another, and taught nothing."""
+    space = {"lora.rank": [2, 4, 8], "lora.alpha": {"low": 1, "high": 5}}
+    settings = SearchConfig(space=space, trials=14, startup_trials=2)
+    studies = [open_study(tmp_path, "s", settings) for _ in range(2)]
+    for place in range(14):
+        trial, lock = ask(studies[place % 2], settings, tmp_path / "trials")
+        studies[place % 2].tell(trial, trial.params["lora.rank"] - trial.params["lora.alpha"])
+        lock.release()
+    assert ask(studies[0], settings, tmp_path / "trials") is None
+    assert len({tuple(sorted(one.params.items())) for one in studies[0].trials}) == 14
+
+
 @pytest.mark.parametrize(("key", "pruned"), [("lora.rank", True), ("student.train.epochs", False)])
 def test_trainings_of_other_lengths_are_not_pruned(tmp_path, key, pruned):
     """In its first epochs a long training is behind a short one, so the long ones would all be thrown out."""

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
+
+
+_DRAWS = 1000
+"""Points drawn at random in search of a new one."""
 
 
 def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
@@ -93,33 +97,50 @@ def _cut_unfinished_line(journal: Path) -> None:
 
 
 def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:
-    """Take the next trial, unless all are done or under way elsewhere.
+    """Take the next trial, at a point that no other has, unless all are done or under way elsewhere.
 
     A trial whose process died is told as failed, and its point is tried again first. A trial holds a lock as long
     as its process lives, so that the dead can be told from the slow.
     """
-    from optuna.samplers import TPESampler
-
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "ask.lock"):
         _revive(study, folder)
-        # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-        seed = int(hash_json([search.seed, len(study.trials)])[:8], 16)
-        study.sampler = TPESampler(n_startup_trials=search.startup_trials, seed=seed)
         grid = grid_of(search)
         counted = counted_trials(study)
         begun = [one for one in counted if one.state.name != "WAITING"]
         if len(begun) >= (search.trials if grid is None else math.prod(map(len, grid.values()))):
             return None
-        if grid is not None and len(begun) == len(counted):
+        if len(begun) == len(counted):  # none waits
             tried = [one.params for one in begun]
-            points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-            random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
-            study.enqueue_trial(next(point for point in points if point not in tried))
+            for point in _draw(study, search, grid):
+                if point not in tried:
+                    break
+            study.enqueue_trial(point)
         trial = study.ask(distributions(search))
         lock = _lock_of(study, trial.number, folder)
         lock.acquire(timeout=0)
         return trial, lock
+
+
+def _draw(study: Study, search: SearchConfig, grid: Mapping[str, list[Any]] | None) -> Iterator[dict[str, Any]]:
+    """Give the points of a grid, else one that the others suggest, and random ones, since that is often one of them."""
+    import optuna
+    from optuna.samplers import RandomSampler, TPESampler
+
+    if grid is not None:
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
+        yield from points
+        return
+    # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
+    seed = int(hash_json([search.seed, len(study.trials)])[:8], 16)
+    first, space = TPESampler(n_startup_trials=search.startup_trials, seed=seed), distributions(search)
+    copy = optuna.create_study(sampler=first, direction="maximize")  # in memory
+    copy.add_trials(study.trials)
+    yield copy.ask(space).params
+    copy.sampler = RandomSampler(seed)
+    for _ in range(_DRAWS):
+        yield copy.ask(space).params
 
 
 def _lock_of(study: Study, number: int, folder: Path) -> FileLock:

@@ -32,6 +32,7 @@ from kdlora.experiment.study import (
     open_study,
     settings_of,
     train_trial,
+    with_settings,
 )
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import ChildDiedError, run_in_child
@@ -163,15 +164,17 @@ def test_processes_share_the_trials_of_an_arm(search_of, tmp_path):
 
 
 def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
-    """A killed trial that counts as running leaves the search a trial short, for ever."""
+    """A killed trial that counts as running leaves the search a trial short, for ever; that it failed is not true."""
     config, settings = search_of(trials=1)
     search = begin_search(config, settings, tmp_path / "s")
     study = search.study()
     dead, lock = ask(study, settings, search.folder / "trials")
     assert ask(study, settings, search.folder / "trials") is None  # alive as long as it holds its lock
     lock.release()
-    assert carry_out_trial(search)[0] == 1
-    assert carry_out_trial(search) is None
+    heard = []
+    result = run_search(config, settings, search.folder, listen=heard.append)
+    assert (result.finished, result.failed, heard[-1].done) == (1, 0, 1)
+    assert [line["trial"] for line in read_rows(search.folder / "trials.csv")] == ["1"]
     trials = search.study().trials
     assert [one.state.name for one in trials] == ["FAIL", "COMPLETE"]
     assert trials[1].params == dead.params
@@ -179,7 +182,10 @@ def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
 
 
 def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, monkeypatch):
-    """The system kills what takes too much memory, perhaps for another's need: the point was lost for good."""
+    """The system kills what takes too much memory, perhaps for another's need: the point was lost for good.
+
+    The same command with less memory began a new study, in which all finished trials were trained again.
+    """
     config, settings = search_of(trials=1)
     search = begin_search(config, settings, tmp_path / "s")
 
@@ -192,6 +198,18 @@ def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, 
     first, second = search.study().trials
     assert (second.params, second.user_attrs["continues"]) == (first.params, 0)
     assert [one.number for one in counted_trials(search.study())] == [1]
+
+    def train(job, *others, **options):
+        done = 50.0, [{"score": 50.0}]
+        return done if job is train_trial else run_in_child(job, *others, **options)
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", train)
+    smaller = with_settings(config, {"student.train.micro_batch_tokens": 4096})
+    result = run_search(smaller, settings, search.folder)
+    assert (result.finished, result.failed, len(list(search.folder.glob("trials/*/.lock")))) == (1, 0, 1)
+    over_memory = SearchConfig(space={"student.train.micro_batch_tokens": [4096, 16384]})
+    searches = [dataclasses.replace(search, config=one, settings=over_memory) for one in (config, smaller)]
+    assert len({one.study().study_name for one in searches}) == 2
 
 
 def test_each_trial_is_a_new_point(tmp_path):

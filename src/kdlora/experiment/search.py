@@ -15,20 +15,22 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
-from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
+from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused, run_identity
 from kdlora.experiment.study import (
     ask,
     check_effect,
     check_space,
+    counted_trials,
     inspect_rows,
     make_teacher,
     open_study,
+    retry_failed,
     settings_of,
     train_trial,
     with_settings,
@@ -65,16 +67,20 @@ class Search:
 
     def study(self) -> Study:
         """Open the study, which all processes share; what makes its trials comparable names it."""
-        values = identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
+        values = self._identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
         own = self.settings.model_copy(update={"arm": self.arm})
         values |= {"search": own.model_dump(mode="json", exclude={"trials", "resources"})}
         return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
     def key(self, config: Config, arm: Arm) -> str:
         """Hash what decides a training's figures."""
-        values: dict[str, Any] = identity(config) | {"arm": arm, "rows": self.rows}
+        values = self._identity(config) | {"arm": arm, "rows": self.rows}
         values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
         return hash_json(values)[:12]
+
+    def _identity(self, config: Config) -> dict[str, Any]:
+        compared = any(key.endswith(ROUNDING_KEYS) for key in self.settings.space)  # for memory and speed
+        return identity(config) if compared else run_identity(config)
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ def run_search(
         >>> found = run_search(config, settings, "runs/search")
     """
     search = begin_search(config, settings, out)
+    retry_failed(search.study(), search.folder / "trials")
     _carry_out_trials(search, on, listen)
     return _end(search)
 
@@ -173,7 +180,7 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
 
     def tell(number: int, detail: Any) -> None:
         if listen is not None:
-            trials = study.get_trials(deepcopy=False)
+            trials = counted_trials(study)
             finished = (one for one in trials if one.state.name == "COMPLETE")  # a pruned one has its last score
             best = max((one.value for one in finished if one.value is not None), default=None)
             ended = sum(one.state.is_finished() for one in trials)
@@ -307,7 +314,7 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
 
 
 def _end(search: Search) -> SearchResult:
-    trials = search.study().get_trials(deepcopy=False)
+    trials = counted_trials(search.study())
     finished, pruned, failed = (
         [one for one in trials if one.state.name == state] for state in ("COMPLETE", "PRUNED", "FAIL")
     )

@@ -149,7 +149,7 @@ def _lock_of(study: Study, number: int, folder: Path) -> FileLock:
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
-    """List the trials that count: all but those whose process died, for they are tried again."""
+    """List the trials that count: all but those for which another stands in."""
     trials = study.get_trials(deepcopy=False)
     dead = {one.user_attrs.get("continues") for one in trials}
     return [one for one in trials if one.number not in dead]
@@ -163,6 +163,15 @@ def _revive(study: Study, folder: Path) -> None:
         with contextlib.suppress(Timeout), _lock_of(study, one.number, folder).acquire(timeout=0):
             study.tell(one.number, state=TrialState.FAIL)
             study.enqueue_trial(one.params, user_attrs={"continues": one.number})
+
+
+def retry_failed(study: Study, folder: Path) -> None:
+    """Let every trial that failed in an earlier call be tried again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "ask.lock"):
+        for one in counted_trials(study):
+            if one.state.name == "FAIL":
+                study.enqueue_trial(one.params, user_attrs={"continues": one.number})
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:

@@ -159,7 +159,7 @@ class Checks:
             pair = [part[: len(labels)] for part in (self.logits, after)]
             interval = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups, offsets=offsets)])
             low, high = interval.low, interval.high
-            unseen, labelled = measure_agreement(self.task, *pair, offsets), len(self.given.texts)
+            unseen, labelled = measure_agreement(self.task, pair[0], pair[1], offsets), len(self.given.texts)
         faults = []
         if gate.largest_difference is not None:
             values = self.task.kind == "regression"

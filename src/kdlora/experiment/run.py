@@ -311,8 +311,9 @@ def _finished(
     left = [run for run in plan_runs(config) if run.key not in found]
     teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
     teaches = any(run.arm in DISTILLED_ARMS for run in left)
-    if teaches and not config.given_teacher and not layout.teacher.exists() and found.pop(teacher.key, None):
+    if teaches and not config.given_teacher and not layout.teacher.exists() and teacher.key in found:
         logger.info("the teacher has no weights and is trained again")
+        del found[teacher.key]
         left.append(teacher)
     if teacher in left and not config.given_teacher:
         refuse_another_teacher(teacher, layout.root)

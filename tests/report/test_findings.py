@@ -10,6 +10,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 import fabricate
 from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
+from kdlora.configfile import build_config
 from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task
 from kdlora.evidence.defer import stated
@@ -17,6 +18,7 @@ from kdlora.evidence.predictions import Predictions, read_examples, read_predict
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.evidence.stats import Difference
+from kdlora.experiment.preview import ExperimentPlan
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
 from kdlora.report.compare import compare
@@ -172,6 +174,19 @@ def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):
     assert f"{above} (thresholds are of kdlora's probabilities, not of these)\n```" in student_card(
         record, decisions=["a threshold"]
     )
+
+
+def test_f1_of_two_classes_is_told_with_its_label(tmp_path):
+    """F1 is of the second label, which is often the frequent one: `unique` after `duplicate`."""
+    task = replace(BINARY, label_names=("duplicate", "unique"), metrics=("f1",))
+    layout = make_experiment(tmp_path / "one", task=task, seeds=(0,))
+    card, report = student_card(read_record(layout.run("kd-lora", 0).record)), make_report(layout.root).markdown
+    config = build_config({"family": "bert", "data": {"train": "train.csv"}})
+    plan = ExperimentPlan(config, task, {}, {"unique": 9}, {"unique": 9}, {}, {}, (), 0.0)
+    for told in (card.split("\n---\n")[1], report, dict(plan.lines())["task"]):
+        bare = told.replace("| recall | F1 |", "").lower().replace("f1 of unique", "")  # a table has both labels
+        assert "F1 of unique" in told
+        assert "f1" not in bare
 
 
 def test_a_class_without_rows_is_no_row_of_zeros():

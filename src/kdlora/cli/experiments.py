@@ -162,7 +162,8 @@ def evaluate(
 
     Example: kdlora evaluate runs/mrpc new-examples.csv
     """
-    from kdlora.experiment.scoring import evaluate_experiment
+    from kdlora.experiment.scoring import evaluate_experiment, open_finished
+    from kdlora.report.wording import of_label
 
     scores = evaluate_experiment(experiment, data, trust_remote_code=trust_remote_code)
     if as_json:
@@ -170,7 +171,9 @@ def evaluate(
         return
     rows = [("examples", *(str(one["examples"]) for one in scores))]
     rows += [("score", *(f"{one['score']:.2f}" for one in scores))]
-    rows += [(name, *(f"{one['metrics'][name]:.4f}" for one in scores)) for name in scores[0]["metrics"]]
+    _, _, task = open_finished(experiment)
+    figures = {of_label(name, task): name for name in scores[0]["metrics"]}
+    rows += [(shown, *(f"{one['metrics'][name]:.4f}" for one in scores)) for shown, name in figures.items()]
     fitted = [f"{label} {value:.4f}" for label, value in scores[0]["thresholds"].items()]
     note = f"By the student's fitted thresholds: {', '.join(fitted)}" if fitted else None
     print_table(("", *(one["model"] for one in scores)), rows, caption=note)

@@ -20,7 +20,7 @@ from kdlora.data.tasks import Task, window_settings
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.recording import count_rows, splits_by_name
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for, tokens_read
-from kdlora.report.wording import metric_title, tell_unknown
+from kdlora.report.wording import metric_title, of_label, tell_unknown
 
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
@@ -80,7 +80,8 @@ class ExperimentPlan:
     def lines(self) -> list[tuple[str, str]]:
         """Give the facts for people: a word, and what there is to say."""
         names = {"copies": "perturbed copies of training texts"}
-        task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
+        task = self.task
+        metrics = " and ".join(metric_title(of_label(name, task)) for name in task.metrics)
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
             metrics += ", because the classes are uneven (task.metric)"
         balanced = "balanced" in (self.config.teacher.train.class_weights, self.config.student.train.class_weights)

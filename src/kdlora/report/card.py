@@ -15,6 +15,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
 from kdlora.foreign import as_code
 from kdlora.report.page import engine
+from kdlora.report.wording import metric_title, of_label
 
 FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""
@@ -66,6 +67,11 @@ def student_card(
 
 def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, Any]:
     config, data = record.config, record.config.get("data", {})
+        "figures": {
+            metric_title(of_label(name, task)): f"{value:.4f}"
+            for name, value in metrics.items()
+            if value is not None and not (task.label_types and ":" in name)
+        },
     base = _hub_id(config.get("student", {}).get("model") or config.get("teacher", {}).get("model"))
     source, (split, metrics) = _hub_id(data.get("path")), _scored(record)
     title = " ".join(record.experiment.split())

@@ -158,7 +158,7 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
     note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
     note += "" if TIME.is_alike(*(one.runs for one in candidates)) else UNLIKE
-    titles = {score_title(one.experiment.task.metrics) for one in candidates}
+    titles = {score_title(one.experiment.task) for one in candidates}
     splits = {one.experiment.split for one in candidates}
     caption = f"Score: {' or '.join(sorted(titles))}, 0 to 100, on {' or '.join(sorted(splits))}"
     return Table(caption, columns, tuple(rows), text_columns=2, note=note)

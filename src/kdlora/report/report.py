@@ -98,7 +98,7 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
 def _provenance(experiment: Experiment) -> list[Block | None]:
     records = [run.record for run in experiment.runs]
     first = records[0]
-    facts = [f"Score: {score_title(experiment.task.metrics)}."]
+    facts = [f"Score: {score_title(experiment.task)}."]
     facts += [f"Rows: {_pairs(first.rows)}."] if first.rows else []
     facts += [f"Teacher: {first.teacher_model}."] if first.teacher_model else []
     facts += [f"Student: {first.student_model}."] if first.student_model else []
@@ -166,7 +166,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         facts |= {"shipped": f"{subject}{verb}", "reason": reason, "distilled": arm in CONTROLS}
     if arm is not None:
         seeds = len(experiment.finished(arm))
-        metric = f"{score_title(experiment.task.metrics)} on {experiment.split}"
+        metric = f"{score_title(experiment.task)} on {experiment.split}"
         facts["scored"] = f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
         facts["kept"] = retention(experiment, arm, taught_by)
         title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
@@ -205,7 +205,7 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
     score, teacher = experiment.score(arm), experiment.score(taught_by)
     kept = retention(experiment, arm, taught_by)
     if kept is None or kept.mean > 100:  # there is nothing to keep of
-        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
+        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task), href)]
     else:
         both = f"{plus_minus(score)} of {plus_minus(teacher)}"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both, href)]

@@ -28,6 +28,7 @@ from kdlora.report.wording import (
     metric_title,
     milliseconds,
     model_title,
+    of_label,
     p_value,
     plus_minus,
     points,
@@ -168,7 +169,7 @@ def _score_table(experiment: Experiment, links: Links) -> Table:
         for group in (("", "matched", "mismatched") if task == "mnli" else ("",))
         for family, scores in published_scores(f"{task}-{group}" if group else task).items()
     ]
-    caption = f"Table 1. Score: {score_title(score)}, 0 to 100, {experiment.split} split"
+    caption = f"Table 1. Score: {score_title(experiment.task)}, 0 to 100, {experiment.split} split"
     return Table(caption, ("", *map(arm_title, arms)), (*rows, *published), note=SEEDS_NOTE)
 
 
@@ -184,7 +185,7 @@ def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
 def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: Links) -> Row:
     """Show one metric of every arm; fractions as per cent, errors as they are."""
     scale, digits, unit = (1, 3, "") if name.startswith(("mse", "mae")) else (100, 1, " (%)")
-    cells = [Cell(f"{metric_title(name)}{unit}")]
+    cells = [Cell(f"{metric_title(of_label(name, experiment.task))}{unit}")]
     for arm in arms:
         runs = experiment.finished(arm)
         values = [scale * value for run in runs if (value := run.metrics(experiment.split).get(name)) is not None]

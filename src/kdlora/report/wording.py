@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from math import floor, inf
 
-from kdlora.data.tasks import METRICS
+from kdlora.data.tasks import METRICS, Task
 from kdlora.evidence.stats import Difference, MeanSd
 
 MINUS = "−"
@@ -55,8 +55,14 @@ def metric_title(name: str) -> str:
     return _METRIC_TITLES.get(base, "") + (f", {group}" if base and group else group)
 
 
-def score_title(metrics: tuple[str, ...]) -> str:
-    names = [metric_title(name) for name in metrics]
+def of_label(name: str, task: Task) -> str:
+    """Add its label to the name of a metric that is of the second of two labels alone."""
+    is_of_second = name in ("f1", "average_precision") and task.kind == "single-label" and task.num_labels == 2
+    return f"{name}:{task.label_names[1]}" if is_of_second else name
+
+
+def score_title(task: Task) -> str:
+    names = [metric_title(of_label(name, task)) for name in task.metrics]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
 
 

@@ -1,5 +1,6 @@
 """A task of tokens through whole experiments: every arm, unlabelled text, copies, tables, and what is said of it."""
 
+import json
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from peft import AutoPeftModelForTokenClassification
 from transformers import AutoModelForTokenClassification
 
-from experiments import copy_experiment, write_lines
+from experiments import copy_experiment, edit_json, write_lines
 from kdlora.configfile import build_config, load_config
 from kdlora.data.load import load_splits
 from kdlora.data.word_tokens import word_offsets
@@ -18,6 +19,7 @@ from kdlora.evidence.metrics import compute_metrics
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment
+from kdlora.experiment.recording import write_card
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.team import _experiment
@@ -106,6 +108,17 @@ def test_what_ships_is_a_token_classifier_and_scores_alike(result, values):
     adapter = result.layout.run("kd-lora", 0).adapter
     AutoPeftModelForTokenClassification.from_pretrained(adapter, num_labels=7)
     assert "AutoModelForTokenClassification" in (adapter / "README.md").read_text()
+
+
+def test_the_pipeline_on_the_card_marks_whole_words(result, config, tmp_path):
+    """Training teaches the first token of a word alone: by every token's own label, names come back in pieces."""
+    layout = ExperimentLayout(copy_experiment(result.folder, tmp_path / "copy"))
+    card, tokenizer = layout.student / "README.md", layout.student / "tokenizer.json"
+    assert 'aggregation_strategy="first")' in card.read_text()
+    edit_json(tokenizer, model=json.loads(tokenizer.read_text())["model"] | {"continuing_subword_prefix": ""})
+    write_card(config, layout)  # as RoBERTa's
+    assert 'aggregation_strategy="simple")' in card.read_text()
+    assert "the pipeline below marks parts of words, too" in card.read_text()
 
 
 def test_each_model_is_measured_at_its_own_length(result, config, monkeypatch):

@@ -319,7 +319,14 @@ def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice:
 def _write_card(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice, folder: Path) -> None:
     base = config.student if config.student.model is not None else config.teacher
     licence = None if base.model is None else read_licence(base.model, base.revision)
-    card = student_card(best, licence, reason=choice.sentence, decisions=decision_sentences(layout))
+    tokenizer = _read(folder / "tokenizer.json").get("model", {})
+    card = student_card(
+        best,
+        licence,
+        reason=choice.sentence,
+        decisions=decision_sentences(layout),
+        joins_words=bool(tokenizer.get("continuing_subword_prefix")),
+    )
     write_text_atomic(folder / "README.md", card)
 
 

@@ -36,8 +36,14 @@ _HUB_METRICS = {
 
 
 def student_card(
-    record: RunRecord, licence: str | None = None, *, reason: str = "", decisions: Sequence[str] = ()
+    record: RunRecord,
+    licence: str | None = None,
+    *,
+    reason: str = "",
+    decisions: Sequence[str] = (),
+    joins_words: bool = False,
 ) -> str:
+    """Write the card; a tokenizer that `joins_words` marks the tokens that continue one."""
     (split, metrics), task = _scored(record), Task.from_dict(record.task)
     facts = {
         "record": record,
@@ -46,6 +52,7 @@ def student_card(
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
         "types": task.label_types,
+        "joins_words": joins_words,
         "windows": task.windows,
         "is_pair": task.is_pair,
         "is_multi": task.kind == "multi-label",
@@ -60,6 +67,11 @@ def student_card(
         "split": split,
         "score": record.test_score if split == "test" else record.score,
         "metrics": metrics,
+        "figures": {
+            metric_title(of_label(name, task)): f"{value:.4f}"
+            for name, value in metrics.items()
+            if value is not None and not (task.label_types and ":" in name)
+        },
         "folder": FOLDER_IN_CARD,
     }
     return f"{engine('md').get_template('card.md').render(facts)}\n"
@@ -67,11 +79,6 @@ def student_card(
 
 def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, Any]:
     config, data = record.config, record.config.get("data", {})
-        "figures": {
-            metric_title(of_label(name, task)): f"{value:.4f}"
-            for name, value in metrics.items()
-            if value is not None and not (task.label_types and ":" in name)
-        },
     base = _hub_id(config.get("student", {}).get("model") or config.get("teacher", {}).get("model"))
     source, (split, metrics) = _hub_id(data.get("path")), _scored(record)
     title = " ".join(record.experiment.split())

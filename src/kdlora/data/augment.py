@@ -45,7 +45,7 @@ _NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
 
 def row_classes(task: Task, rows: Dataset) -> Integers | None:
-    """Give rows' classes, of several labels its rarest one, or that of the rows without any; None without classes."""
+    """Give each row's class, of several labels the rarest, or that of no label; None where there are no classes."""
     if task.kind not in ("single-label", "multi-label"):
         return None
     labels = label_array(rows)

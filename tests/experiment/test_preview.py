@@ -23,6 +23,7 @@ from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import Chosen, ModelLook
 from kdlora.searchconfig import SearchConfig
+from kdlora.system.storage import mark_folder
 from tiny import sentiment_rows, write_csv
 
 OPEN = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
@@ -221,6 +222,7 @@ def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path
     earlier = yaml.safe_load(layout.config.read_text(encoding="utf-8"))
     del earlier["task"]["metric"]  # version 0.2 had no such key, and always took accuracy
     layout.config.write_text(yaml.safe_dump(earlier), encoding="utf-8")
+    mark_folder(layout.root, "experiment")  # nor did it note which keys were open
     with pytest.raises(ArtifactError, match=r"task.metric: 'accuracy' there, 'macro_f1' here"):
         run_experiment(uneven(run=words, task={"metric": "macro_f1"}), layout.root)
     more = run_experiment(uneven(run={"arms": ["words", "student-lora"], "seeds": [0]}), layout.root)

@@ -27,7 +27,7 @@ logits = teacher_logits(teacher, columns, train, task, "teacher-logits", max_len
 train = logits.attach(train)
 
 tokenizer = AutoTokenizer.from_pretrained(STUDENT)
-model = AutoModelForSequenceClassification.from_pretrained(STUDENT, num_labels=2)
+model = AutoModelForSequenceClassification.from_pretrained(STUDENT, id2label=task.id2label, label2id=task.label2id)
 
 
 def encode(batch):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from interruptions import callback, weights
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import AutoConfig, DataCollatorWithPadding, TrainingArguments
 
 from kdlora.config import DistilConfig
+from kdlora.deploy.predict import Classifier
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.losses import TargetScale, distillation_loss
@@ -104,6 +105,18 @@ def test_a_whole_script(make_setup, tmp_path):
     assert {"eval_loss", "eval_accuracy"} <= evaluation.keys()
     predictions = trainer.predict(encoded(setup).remove_columns(["label", "teacher_logits"]))
     assert predictions.predictions.shape == (44, 2)
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "regression"])
+def test_the_saved_model_says_what_its_outputs_mean(make_setup, tmp_path, kind):
+    """A multi-label model without a problem type was taken for one that gives a single label."""
+    setup = make_setup(kind, lora=False, rows=8)
+    setup.model.config.problem_type = None  # as `from_pretrained` leaves it
+    trainer = trainer_for(setup, arguments(tmp_path, max_steps=1))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert Classifier.load(tmp_path / "saved").folder.kind == kind
+    assert AutoConfig.from_pretrained(tmp_path / "saved").problem_type == setup.task.problem_type
 
 
 def test_terms_are_logged_separately(make_setup, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
+from kdlora.data.tasks import PROBLEM_TYPES
 from kdlora.data.windows import Pool
 from kdlora.data.word_tokens import WORDS
 from kdlora.distil.logits import COLUMN, LABELLED
@@ -117,6 +118,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
+        config = getattr(self.model, "config", None)
+        if self.kind != "tokens" and getattr(config, "problem_type", "") is None:  # as transformers' own loss does
+            config.problem_type = PROBLEM_TYPES[self.kind]
         outputs = self._outputs(model, inputs)
         labels, teacher = inputs["labels"], None if self.distil is None else inputs.get(COLUMN)
         if self.distil is not None and teacher is None and model.training:

@@ -339,6 +339,18 @@ def test_json_lines_keep_every_value(tagger, tmp_path):
     assert b"\x07" not in (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_a_notebook_shows_what_is_written(tagger, tmp_path, monkeypatch):
+    """Its output takes text alone, and ended both after some rows; under pythonw there is no input to begin with."""
+    (tmp_path / "in.txt").write_text(TEXTS[0])
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    redact_file(tagger, tmp_path / "in.txt")
+    predict_file(tagger, tmp_path / "in.txt")
+    redacted, predicted = sys.stdout.getvalue().splitlines()
+    assert redacted == redact(TEXTS[0], tagger.predict(TEXTS[0]))
+    assert json.loads(predicted)["id"] == "0"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

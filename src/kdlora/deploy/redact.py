@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.rows import Row, RowReader, cut_windows
-from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing, text_columns
+from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing, standard_output, text_columns
 from kdlora.deploy.tagger import Entity, Tagger
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
 from kdlora.system.storage import atomic_file
@@ -132,7 +131,7 @@ def _check_placeholders(tagger: Tagger, given: Mapping[str, str] | None) -> Mapp
 @contextlib.contextmanager
 def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
     if str(to) == "-":
-        yield sys.stdout.buffer
+        yield standard_output()
         return
     refuse_replacing(source, Path(to))
     with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:

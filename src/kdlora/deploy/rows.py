@@ -73,8 +73,9 @@ class RowReader:
 
     def _text(self) -> Generator[Numbered]:
         with contextlib.ExitStack() as stack:
-            stream: BinaryIO = sys.stdin.buffer
-            if self._path is not None:
+            if self._path is None:
+                stream: BinaryIO = sys.stdin.buffer
+            else:
                 stream = stack.enter_context(self._path.open("rb"))
                 size = max(1, self._path.stat().st_size)
                 self.fraction = lambda: 1.0 if stream.closed else min(1.0, stream.tell() / size)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kdlora.data.lines import Format
 from kdlora.data.tags import Words
@@ -261,6 +261,14 @@ def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
     return "".join(lines).encode(errors="surrogateescape")
 
 
+def standard_output() -> BinaryIO:
+    """Give standard output as it takes bytes; that of a notebook takes text alone."""
+    own = sys.stdout
+    to_text = SimpleNamespace(write=lambda content: own.write(content.decode(errors="replace")), flush=own.flush)
+    found: BinaryIO = getattr(own, "buffer", to_text)
+    return found
+
+
 def refuse_replacing(source: str | Path, to: Path) -> None:
     """Refuse an output in the place of its own input, and of what is no file."""
     if to.exists() and not to.is_file():
@@ -282,8 +290,9 @@ class _Output:
         self.rows, self.errors = self.rows + len(answers), self.errors + errors
 
     def write(self, content: bytes, rows: int, errors: int) -> None:
-        sys.stdout.buffer.write(harmless_json(content.decode()).encode())
-        sys.stdout.buffer.flush()
+        file = standard_output()
+        file.write(harmless_json(content.decode()).encode())
+        file.flush()
 
     def discard(self) -> None:
         """Take back what was written."""

@@ -14,13 +14,17 @@ from kdlora import (
     attach_teacher,
     load_encoder,
     load_splits,
+    merge_student,
     train_student,
     train_teacher,
 )
 from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.windows import WindowSettings
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError
+from kdlora.experiment.scoring import evaluate
+from kdlora.models.encoders import save_encoder
 from kdlora.report.report import make_report
 
 
@@ -106,3 +110,18 @@ def test_a_loaded_student_stays_as_it_is(workshop, splits, tmp_path):
     assert plain[0] == plain[1]
     assert max(entry["learning_rate"] for entry in plain[0]) > StudentTrainConfig().learning_rate  # of a tiny width
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.model.state_dict().items())
+
+
+def test_a_saved_student_reads_long_texts_as_it_was_trained(workshop, splits, tmp_path):
+    """It was read up to the model's limit, without windows, or by what its base had noted."""
+    rows = replace(splits, task=replace(splits.task, windows=WindowSettings(pool="max")))
+    encoder = load_encoder(str(workshop.student), rows.task, seed=0)
+    encoder.model.config.kdlora_task = splits.task.to_dict() | {"text": ["premise", "hypothesis"]}
+    settings = StudentTrainConfig(epochs=1, batch_size=32, max_length=8)
+    trained = train_student(encoder, rows, settings, folder=tmp_path / "training", device="cpu", precision="fp32")
+    merged = merge_student(trained.model)
+    save_encoder(replace(trained.encoder, model=merged), tmp_path / "saved")
+    student = Classifier.load(tmp_path / "saved")
+    assert student.folder.task == rows.task.to_dict()
+    expected = evaluate(merged, encoder.tokenizer, splits.validation, rows.task, max_length=8).logits
+    np.testing.assert_allclose(student.predict_logits(splits.validation["text"][:]), expected, atol=1e-5)

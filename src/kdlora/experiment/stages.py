@@ -329,6 +329,8 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     }
     unseen = _unseen_words(tokens, encoder) if splits.task.kind == "tokens" else {}
     train = tokens["train"]
+    described = {"kdlora_task": splits.task.to_dict(), "kdlora_max_length": train.max_length}
+    encoder.model.config.update(described)  # saved, merged or not, it reads texts as it was trained
     if "unlabelled" in tokens:
         train = join_unlabelled(train, tokens["unlabelled"], splits.task)
     options = replace(

@@ -111,10 +111,13 @@ def test_pairs_are_read_whole_and_outputs_must_be_there(label, tmp_path, make_ex
     assert label(dataset=pairs, folder=tmp_path / "short", max_length=8).truncated == 6
 
 
-def test_ids_are_looked_at_before_the_teacher_reads(label, rows, forwards, tmp_path):
+def test_ids_and_texts_are_looked_at_before_the_teacher_reads(label, rows, forwards, tmp_path):
     """Hours of a teacher that end at its last row, whose folder is stale once the ids are unique."""
     twice = concatenate_datasets([rows, rows.select([0])])
-    for given, told in ((twice, "1 ids occur more than once"), (rows.remove_columns("id"), "no column 'id'")):
+    gap = rows.remove_columns("text").add_column("text", [*rows["text"][:22], None])
+    named = "row '0-22' has no text"
+    faults = ((twice, "1 ids occur more"), (rows.remove_columns("id"), "no column 'id'"), (gap, named))
+    for given, told in (*faults, (gap.select([22, 3]), named)):
         with pytest.raises(DataError, match=told):
             label(dataset=given)
     assert forwards == []

@@ -32,7 +32,7 @@ from kdlora.data.logit_table import (
     write_note,
     write_tables,
 )
-from kdlora.data.spool import TEXTS, doubles, hash_columns, read_column
+from kdlora.data.spool import TEXTS, doubles, hash_columns, read_column, slice_rows, text_columns
 from kdlora.data.tags import go_on
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
@@ -206,6 +206,11 @@ def teacher_logits(
         raise DataError(f"the rows have no column {lacking[0]!r}; they have {', '.join(dataset.column_names)}")
     if doubled := doubles(read_column(dataset, "id")).to_pylist():
         raise DataError(f"{len(doubled)} ids occur more than once, first {doubled[0]!r}; make them unique")
+    for part in slice_rows(dataset, ["id", *text_columns(dataset)]):
+        for name in part.column_names[1:]:
+            if part[name].null_count:
+                first = part["id"].filter(part[name].is_null())[0].as_py()
+                raise DataError(f"row {first!r} has no {name}, it is null; put a text there, or leave the row out")
     processes = current_processes()
     if precision not in DTYPES:  # else as was settled, perhaps on another device
         precision = resolve_precision(precision, device)[0]

@@ -118,7 +118,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if self.kind != "tokens" and getattr(config, "problem_type", "") is None:  # as transformers' own loss does
             config.problem_type = PROBLEM_TYPES[self.kind]
         outputs = self._outputs(model, inputs)

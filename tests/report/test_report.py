@@ -232,6 +232,16 @@ def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
     assert "on the validation split" in arm_table(records).caption
 
 
+def test_copies_that_are_cut_are_not_called_unlabelled_texts(tmp_path):
+    """Who gave no unlabelled texts was told how many of them were cut."""
+    layout = make_experiment(tmp_path / "reviews", arms=("kd-lora",), seeds=(0,))
+    cut = {"train": 8, "unlabelled": 22, "unlabelled (by the teacher)": 31}
+    for rows, name in (({"copies": 9}, "copies"), ({"unlabelled": 5, "copies": 9}, "unlabelled and copies")):
+        edit_record(layout.run("kd-lora", 0).record, truncated=cut, rows={"train": 3600} | rows)
+        told = f"cut at the maximum length: train 8, {name} 22, {name} (by the teacher) 31 ("
+        assert told in _report(layout.root).markdown
+
+
 def test_training_texts_among_those_of_the_headline_are_told(tmp_path):
     """Who is only shown the report believes a score on texts that the model has learnt."""
     layout = make_experiment(tmp_path / "reviews", arms=("fft",), seeds=(0,), test_split=True)

@@ -102,11 +102,12 @@ def _provenance(experiment: Experiment) -> list[Block | None]:
     facts += [f"Rows: {_pairs(first.rows)}."] if first.rows else []
     facts += [f"Teacher: {first.teacher_model}."] if first.teacher_model else []
     facts += [f"Student: {first.student_model}."] if first.student_model else []
+    more = " and ".join(name for name in ("unlabelled", "copies") if name in first.rows) or "unlabelled"
     arms_of: dict[str, list[str]] = {}  # how many texts were cut, arms with the same counts together
     for arm in experiment.arms:
         cut = next((run.record.truncated for run in experiment.finished(arm)), {})
         if any(cut.values()):
-            arms_of.setdefault(_pairs(cut), []).append(arm_title(arm))
+            arms_of.setdefault(_pairs(cut).replace("unlabelled", more), []).append(arm_title(arm))
     facts += [f"Texts cut at the maximum length: {cut} ({', '.join(arms)})." for cut, arms in arms_of.items()]
     for title, part in (("Machine", "machine"), ("Versions", "versions"), ("Code", "git")):
         distinct = list(dict.fromkeys(_pairs(one) for record in records if (one := getattr(record, part))))

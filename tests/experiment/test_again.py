@@ -50,10 +50,10 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     kept = {name for name in before if name.split("/")[0] in ("runs", "teacher", "student", "adapter")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
-    # The remedy of a want of memory was "another config", and so were data that had moved with the folder.
+    # The remedy of a want of memory, or of cores, was "another config"; so were data that had moved with the folder.
     less = {"train": FAST | {"micro_batch_tokens": 64, "gradient_checkpointing": True}}
     data = {"train": shutil.copy(workshop.train, tmp_path), "validation": str(workshop.validation)}
-    changes = {"data": data, "teacher": less, "student": less}
+    changes = {"data": data, "teacher": less, "student": less, "run": ALL["run"] | {"threads": 2}}
     assert run_experiment(workshop.config(ALL | changes), copied.root).records == experiment.records
 
 

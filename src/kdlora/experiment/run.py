@@ -57,7 +57,7 @@ Listener = Callable[[Stage, Any], None]
 
 _FREE_KEYS = {
     *("name", "report.paper", "run.arms", "run.seeds", "run.fail_fast", "run.devices", "run.report_to"),
-    *("run.checkpoint_seconds", "run.keep_checkpoints"),
+    *("run.checkpoint_seconds", "run.keep_checkpoints", "run.threads"),
     *(f"{role}.train.{key}" for role in ("teacher", "student") for key in ROUNDING_KEYS),
     *(f"export.{key}" for key in ExportConfig.model_fields),
     *(f"defer.{key}" for key in DeferConfig.model_fields),

@@ -36,9 +36,9 @@ from kdlora.deploy.folder import Way
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.graph import quiet
 from kdlora.deploy.network import spread
-from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.runtimes import ways_to_run
 from kdlora.models.encoders import save_encoder
+from kdlora.system.environment import default_threads
 
 MAX_LENGTH = 128
 

@@ -203,7 +203,7 @@ class StudentConfig(Section):
     teacher's `head_learning_rate`; everything else is as in `train`."""
     train: StudentTrainConfig = StudentTrainConfig()
     trust_remote_code: bool = False
-    """Let the model's own Python code run. Read that code first."""
+    """Let the tokenizer's own Python code run. Read that code first. A student whose network is such code is refused."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -263,7 +263,7 @@ class RunConfig(Section):
     """Of several GPUs, `auto` gives each run of an experiment or suite one, so that runs go on at the same time; `one`
     uses the first."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads. Default: PyTorch's choice (the physical cores)."""
+    """CPU threads. Default: PyTorch's choice (the physical cores), and no more than a container's CPU limit."""
     fail_fast: bool = False
     """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)

@@ -20,7 +20,6 @@ from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, DataError, ModelError
@@ -68,17 +67,6 @@ def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(plain, t
     assert np.isfinite(together).all()
     alone = np.concatenate([plain.predict_logits([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-4)
-
-
-@pytest.mark.parametrize(("limit", "threads"), [("150000 100000\n", 2), ("max 100000\n", 8), (None, 8)])
-def test_a_container_has_as_many_threads_as_it_may_use(tmp_path, monkeypatch, limit, threads):
-    """64 threads on 2 processors wait for each other, and an answer takes many times as long."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
-    monkeypatch.setattr("kdlora.deploy.onnx_backend._CPU_QUOTA", tmp_path / "cpu.max")
-    if limit is not None:
-        (tmp_path / "cpu.max").write_text(limit)
-    assert default_threads() == threads
 
 
 def test_threads_share_a_classifier(exported):

@@ -1,9 +1,12 @@
 """What a config means: which runs in which order, and what it leaves open settled by rows and widths."""
 
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 
@@ -18,6 +21,8 @@ from kdlora.data.windows import WindowSettings
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import Predictions
+from kdlora.experiment import settle
+from kdlora.experiment.recording import prepare_process
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import measure_latency, unknown_classes
 from kdlora.experiment.settle import (
@@ -26,10 +31,12 @@ from kdlora.experiment.settle import (
     closed,
     decide,
     loaded_models,
+    look_at_models,
     settings_for,
     steps_for_labels,
 )
 from kdlora.models.encoders import load_encoder
+from kdlora.system.environment import default_threads, describe_machine
 
 CONFIG = {
     "data": {"train": "t.csv"},
@@ -111,6 +118,40 @@ def test_only_what_is_null_is_settled():
     assert settings["kd-fft"].learning_rate == config.student.full_learning_rate
     assert settings["kd-fft"].epochs == 7
     assert settings_for(config, "fft") == config.teacher.train
+
+
+def test_the_time_of_a_token_is_that_of_usual_texts(tiny_model_folder, monkeypatch):
+    """Short texts that were padded to the longest made minutes of training hours; so did threads that do not count."""
+    made, clock = [], count()
+    monkeypatch.setattr(settle, "predict_logits", lambda model, tokenizer, tokens, **_: made.append(tokens.dataset))
+    monkeypatch.setattr(settle, "time", SimpleNamespace(process_time=lambda: next(clock) / 100))
+    texts, found = {"text": ["film " * 12] * 90 + ["film " * 48] * 5 + ["film " * 12] * 5}, []
+    for threads in (1, 4):
+        run = {"arms": ["student-lora"], "device": "cpu", "precision": "fp32", "threads": threads}
+        config = build_config(CONFIG | {"student": {"model": str(tiny_model_folder("bert"))}, "run": run})
+        found.append(look_at_models(config, BINARY, texts)["student"])
+    assert [np.unique(one.lengths).tolist() for one in found] == [[14, 50]] * 2
+    assert {len(rows) for rows in made} == {4, 16, 64, 256}
+    assert all(len(rows) * max(rows["length"]) < 1.5 * sum(rows["length"]) for rows in made)
+    assert found[0].seconds == pytest.approx(0.01 / (14 * 256))
+    assert found[1].seconds == pytest.approx(found[0].seconds / 4**0.85)
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("150000 100000\n", 2), ("max 100000\n", 8), (None, 8)])
+def test_a_container_has_as_many_threads_as_it_may_use(tmp_path, monkeypatch, limit, threads):
+    """64 threads on 2 processors wait for each other; an answer, or a training, takes many times as long."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr("kdlora.system.environment._CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", (chosen := []).append)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    assert (default_threads(), describe_machine()["cores"]) == (threads, str(threads))
+    prepare_process(build_config(CONFIG))
+    assert chosen == ([2] if threads == 2 else [])  # a call may change bits, even with the number that there is
+    prepare_process(build_config(CONFIG | {"run": {"threads": 4}}))
+    assert chosen[-1] == 4
 
 
 def test_a_step_has_a_copy_beside_every_row():

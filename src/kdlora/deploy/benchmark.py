@@ -23,12 +23,11 @@ from kdlora.data.tags import Words
 from kdlora.deploy.folder import ModelFolder, Way
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
-from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
-from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
+from kdlora.system.environment import collect_versions, default_threads, describe_machine, forget_peak, read_memory
 
 _WORDS = ("The", "film", "was", "a", "quiet", "and", "moving", "story")
 _DEFAULT_TEXTS = [" ".join((_WORDS * 8)[:length]) for length in (4, 8, 12, 16, 24, 32, 48, 64)] * 16

@@ -5,10 +5,7 @@ A graph names the files of its large weights. Such a name may be absolute, lead 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +18,8 @@ from kdlora.errors import ArtifactError, first_line
 from kdlora.extras import extras_named
 from kdlora.foreign import is_plain_name, leads_out
 from kdlora.models.settings import TOKENIZER_CONFIG
+from kdlora.system.environment import default_threads
 from kdlora.system.integrity import is_sealed_or_old
-
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""A container's limit, processor time and period in microseconds, as "150000 100000"; "max 100000" is none."""
 
 
 class OnnxBackend:
@@ -71,18 +66,6 @@ def open_session(
         ) from None
     session._model_bytes = b""  # kept for a change of providers, which never comes: the whole file a second time
     return session
-
-
-def default_threads() -> int:
-    """Give `OMP_NUM_THREADS`, else one thread a core that this process may use, a container's limit included."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = map(int, _CPU_QUOTA.read_text(encoding="utf-8").split())
-        cores = max(1, min(cores, math.ceil(quota / period)))
-    return cores
 
 
 def recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:

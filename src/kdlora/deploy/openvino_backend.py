@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.onnx_backend import check_hash, default_threads, read_onnx, read_tokenizer, recorded_hashes
+from kdlora.deploy.onnx_backend import check_hash, read_onnx, read_tokenizer, recorded_hashes
 from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.system.environment import default_threads
 
 
 def import_untracked(name: str) -> Any:

@@ -30,10 +30,10 @@ from starlette.requests import ClientDisconnect
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way
 from kdlora.deploy.hub import locate_export
-from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
+from kdlora.system.environment import default_threads
 
 logger = logging.getLogger(__name__)
 

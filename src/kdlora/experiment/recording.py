@@ -39,7 +39,7 @@ from kdlora.report.card import student_card
 from kdlora.report.deferred import decision_sentences
 from kdlora.report.findings import Choice, read_choice
 from kdlora.section import DataConfig
-from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.system.environment import collect_versions, default_threads, describe_machine, git_state
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
 from kdlora.system.storage import atomic_folder, write_json_atomic, write_text_atomic
@@ -94,10 +94,11 @@ def now() -> str:
 
 
 def prepare_process(config: Config) -> None:
-    """Set the threads that the config names, and leave the terminal to the experiment's own progress."""
+    """Set the threads by config or CPU limit, and leave the terminal to the experiment's own progress."""
     disable_progress_bar()
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
+    threads = config.run.threads or default_threads()
+    if config.run.threads is not None or threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from kdlora.errors import ArtifactError, ConfigError, ModelError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
+from kdlora.system.environment import default_threads
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,12 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
                 raise ModelError(
                     f"{encoder.source} (student.model): its {type(encoder.tokenizer).__name__} is Python code, so a "
                     "model trained on it could neither be exported nor predict; choose a student with a tokenizer.json"
+                )
+            if role == "student" and not type(encoder.model).__module__.startswith("transformers."):
+                raise ModelError(
+                    f"{encoder.source} (the student) is Python code of its own, so what is trained of it could neither "
+                    "be exported nor predict. Choose a student that transformers has itself (perhaps this one, without "
+                    "trust_remote_code); as a teacher it may stay"
                 )
             yield role, encoder
             if arm in LORA_ARMS:
@@ -263,32 +270,32 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
 
 
 def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
-    """Time forward passes over texts of all lengths, long enough to tell; on a CPU one thread's own time."""
-    device = resolve_device(config.run.device)
+    """Time forward passes over texts of about mean length, which pad each other little, as those of a step do."""
+    device, windows = resolve_device(config.run.device), window_settings(config.data)
     encoder.model.to(device)
     precision = resolve_precision(config.run.precision, config.run.device)[0]
-    by_length, windows = np.argsort(lengths, kind="stable"), window_settings(config.data)
+    read = tokens_read(lengths, max_length, windows)
+    usual = np.argsort(np.abs(read - read.mean()), kind="stable")[: len(read) // 2 + 1]
     threads, clock = torch.get_num_threads(), time.process_time if device.type == "cpu" else time.perf_counter
 
-    def run(count: int) -> tuple[float, float]:
-        """Give the seconds of a pass over so many texts, and those a token."""
-        rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
+    def run(rows: np.ndarray) -> float:
+        """Give the seconds of a pass over some texts."""
         some = {name: [column[row] for row in rows] for name, column in texts.items()}
-        words = {"starts": [[0]] * count, "ends": [[1]] * count} if encoder.reads_words else {}
+        words = {"starts": [[0]] * len(rows), "ends": [[1]] * len(rows)} if encoder.reads_words else {}
         tokens = tokenise(Dataset.from_dict(some | words), encoder.tokenizer, max_length, windows=windows, quiet=True)
         start = clock()
         predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
-        seconds = clock() - start
-        return seconds, seconds / float(tokens_read(lengths[rows], max_length, windows).sum())
+        return clock() - start
 
-    count = 4
+    rows = np.resize(usual, 4)  # some of them again, where there are fewer
     try:
         torch.set_num_threads(1)
-        run(count)  # the first pass is slower than all others
-        while run(count)[0] < _TIMED_SECONDS and count < 200:
-            count *= 4
-        seconds = min(run(count)[1] for _ in range(3))  # what else the machine does can only lengthen one
-        return seconds / threads**_GAIN if device.type == "cpu" else seconds
+        run(rows)  # the first pass is slower than all others
+        while run(rows) < _TIMED_SECONDS and len(rows) < 200:
+            rows = np.resize(usual, 4 * len(rows))
+        seconds = min(run(rows) for _ in range(3)) / float(read[rows].sum())  # other work can only lengthen one
+        used = config.run.threads or min(threads, default_threads())
+        return seconds / used**_GAIN if device.type == "cpu" else seconds
     finally:
         torch.set_num_threads(threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 _PACKAGES: tuple[str, ...] = ("kdlora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 _PACKAGES += ("safetensors", "numpy", "scikit-learn", "scipy")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's limit, processor time and period in microseconds, as "150000 100000"; "max 100000" is none."""
 
 
 def cache_folder() -> Path:
@@ -33,15 +36,29 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use, a container's limit included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, _CPU_QUOTA.read_text(encoding="utf-8").split())
+        cores = max(1, min(cores, math.ceil(quota / period)))
+    return cores
+
+
+def default_threads() -> int:
+    """Give `OMP_NUM_THREADS`, else a thread for each core that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else usable_cores()
+
+
 def describe_machine() -> dict[str, str]:
     """Describe processor, cores, memory and system, without the host's name."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = "unknown"
     with contextlib.suppress(AttributeError, ValueError, OSError):
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     return {
         "cpu": _processor_name(),
-        "cores": str(cores),  # that this process may run on
+        "cores": str(usable_cores()),
         "memory": memory,
         "os": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import signal
 import threading
 import time
@@ -53,13 +54,18 @@ def test_what_the_server_refused_is_asked_again(asking):
     asking.model.fault = lambda number: "400" if number >= 20 else {3: "refusal", 9: "nonsense"}.get(number)
     done = asking(concurrency=4)
     assert (done.rows, done.unanswered, done.left) == (18, 42, 0)
+    for limit, together in ((None, True), (9999, False)):  # under a limit of tokens, one at a time
+        begun = len((asking.to / "answers.jsonl").read_text())
+        assert asking(concurrency=4, max_tokens=limit).unanswered == 42
+        told = (asking.to / "answers.jsonl").read_text()[begun:]
+        assert bool(re.search(r'(\{"spent":\[1,.*\n){4}', told)) is together
     asking.model.fault = lambda number: None
     done = asking(concurrency=4)
-    assert (done.rows, done.unanswered, done.requests) == (58, 2, 100)
-    assert (asking().resumed, asking.model.number) == (60, 100)
+    assert (done.rows, done.unanswered, done.requests) == (58, 2, 180)
+    assert (asking().resumed, asking.model.number) == (60, 180)
 
     asking.to = asking.folder / "nonsense"  # a folder without any answer begins anew, whatever was wrong
-    asking.model.fault = lambda number: "nonsense" if number < 120 else None
+    asking.model.fault = lambda number: "nonsense" if number < 200 else None
     with pytest.raises(DataError, match="none of the first 20 rows has an answer"):
         asking()
     done = asking()
@@ -172,11 +178,19 @@ def test_a_file_may_be_added_later(asking):
     assert asking(labels=labels).asked.own_labels
     rows = [{"kind": row.pop("label"), **row} for row in sentiment_rows(40, 1)]
     audit = {"labels": labels, "label": "kind", "audit": write_csv(asking.folder / "people.csv", rows)}
+    asking.model.key = "another"
+    wrong = write_csv(asking.folder / "wrong.csv", [*rows, {**rows[0], "id": "new"}])
+    with pytest.raises(ConfigError, match="refuses the key"):  # no row of it was asked about: it binds nothing
+        asking(**audit | {"audit": wrong})
+    assert asking(labels=labels).resumed == 60
+    with pytest.raises(ConfigError, match="refuses the key"):
+        asking(**audit | {"audit": wrong})
+    asking.model.key = None
     done = asking(**audit)
-    assert (done.rows, done.resumed, done.requests, done.audit.rows) == (100, 60, 100, 40)
+    assert (done.rows, done.resumed, done.requests, done.audit.rows) == (100, 60, 102, 40)
     more = asking.folder / "more.txt"
     more.write_text("a superb plot\nan awful ending\n")
-    assert asking(**audit, unlabelled=more).requests == 102
+    assert asking(**audit, unlabelled=more).requests == 104
     assert answered(asking.to).most_common(1)[0][1] == 1
     more.write_text("another text\n")
     for change in ({}, {"unlabelled": more}):  # left out or edited, it is another table

@@ -25,6 +25,8 @@ _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
 REFUSED = "the server refuses it"
 """Begins the reason of a row whose request was an error: it cost no tokens, and the next call asks again."""
+_SPLITS = {"data": b'"split":"train"', "audit": b'"split":"validation"', "unlabelled": b'"split":"unlabelled"'}
+"""How a line of the log shows which file its row is of."""
 _MEANING = {
     "prompts": "a prompt",
     "labels": "the labels, their order or descriptions",
@@ -70,10 +72,11 @@ def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[st
                 f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder"
             )
         before, (files, text, _, *more) = content["ingredients"], ingredients["data"]
-        # Neither a file that is added nor the label column's name, without other labels, changes what was asked.
-        data = [{name: files.get(name) for name in before["data"][0]}, text, before["data"][2], *more]
-        changed = compare(before, {**ingredients, "data": data})
-        if not _forget_unanswered(folder / ANSWERS) and changed:
+        asked = _asked_files(folder / ANSWERS)
+        # Neither a file of no row asked about nor the label column's name, without other labels, changes the answers.
+        kept = {name: files.get(name) if name in asked else old for name, old in before["data"][0].items()}
+        changed = compare(before, {**ingredients, "data": [kept, text, before["data"][2], *more]})
+        if asked and changed:
             named = ", ".join(_MEANING.get(name, name) for name in changed)
             raise ArtifactError(
                 f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this "
@@ -82,19 +85,19 @@ def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[st
     write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
 
 
-def _forget_unanswered(log: Path) -> bool:
-    """Take the rows out of a log without any answer, and leave what was spent; say whether it has none."""
-    lines = []
-    if log.exists():
-        with log.open("rb") as file:
-            for line in file:
-                if b'"probabilities":' in line:
-                    return False
-                if b'"id":' not in line:
-                    lines.append(line)
-        with atomic_file(log) as temporary:
-            temporary.write_bytes(b"".join(lines))
-    return True
+def _asked_files(log: Path) -> set[str]:
+    """Name the files that the rows of a log are of; one without any answer keeps what was spent, and no row."""
+    if not log.exists():
+        return set()
+    with log.open("rb") as lines:
+        if any(b'"probabilities":' in line for line in lines):
+            lines.seek(0)
+            return {name for line in lines for name, split in _SPLITS.items() if split in line}
+        lines.seek(0)
+        spent = [line for line in lines if b'"id":' not in line]
+    with atomic_file(log) as temporary:
+        temporary.write_bytes(b"".join(spent))
+    return set()
 
 
 class Answers:

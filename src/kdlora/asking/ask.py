@@ -104,9 +104,9 @@ class AskPlan:
 def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Progress | None = None) -> AskSummary:
     """Ask a language model for the label of every row, and write its probabilities as a table that teaches.
 
-    Every answer is on disk as it comes: the same call on the folder goes on where a killed one stopped, and asks about
-    no row twice. The folder holds `probabilities.parquet` for `teacher.probabilities`, and, for `data`, `train.parquet`
-    and `unlabelled.parquet` with the rows that have an answer, and `validation.parquet` with those of an audit file.
+    Every answer is on disk as it comes: the same call goes on where a killed one stopped, and asks about no row twice
+    that has an answer. The folder holds `probabilities.parquet` for `teacher.probabilities`, and, for `data`,
+    `train.parquet` and `unlabelled.parquet` with the answered rows, and `validation.parquet` with an audit file's rows.
 
     Args:
         data: CSV, TSV, JSON Lines, Parquet or text file (one text a line), with or without labels.
@@ -294,7 +294,7 @@ class _Asking:
                     return
 
         # One by one: it may all be wrong, and what an answer costs is not known.
-        while not (answers.good and server.answered) and enough and (first := list(islice(pending, 1))):
+        while not server.proven and enough and (first := list(islice(pending, 1))):
             await work(first)
         try:
             async with asyncio.TaskGroup() as group:

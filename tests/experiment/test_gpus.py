@@ -1,5 +1,8 @@
 """Runs of an experiment at the same time, each on a GPU of its own; here on two names that no card has."""
 
+import time
+from types import SimpleNamespace
+
 import experiment_children
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from kdlora.distil.precision import visible_gpus
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment import engines, jobs
 from kdlora.experiment.run import plan_experiment, run_experiment
+from kdlora.system import children
 
 GPUS = ["GPU-first", "GPU-second"]
 
@@ -29,7 +33,7 @@ def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment,
     monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
     monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
     monkeypatch.setattr(jobs, "label_training_rows", experiment_children.label_after_controls)
-    config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1]}})
+    config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1], "device": "auto"}})
     assert "2 GPUs" in dict(plan_experiment(config, tmp_path / "out").lines())["time"]
     result = run_experiment(config, tmp_path / "out")
     assert [(record.arm, record.seed) for record in result.failed] == [("student-lora", 1)]
@@ -72,10 +76,28 @@ def test_gpus_are_named_as_the_caller_shows_them(shown, count, names, monkeypatc
 @pytest.mark.usefixtures("two_gpus")
 def test_runs_are_shared_out_only_where_that_was_meant(workshop, monkeypatch):
     """Processes that train one run together would each start runs on all cards."""
-    config = workshop.config()
+    config = workshop.config({"run": {"device": "auto"}})
     assert engines.gpus_for(config) == GPUS
     assert engines.gpus_for(config, processes=2) == []
-    assert engines.gpus_for(workshop.config({"run": {"devices": "one"}})) == []
+    assert engines.gpus_for(workshop.config({"run": {"device": "auto", "devices": "one"}})) == []
     assert engines.gpus_for(workshop.config({"run": {"device": "cpu"}})) == []
     monkeypatch.setattr(engines, "visible_gpus", lambda: GPUS[:1])
     assert engines.gpus_for(config) == []
+
+
+@pytest.mark.parametrize("full", [GPUS[:1], GPUS])
+def test_a_full_gpu_does_not_take_the_whole_queue(full, caplog):
+    """It fails each run at once and is always the free one; where all fail, no run may be left out."""
+
+    def work(_piece, _listen):
+        gpu = children._own.get().environment["CUDA_VISIBLE_DEVICES"]
+        if gpu not in full:
+            time.sleep(0.05)
+        return SimpleNamespace(error="OutOfMemoryError" if gpu in full else None)
+
+    pieces = iter(range(10))
+    done = list(engines.OnGpus(GPUS).results(work, lambda: next(pieces, None)))
+    assert sorted(piece for piece, _ in done) == list(range(10))
+    if full != GPUS:
+        assert sum(result.error is not None for _, result in done) == 2
+        assert "GPU GPU-first gets no more runs" in caplog.text

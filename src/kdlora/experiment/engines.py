@@ -31,6 +31,8 @@ Work = Callable[[Any, Callable[[Any], None] | None], Any]
 
 KNOCK_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_MOST_FAILURES = 2
+"""Pieces that may fail on a GPU, one after the other, before the others do all that is left."""
 _QUEUED_PER_SLOT = 2
 """Pieces that wait at Ray for each that runs: enough to keep a node busy, few enough to start the best ones next."""
 
@@ -53,6 +55,7 @@ class OnGpus(Here):
 
     def __init__(self, gpus: Sequence[str]) -> None:
         self._children = [Children(CUDA_VISIBLE_DEVICES=gpu) for gpu in gpus]
+        self._failures = dict.fromkeys(self._children, 0)  # in a row, beyond those that all GPUs have in common
 
     def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
         """Do the same at the same time; what a piece raises, and Ctrl-C, interrupts the others, which save."""
@@ -61,9 +64,13 @@ class OnGpus(Here):
         with ThreadPoolExecutor(len(free)) as threads:
             try:
                 while True:
-                    while free and (piece := next_piece()) is not None:
+                    while (
+                        free
+                        and self._failures[children := min(free, key=self._failures.__getitem__)] < _MOST_FAILURES
+                        and (piece := next_piece()) is not None
+                    ):
                         listen = None if hear is None else lambda event, piece=piece: events.put((piece, event))
-                        children = free.pop(0)
+                        free.remove(children)
                         running[threads.submit(children.carry_out, work, piece, listen)] = piece, children
                     if not running:
                         return
@@ -73,7 +80,9 @@ class OnGpus(Here):
                     for future in done:
                         piece, children = running.pop(future)
                         free.append(children)
-                        yield piece, future.result()
+                        result = future.result()
+                        self._count(children, failed=bool(getattr(result, "error", None)))
+                        yield piece, result
             finally:
                 for _, children in running.values():
                     children.interrupted.set()
@@ -82,6 +91,16 @@ class OnGpus(Here):
                 finally:  # a second Ctrl-C cuts short what they save
                     if running:
                         self.close()
+
+    def _count(self, children: Children, *, failed: bool) -> None:
+        """Count failures: a full or broken GPU fails each piece at once, is free again, and takes the whole queue."""
+        self._failures[children] = self._failures[children] + 1 if failed else 0
+        common = min(self._failures.values())  # as of an arm that fails wherever it runs
+        self._failures = {one: count - common for one, count in self._failures.items()}
+        if failed and self._failures[children] == _MOST_FAILURES:
+            gpu = children.environment["CUDA_VISIBLE_DEVICES"]
+            told = "GPU %s gets no more runs while others succeed: the last %d on it failed. Is it full, or broken?"
+            logger.warning(told, gpu, _MOST_FAILURES)
 
     def close(self) -> None:
         for children in self._children:

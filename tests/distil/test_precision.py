@@ -35,6 +35,14 @@ def test_cast_once_equals_cast_every_time(make_model, family):
     assert all(value.dtype == torch.float32 and torch.equal(value, same[name]) for name, value in gradients.items())
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_gpu_does_not_hold_the_weights_twice():
+    """Cast weights kept from batch to batch take 2 bytes a parameter more than a large teacher is said to need."""
+    for device, kept in ((torch.device("cuda"), False), (CPU, True)):
+        with autocast("fp16", device):
+            assert torch.is_autocast_cache_enabled() == kept
+
+
 def test_what_is_not_a_plain_layer_and_what_is_elsewhere_stays(make_model):
     """DoRA divides by the norm of the base weight; a weight that is also an embedding would change the embedding."""
     model = make_model(dora=True)

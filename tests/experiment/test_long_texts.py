@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import edit_json, read_rows
+from experiments import FAST, edit_json, read_rows
 from fabricate import BINARY
 from kdlora.configfile import build_config, load_config
 from kdlora.data.tasks import Task
@@ -190,7 +190,7 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     Served with other padding or without it, a student answers otherwise than in its report.
     """
     llama = tiny_model_folder("llama")
-    teacher = {"model": str(llama), "tuning": "lora", "adapter_learning_rate": 1e-2}
+    teacher = {"model": str(llama), "tuning": "lora", "adapter_learning_rate": 1e-2, "train": FAST | {"max_length": 64}}
     run = {"arms": ["kd-lora", "student-lora"]}
     config = workshop.config({"student": {"model": str(llama)}, "teacher": teacher, "run": run})
     plans = []
@@ -213,13 +213,13 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     np.testing.assert_allclose(answers(layout.teacher, texts), stored.logits, atol=1e-4)
     assert any(name.endswith("teacher/model.safetensors") for name in own["lora"].files)
 
-    # It is measured all the same, and the teacher not scored once more.
+    # It is measured all the same, and the teacher, which reads less than the student, not scored once more.
     asked = []
     monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
     export = config.export.model_copy(update={"formats": ("onnx",), "benchmark": True})
     notes = deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
     assert [note for note in notes if "only encoders are exported to ONNX" in note]
-    assert asked[0]["scores"] == {"teacher": own["lora"].score}
+    assert (asked[0]["max_length"], asked[0]["scores"]) == (None, {"teacher": own["lora"].score})
     with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
         export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))
 

@@ -293,8 +293,10 @@ def _benchmark_student(
     if "teacher" in models and read_model_folder(models["teacher"]).windows != windows:
         del models["teacher"]  # one that was given, and would be read otherwise than here
     models |= exported_files(layout)
-    in_windows = windows is not None or splits.task.kind == "tokens"  # of the length that each model has
-    longest = None if in_windows else closed(config.student.train).max_length
+    longest: int | None = closed(config.student.train).max_length
+    apart = config.teacher.fine_tuned is None and config.teacher.train.max_length != longest
+    if apart or windows is not None or splits.task.kind == "tokens":
+        longest = None  # each model reads as far as it was trained to
     record = layout.run(config.teacher_arm, config.teacher_seed).record
     told = read_record(record) if longest in (None, config.teacher.train.max_length) and record.exists() else None
     score = None if told is None else told.score if splits.test is None else told.test_score

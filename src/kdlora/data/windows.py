@@ -61,6 +61,10 @@ class WindowSettings:
         return np.asarray(np.add.reduceat(logits, starts, axis=0) / numbers[:, None], np.float32)
 
 
+def tokens_read(lengths: npt.NDArray[Any], max_length: int, windows: WindowSettings | None) -> npt.NDArray[Any]:
+    return np.minimum(lengths, max_length) if windows is None else windows.count_tokens(lengths, max_length)
+
+
 def is_window_settings(values: Any) -> bool:
     """Say whether a file has settings of windows where it should, or none."""
     if values is None:

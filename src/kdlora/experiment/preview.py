@@ -17,9 +17,10 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task, window_settings
+from kdlora.data.windows import tokens_read
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.recording import count_rows, splits_by_name
-from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for, tokens_read
+from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for
 from kdlora.report.wording import metric_title, of_label, tell_unknown
 
 FULL, ADAPTERS = 4.0, 3.6

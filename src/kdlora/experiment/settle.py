@@ -24,7 +24,7 @@ from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tasks import Task, find_label, named_weights, window_settings
-from kdlora.data.windows import WindowSettings
+from kdlora.data.windows import tokens_read
 from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import hash_model, predict_logits, read_stored_logits
 from kdlora.distil.logits import TeacherLogits
@@ -276,10 +276,9 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
     precision = resolve_precision(config.run.precision, config.run.device)[0]
     read = tokens_read(lengths, max_length, windows)
     usual = np.argsort(np.abs(read - read.mean()), kind="stable")[: len(read) // 2 + 1]
-    threads, clock = torch.get_num_threads(), time.process_time if device.type == "cpu" else time.perf_counter
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
 
-    def run(rows: np.ndarray) -> float:
-        """Give the seconds of a pass over some texts."""
+    def seconds_of(rows: np.ndarray) -> float:
         some = {name: [column[row] for row in rows] for name, column in texts.items()}
         words = {"starts": [[0]] * len(rows), "ends": [[1]] * len(rows)} if encoder.reads_words else {}
         tokens = tokenise(Dataset.from_dict(some | words), encoder.tokenizer, max_length, windows=windows, quiet=True)
@@ -287,21 +286,16 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
         predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
         return clock() - start
 
-    rows = np.resize(usual, 4)  # some of them again, where there are fewer
+    rows, threads = np.resize(usual, 4), torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        torch.set_num_threads(1)
-        run(rows)  # the first pass is slower than all others
-        while run(rows) < _TIMED_SECONDS and len(rows) < 200:
+        seconds_of(rows)  # the first pass is slower than all others
+        while seconds_of(rows) < _TIMED_SECONDS and len(rows) < 200:
             rows = np.resize(usual, 4 * len(rows))
-        seconds = min(run(rows) for _ in range(3)) / float(read[rows].sum())  # other work can only lengthen one
-        used = config.run.threads or min(threads, default_threads())
-        return seconds / used**_GAIN if device.type == "cpu" else seconds
+        took = min(seconds_of(rows) for _ in range(3)) / float(read[rows].sum())  # other work can only lengthen one
+        return took / (config.run.threads or min(threads, default_threads())) ** _GAIN if device.type == "cpu" else took
     finally:
         torch.set_num_threads(threads)
-
-
-def tokens_read(lengths: np.ndarray, max_length: int, windows: WindowSettings | None) -> np.ndarray:
-    return np.minimum(lengths, max_length) if windows is None else windows.count_tokens(lengths, max_length)
 
 
 @dataclass(frozen=True)

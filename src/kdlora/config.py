@@ -340,7 +340,7 @@ class Config(Section):
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
         if teacher.probabilities is not None and self.distil.loss == "mse":
             yield "teacher.probabilities gives no logits for distil.loss: mse; set distil.loss to kl, or teacher.logits"
-        if self.data.augment and teacher.is_table:
+        if self.data.augment != 0 and teacher.is_table:
             yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
         stride = self.data.window_stride
         for key, longest in (("teacher", teacher.train.max_length), ("student", student.train.max_length)):

@@ -17,7 +17,7 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
-        "data": {"augment": 4},
+        "data": {"augment": None},
         "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3, "select": "auto"}},
         "student": {
             "full_learning_rate": None,
@@ -53,6 +53,11 @@ def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> 
     steps = -(-rows // batch_size)
     for_labels = min(steps_for_labels / steps, most_passes)
     return float(max(1, round(min(max(passes, for_labels, least / steps), most / steps))))
+
+
+def copies_for(rows: int) -> int:
+    """Choose the perturbed copies of each text: fewer of many texts, and no more than a student's passes draw."""
+    return min(int(epochs_for("student", rows, 0, 32)), max(4, min(15, 24_000 // rows)))
 
 
 def full_rate(width: int) -> float:

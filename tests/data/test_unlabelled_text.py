@@ -15,6 +15,7 @@ from kdlora.data import augment
 from kdlora.data.augment import augment_texts, keep_unscored, share_copies
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
+from kdlora.defaults import copies_for, epochs_for
 from kdlora.deploy.predict import most_characters
 from kdlora.errors import ConfigError
 from kdlora.experiment.settle import rows_per_epoch
@@ -148,6 +149,15 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     assert not set(with_copies.unlabelled["text"]) & set(with_copies.validation["text"])
     assert with_copies.unlabelled.column_names == ["id", "text"]
     assert with_copies.train["id"] == plain.train["id"]
+    chosen = {int(name.partition("~")[2]) for name in load(**files, augment=None).unlabelled["id"] if "~" in name}
+    assert chosen == set(range(1, 16))
+
+
+def test_copies_that_no_student_draws_are_not_made():
+    """A teacher would label a million texts of which its student sees a part."""
+    assert [copies_for(rows) for rows in (1, 1_600, 2_700, 6_000, 60_000)] == [15, 15, 8, 4, 4]
+    for rows in (1, 900, 5_000, 80_000, 10**6):
+        assert copies_for(rows) <= epochs_for("student", rows, 0, 32)
 
 
 def test_rare_labels_have_more_copies_where_they_count_alike(csv_file):

@@ -23,6 +23,7 @@ from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import GIVEN, cut_words
+from kdlora.defaults import copies_for
 from kdlora.errors import ConfigError, DataError, listed
 from kdlora.section import Metric
 
@@ -114,12 +115,12 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     return add_copies(splits_read, data.augment, seed=data.split_seed, keep_in=copies_in)
 
 
-def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None = None) -> Splits:
+def add_copies(splits: Splits, copies: int | None, *, seed: int, keep_in: Path | None = None) -> Splits:
     """Put perturbed copies of the training texts beside the unlabelled rows."""
-    if not copies:
+    if copies == 0:
         return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
-    of_rows = share_copies(splits.task, splits.train, copies)
+    of_rows = share_copies(splits.task, splits.train, copies or copies_for(len(splits.train)))
     made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
     note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."

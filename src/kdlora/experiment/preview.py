@@ -18,6 +18,7 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task, window_settings
 from kdlora.data.windows import tokens_read
+from kdlora.defaults import copies_for
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.recording import count_rows, splits_by_name
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for
@@ -168,7 +169,9 @@ def make_plan(
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
         drawn, copies = closed(config.student.train).epochs * _drawn(config, "kd-lora", rows), rows.get("copies", 0)
-        if (enough := math.ceil(drawn / rows["train"])) < config.data.augment:  # a copy is drawn beside every row
+        made = config.data.augment if copies else 0
+        if (enough := math.ceil(drawn / rows["train"])) < (copies_for(rows["train"]) if made is None else made):
+            # A copy is drawn beside every row.
             told = f"The teacher is to label {copies:,} perturbed copies, of which each student draws {drawn:,.0f}"
             notes += (f"{told}; data.augment: {enough} makes fewer.",)
     scored = splits_by_name(splits, scored=True)
@@ -193,7 +196,7 @@ def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: L
         return WORDS_SECONDS * min(rows["train"], MOST_ROWS) * longer
     epochs = closed(settings_for(config, arm)).epochs
     scored = (epochs / processes + 1) * rows.get("validation", 0) + rows.get("test", 0)
-    copied = 2 if config.data.augment and arm in DISTILLED_ARMS else 1  # a copy beside every row
+    copied = 2 if config.data.augment != 0 and arm in DISTILLED_ARMS else 1  # a copy beside every row
     passes = (ADAPTERS if arm in LORA_ARMS else FULL) * epochs * _drawn(config, arm, rows) * copied / processes + scored
     return passes * _row_seconds(config, looks, arm)
 

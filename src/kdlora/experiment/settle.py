@@ -142,7 +142,7 @@ def check_table(config: Config, splits: Splits) -> list[str]:
     if not set(config.run.arms) & DISTILLED_ARMS:
         return []  # it teaches nobody
     collection, table = _collection(config.data.unlabelled), _collection(config.teacher.logits)
-    if collection is not None and config.data.augment:
+    if collection is not None and config.data.augment != 0:
         raise ConfigError(
             "data.augment makes new texts, which the labelled collection in data.unlabelled has no answers for; set "
             "data.augment to 0, or data.unlabelled to the files that were labelled"
@@ -186,7 +186,7 @@ def doubts_of_units(said: np.ndarray, labels: np.ndarray, what: str) -> list[str
 
 
 def labels_unlabelled(config: Config) -> bool:
-    more = config.data.unlabelled is not None or config.data.augment > 0
+    more = config.data.unlabelled is not None or config.data.augment != 0
     return more and _collection(config.data.unlabelled) is None and not config.teacher.is_table
 
 

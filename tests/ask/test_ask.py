@@ -241,6 +241,13 @@ def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
     assert record.score is None
     assert "score on the validation split is not available: " in record.notes[-1]
 
+    # The labels of another training file are no language model's, whatever those beside its table are.
+    told = json.loads((asking.to / "asked.json").read_text())
+    (asking.to / "asked.json").write_text(json.dumps({**told, "own_labels": True}))
+    people = build_config(config | {"data": config["data"] | {"train": str(asking.data)}})
+    for one, own in ((given, True), (people, False)):
+        assert new_record(one, layout, splits, "kd-lora", 0).asked.own_labels is own
+
 
 def test_log_probabilities_of_codes_become_probabilities():
     """Zero would say that the model excludes the label; more than the least that is shown cannot be."""

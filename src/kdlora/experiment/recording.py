@@ -114,7 +114,10 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
     student_name = student.model
     if student_name is None and student.from_teacher_layers is not None:
         student_name = f"{teacher.model}, layers {list(student.from_teacher_layers)}"
-    asked = None if teacher.probabilities is None else Asked.read(Path(teacher.probabilities).parent)
+    folder = Path(teacher.probabilities or "").parent
+    asked = None if teacher.probabilities is None else Asked.read(folder)
+    if asked and Path(config.data.train or "").parent != folder:  # labels from elsewhere are none of the model's
+        asked = dataclasses.replace(asked, own_labels=False)
     table = teacher.logits or teacher.probabilities
     teacher_name = teacher.fine_tuned or (asked.model if asked else table) or teacher.model
     models = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}

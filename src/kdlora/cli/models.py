@@ -198,7 +198,10 @@ def export(
 def benchmark(
     models: Annotated[list[Path], Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
-    threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None,
+    threads: Annotated[
+        int | None,
+        Option(help="CPU threads of each model. Default: one per core, or as many as a container's CPU limit allows."),
+    ] = None,
     plot: Annotated[Path | None, Option(help="With --cascade: image file to draw.")] = None,
     cascade: Annotated[
         bool, Option("--cascade", help="Let the second model answer what the first is unsure about: score and cost.")

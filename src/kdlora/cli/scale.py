@@ -231,7 +231,10 @@ class Serve:
     models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")]
     host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1"
     port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000
-    threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None
+    threads: Annotated[
+        int | None,
+        Option(help="CPU threads of each model. Default: one per core, or as many as a container's CPU limit allows."),
+    ] = None
     runtime: Annotated[Runtime, Option(help="auto: the fastest when kdlora benchmark measured it here.")] = (
         "onnxruntime"
     )

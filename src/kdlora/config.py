@@ -203,7 +203,7 @@ class StudentConfig(Section):
     teacher's `head_learning_rate`; everything else is as in `train`."""
     train: StudentTrainConfig = StudentTrainConfig()
     trust_remote_code: bool = False
-    """Let the tokenizer's own Python code run. Read that code first. A student whose network is such code is refused."""
+    """Let its tokenizer's own Python code run. Read that code first. A model that is such code can only teach."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -12,9 +12,11 @@ from torch import nn
 
 import tiny
 from experiments import edit_json
+from kdlora.configfile import build_config
 from kdlora.data.tasks import match_labels
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
+from kdlora.experiment.settle import look_at_models
 from kdlora.models.encoders import (
     find_layers,
     load_encoder,
@@ -299,3 +301,12 @@ def test_own_code_with_leave_is_loaded_like_any_other(tiny_model_folder, tmp_pat
     assert type(encoder.model).__name__ == "OwnForSequenceClassification"
     assert encoder.fresh == ("classifier",)
     assert torch.equal(encoder.model.classifier.weight, again.model.classifier.weight)
+
+    # As a student it was trained to the end, and then nothing could open it.
+    named = {"model": str(folder), "trust_remote_code": True}
+    config = {"data": {"train": "t.csv"}, "task": {"text": "text", "label": "label"}, "teacher": named}
+    texts = {"text": ["what a film"]}
+    looks = look_at_models(build_config(config | {"run": {"arms": ["fft"]}}), tiny.task(), texts, timed=False)
+    assert set(looks) == {"teacher"}
+    with pytest.raises(ModelError, match=r"its OwnForSequenceClassification is Python.*As a teacher it may stay"):
+        look_at_models(build_config(config | {"student": named}), tiny.task(), texts, timed=False)

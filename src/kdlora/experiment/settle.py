@@ -78,16 +78,13 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
         if arms:
             arm = next((arm for arm in arms if arm in LORA_ARMS), arms[0])
             encoder = load_base(config, arm, 0, task)
-            if role == "student" and not encoder.tokenizer.is_fast:
+            known = type(encoder.model).__module__.startswith("transformers.")
+            if role == "student" and not (known and encoder.tokenizer.is_fast):
+                code = type(encoder.tokenizer if known else encoder.model).__name__
                 raise ModelError(
-                    f"{encoder.source} (student.model): its {type(encoder.tokenizer).__name__} is Python code, so a "
-                    "model trained on it could neither be exported nor predict; choose a student with a tokenizer.json"
-                )
-            if role == "student" and not type(encoder.model).__module__.startswith("transformers."):
-                raise ModelError(
-                    f"{encoder.source} (the student) is Python code of its own, so what is trained of it could neither "
-                    "be exported nor predict. Choose a student that transformers has itself (perhaps this one, without "
-                    "trust_remote_code); as a teacher it may stay"
+                    f"{encoder.source} (student.model): its {code} is Python code, so what is trained of it could "
+                    "neither be exported nor predict; choose a student with a tokenizer.json, and of a class that "
+                    "transformers has (perhaps this one, without trust_remote_code). As a teacher it may stay"
                 )
             yield role, encoder
             if arm in LORA_ARMS:

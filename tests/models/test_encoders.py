@@ -173,7 +173,23 @@ def test_a_decoder_answers_by_the_last_token_of_the_text(tiny_model_folder, tmp_
         assert torch.allclose(model.score(last), alone[0], atol=1e-6)
 
 
-def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path, tiny_model_folder):
+def test_a_tokenizer_may_have_the_token_of_images_beyond_the_table(tiny_model_folder, tmp_path):
+    """Gemma 3 of 270M and 1B share the tokenizer of the larger ones, and were called a wrong pair."""
+    folder = Path(shutil.copytree(tiny_model_folder("llama"), tmp_path / "model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"extra{index}" for index in range(len(tokenizer), rows)])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    encoder = load_encoder(str(folder), THREE_WAY, seed=0)
+    assert len(encoder.tokenizer) == encoder.model.get_input_embeddings().num_embeddings + 1
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="do not belong together"):
+        load_encoder(str(folder), THREE_WAY, seed=0)
+
+
+def test_decoders_that_cannot_answer_are_refused(tmp_path, tiny_model_folder):
     """XLNet reads the last place of a row, which is padding in all rows but the longest."""
     tokenizer = tiny.train_tokenizer("llama")
     config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=32)
@@ -181,6 +197,13 @@ def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path, tiny_mod
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="depends on the padding"):
         load_encoder(str(tmp_path), THREE_WAY, seed=0)
+
+    # A model of texts and images has no width of its own: a traceback after gigabytes of its weights.
+    (tmp_path / "both").mkdir()
+    transformers.Gemma3Config().save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"a 'gemma3' model, which reads more than texts.*Choose such a sibling"):
+        load_encoder(str(tmp_path / "both"), THREE_WAY, seed=0)
 
     # Its head has no bias for the mean of the targets: refused after hours of training, or off by the mean.
     with pytest.raises(ModelError, match=r"no bias.*Choose an encoder for a regression"):

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window", "no_rope_layers")
 """Settings that hold one value per layer: ModernBERT's local and global attention, SmolLM3's positions, …"""
 
+_OF_IMAGES = ["<image_soft_token>"]
+"""What the tokenizer of Gemma 3 has beyond the last row of its models of texts alone."""
+
 
 @dataclass
 class Encoder:
@@ -231,7 +234,7 @@ def _encoder(place: Source, loaded: Loaded) -> Encoder:
     model, fresh = loaded.model, fresh_modules(loaded)
     tokenizer = read_tokenizer(place, of_decoder=is_decoder(model.config))
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))) not in ([], _OF_IMAGES):
         raise ModelError(
             f"the tokenizer of {place.name} has {len(tokenizer)} pieces, but its model has embeddings for {rows}: "
             "they do not belong together. Copy the model's own tokenizer beside the weights"

@@ -157,6 +157,11 @@ def read_config(source: Source) -> PretrainedConfig:
             f"{source.name} is a {config.model_type!r} model, an encoder that a decoder follows; expected one of the "
             "two. It can still teach: write its answers to a table and set teacher.logits or teacher.probabilities"
         )
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, which reads more than texts; expected one of texts "
+            "alone. Choose such a sibling (Qwen3, Gemma 3 of 270M or 1B), or let it answer by `kdlora ask`"
+        )
     return config
 
 

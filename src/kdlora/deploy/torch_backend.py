@@ -29,15 +29,13 @@ class TorchBackend:
                 f"{folder.path}: the checkpoint lacks weights of the classifier ({', '.join(absent[:3])}"
                 f"{', …' if len(absent) > 3 else ''}). Fine-tune it first: their values would be random."
             )
-        self.model, self.tokenizer = loaded.model, loading.load_tokenizer(source)
+        self.model, self.tokenizer = loaded.model, loading.load_tokenizer(source, loaded.model)
         if not self.tokenizer.is_fast:
             name = type(self.tokenizer).__name__
             raise ModelError(f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {name}.")
         # As transformers builds it, which may differ from the folder's own file.
         self.tokenizer_json: str = self.tokenizer.backend_tokenizer.to_str()
-        taken = set(inspect.signature(self.model.forward).parameters)
-        if not loading.takes_types(self.model):
-            taken.discard("token_type_ids")
+        taken = inspect.signature(self.model.forward).parameters
         self.input_names = tuple(name for name in INPUTS if name in self.tokenizer.model_input_names and name in taken)
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:

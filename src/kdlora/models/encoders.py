@@ -24,7 +24,6 @@ from kdlora.models.loading import (
     read_config,
     read_tokenizer,
     read_weights,
-    takes_types,
 )
 
 logger = logging.getLogger(__name__)
@@ -232,7 +231,7 @@ def _start_afresh(loaded: Loaded, seed: int) -> None:
 
 def _encoder(place: Source, loaded: Loaded) -> Encoder:
     model, fresh = loaded.model, fresh_modules(loaded)
-    tokenizer = read_tokenizer(place, of_decoder=is_decoder(model.config))
+    tokenizer = read_tokenizer(place, model)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))) not in ([], _OF_IMAGES):
         raise ModelError(
@@ -247,7 +246,7 @@ def _encoder(place: Source, loaded: Loaded) -> Encoder:
 
 
 def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Make the tokenizer give what the model takes: no longer texts than it has positions, no unknown inputs."""
+    """Make the tokenizer give no longer texts than the model has positions, and the model pad as the tokenizer does."""
     config, decodes = model.config, is_decoder(model.config)
     if config.pad_token_id is None or decodes:  # by it a decoder finds the last token that is none
         config.pad_token_id = tokenizer.pad_token_id
@@ -259,8 +258,6 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
             positions = module.num_embeddings - offset
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or takes_types(model)]
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # of the latter it is saved
 
 
 @torch.inference_mode()

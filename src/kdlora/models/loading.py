@@ -183,12 +183,12 @@ def takes_types(model: PreTrainedModel) -> bool:
     return named and not is_decoder(model.config) and getattr(model.config, "type_vocab_size", 2) >= 2
 
 
-def read_tokenizer(source: Source, *, of_decoder: bool = False) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Read the tokenizer that belongs to a model; that of a decoder, which pads nothing as it generates, may pad."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, model)
     # As everything here pads and cuts: positions count from the text's begin, and it is the begin that is read.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if of_decoder and tokenizer.pad_token_id is None:
+    if is_decoder(model.config) and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
         raise ModelError(
@@ -241,13 +241,23 @@ def load_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model; of token types it gives what the model takes."""
     with _loading_of("tokenizer", source):
         for path in (_find(source, name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)):
             if path is not None:
                 check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
                 refuse_files(values, path)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
+        names, types = list(tokenizer.model_input_names), "token_type_ids"
+        told = types in names or "model_input_names" in tokenizer.init_kwargs or not tokenizer.is_fast
+        # Transformers 5 lost the name for ALBERT, RemBERT and others. BigBird had none, nor what kdlora 0.2 trained.
+        without = model.config.model_type == "big_bird" or hasattr(model.config, "kdlora_task")
+        if not takes_types(model):
+            names = [name for name in names if name != types]
+        elif not (told or without) and 1 in tokenizer.backend_tokenizer.encode("", "").type_ids:
+            names.append(types)
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # of the latter it is saved
     tokenizer.chat_template = None  # a classifier has no use for it, and its parts are saved under names of their own
     if not source.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)

@@ -20,6 +20,8 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment import deployment
+from kdlora.experiment.jobs import refuse_another_teacher
+from kdlora.experiment.plan import PlannedRun
 from kdlora.experiment.run import run_experiment
 from tiny import train_tokenizer, write_csv
 
@@ -97,13 +99,17 @@ def test_a_damaged_artefact_is_made_again(made, layout, name, damage):
 
 def test_a_teacher_that_would_be_another_one_is_refused_before_it_is_trained(made, layout):
     """Hours of a teacher on a GPU ended in students that were refused; the report set old ones beside a new teacher."""
-    for name, damage in (("teacher/model.safetensors", flip_one_bit), ("teacher", shutil.rmtree)):
+    record = layout.run("kd-lora", 0).record
+    told = r"fft-seed0: .*its record or .*runs/fft-seed0\) are gone.* taught kd-lora-seed0\. Put them back, or delete"
+    edit_record(record, machine=read_record(record).machine | {"cores": "64"})
+    refuse_another_teacher(PlannedRun("fft", 0, made.config), layout.root)  # does not: cores decide no bits
+    for name, damage, threads in (("teacher/model.safetensors", flip_one_bit, 2), ("teacher", shutil.rmtree, 1)):
         damage(layout.root / name)
-        edit_record(layout.run("kd-lora", 0).record, versions={"torch": "1.0"})
         before = snapshot(layout.root)
-        with pytest.raises(ArtifactError, match=r"fft-seed0: .* taught kd-lora-seed0\. Put them back, or delete"):
-            run_experiment(made.with_run(arms=("kd-lora", "kd-fft")), layout.root)
+        with pytest.raises(ArtifactError, match=told):
+            run_experiment(made.with_run(arms=("kd-lora", "kd-fft"), threads=threads), layout.root)
         assert snapshot(layout.root) == before
+        edit_record(record, versions={"torch": "1.0"})
     assert not run_experiment(made.config, layout.root).failed  # there is nobody left to teach
 
 

@@ -356,16 +356,20 @@ def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
 def refuse_another_teacher(teacher: PlannedRun, root: Path) -> None:
     """Refuse to train a teacher again that has taught, where it would not be the same to the bit."""
     layout, machine = teacher.layout(root), describe_machine()
-    here = resolve_device(teacher.config.run.device).type, collect_versions(), machine["cpu"], machine["cores"]
-    made = [read_record(path) for path in sorted(layout.runs.glob("*/run.json"))]
-    taught = [one for one in made if one.status == "finished" and one.arm in DISTILLED_ARMS]
-    places = [(one.device, one.versions, one.machine.get("cpu"), one.machine.get("cores")) for one in taught]
-    if any(place != here for place in places):  # as on each GPU, whose name is not that of its type
+    threads = str(teacher.config.run.threads or machine["cores"])
+    here = resolve_device(teacher.config.run.device).type, collect_versions(), machine["cpu"], threads
+    made = [one for path in sorted(layout.runs.glob("*/run.json")) if (one := read_record(path)).status == "finished"]
+    taught = [one for one in made if one.arm in DISTILLED_ARMS]
+    places = []
+    for one in [*taught, *(one for one in made if (one.arm, one.seed) == (teacher.arm, teacher.seed))]:
+        threads = str((one.config.get("run") or {}).get("threads") or one.machine.get("cores"))
+        places.append((one.device, one.versions, one.machine.get("cpu"), threads))
+    if taught and any(place != here for place in places):  # as on each GPU, whose name is not that of its type
         raise ArtifactError(
-            f"{teacher.key}: files of the teacher ({layout.teacher}) are gone or damaged, and trained again here it "
-            "would not be the same to the bit as the one that taught "
-            f"{listed(f'{one.arm}-seed{one.seed}' for one in taught)}. Put them back, or delete the folders of these "
-            f"runs in {layout.runs} to have them trained again"
+            f"{teacher.key}: files of the teacher ({layout.teacher}), its record or its predictions "
+            f"({layout.run(teacher.arm, teacher.seed).root}) are gone or damaged, and trained again here it would not "
+            f"be the same to the bit as the one that taught {listed(f'{one.arm}-seed{one.seed}' for one in taught)}. "
+            f"Put them back, or delete the folders of these runs in {layout.runs} to have them trained again"
         )
 
 

@@ -16,6 +16,7 @@ from experiments import copy_experiment, read_rows
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
+from kdlora.distil.resume import OtherTrainingError
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
@@ -29,6 +30,7 @@ from kdlora.experiment.study import (
     grid_of,
     hold_out,
     load_held_out,
+    make_teacher,
     open_study,
     settings_of,
     train_trial,
@@ -225,10 +227,17 @@ def test_each_trial_is_a_new_point(tmp_path):
     assert len({tuple(sorted(one.params.items())) for one in studies[0].trials}) == 14
 
 
-@pytest.mark.parametrize(("key", "pruned"), [("lora.rank", True), ("student.train.epochs", False)])
-def test_trainings_of_other_lengths_are_not_pruned(tmp_path, key, pruned):
+@pytest.mark.parametrize(
+    ("space", "pruned"),
+    [
+        ({"student.train.batch_size": [8, 32]}, True),  # all have the epochs of the config's own
+        ({"student.train.epochs": [3, 20]}, False),
+        ({"student.model": ["a", "b"], "student.train.batch_size": [8, 32]}, False),
+    ],
+)
+def test_trainings_of_other_lengths_are_not_pruned(tmp_path, space, pruned):
     """In its first epochs a long training is behind a short one, so the long ones would all be thrown out."""
-    study = open_study(tmp_path, "s", SearchConfig(space={key: [3, 20]}, pruning_startup_trials=1))
+    study = open_study(tmp_path, "s", SearchConfig(space=space, pruning_startup_trials=1))
     for score in (80.0, 60.0):
         trial = study.ask()
         for epoch in (1, 2):
@@ -237,11 +246,21 @@ def test_trainings_of_other_lengths_are_not_pruned(tmp_path, key, pruned):
         study.tell(trial, score)
 
 
-def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path):
+def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path, monkeypatch):
     """Half of the rows in half of the steps favours high rates; a teacher that has no answer for copies fails them.
 
-    A learning rate that diverges is a finding, not the end of the night's search.
+    A learning rate that diverges is a finding, not the end of the night's search; nor are checkpoints of a teacher that
+    was begun on another device.
     """
+    refused = []
+
+    def carry_out(job, *others, **options):
+        if job is make_teacher and not refused:
+            refused.append((others[2].runs / "fft-seed0" / "checkpoints").mkdir(parents=True))
+            raise OtherTrainingError("of another device")
+        return run_in_child(job, *others, **options)
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", carry_out)
     teacher = {"train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
     changes = {"run": {"arms": ["kd-lora"]}, "teacher": teacher, "data": {"augment": 1}}
     space = {"student.train.learning_rate": [5e-3, 1e30]}

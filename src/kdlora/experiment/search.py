@@ -308,7 +308,9 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
     layout.root.mkdir(parents=True, exist_ok=True)
     with FileLock(layout.root / ".lock"):  # another process that needs it waits
         if not (layout.root / "done").exists():
-            run_in_child(make_teacher, made, search.settings, layout, on_message=hear)
+            train_afresh(
+                lambda: run_in_child(make_teacher, made, search.settings, layout, on_message=hear), layout.runs
+            )
             write_text_atomic(layout.root / "done", key)
     return layout.teacher
 

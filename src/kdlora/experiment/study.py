@@ -82,7 +82,8 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
     study.pruner = optuna.pruners.NopPruner()
-    if search.pruning and not any(key.endswith("train.epochs") for key in search.space):
+    lengths = ("train.epochs", *(["train.batch_size"] if search.names_models else []))  # else settled once for all
+    if search.pruning and not any(key.endswith(lengths) for key in search.space):
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
     return study
 
@@ -289,7 +290,8 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
     if splits.task.kind in ("multi-label", "tokens") and not (label_array(validation) > 0).any():
         raise DataError(
-            "no held-out row has a label or an entity, so every trial would score 0; raise search.validation_fraction"
+            "no held-out row has a label or an entity, so that a score on them cannot show what a trial has learnt; "
+            "raise search.validation_fraction"
         )
     if unlabelled is not None:
         unlabelled = keep_unscored(unlabelled, [validation])

@@ -49,14 +49,14 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
             splits[split] = available[wanted]
         elif split == "unlabelled" and is_collection(Path(wanted)):
             continue  # it has columns of its own
-        elif data.path is None or Path(wanted).is_file():
+        elif data.path is None or Path(wanted).is_file() or is_saved_dataset(Path(wanted)):
             extra = split == "unlabelled"
             source = _open_any_file(Path(wanted), f"data.{split}", known if extra else None, plain=extra)
             splits[split] = {"": source}
         else:
             raise DataError(
-                f"data.{split}: {wanted!r} is neither a file nor a split of {data.path}; its splits are "
-                f"{', '.join(available)}.{did_you_mean(wanted, available)}"
+                f"data.{split}: {wanted!r} is neither a file, a folder of save_to_disk nor a split of {data.path}; "
+                f"its splits are {', '.join(available)}.{did_you_mean(wanted, available)}"
             )
     if "train" not in splits:
         raise DataError(
@@ -129,9 +129,11 @@ def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool =
     if is_saved_dataset(file):
         source, *others = (splits := open_saved(file)).values()
         if others:
+            trains = key == "data.train"
+            one = file / ("test" if "test" in splits and not trains else next(iter(splits)))
             raise DataError(
-                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one, such as "
-                f"{file / next(iter(splits))}, or train on the whole by data.path (--data)"
+                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one, such as {one}"
+                + (", or train on the whole by data.path (--data)" if trains else "")
             )
         return source
     if file.is_dir():
@@ -199,7 +201,7 @@ def _check_saved(folder: Path) -> None:
     if whole.is_file():
         names = read_json(whole)["splits"]
         parts = [folder / name for name in names if is_plain_name(name)]
-        if not isinstance(names, list) or len(parts) != len(names):
+        if not (names and isinstance(names, list)) or len(parts) != len(names):
             raise DataError(f"{whole}: expected names of folders beside it, got {names!r:.200}; save it again")
     for part in parts:
         files = [file["filename"] for file in read_json(part / "state.json")["_data_files"]]

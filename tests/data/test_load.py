@@ -296,8 +296,12 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     # Parts that were saved one by one had to be written as files first.
     splits = load(train=tmp_path / "saved" / "train", validation=tmp_path / "saved" / "test")
     assert (len(splits.train), labels(splits.validation)) == (20, [1, 1])
+    beside = load(path=tmp_path / "saved", validation=tmp_path / "saved" / "test")
+    assert (len(beside.train), labels(beside.validation)) == (20, [1, 1])
     remedy = f"holds the splits train, test; give the folder of one, such as {tmp_path / 'saved' / 'train'}, or train"
     assert remedy in refused(train=tmp_path / "saved")
+    DatasetDict().save_to_disk(tmp_path / "none")
+    assert "none/dataset_dict.json: expected names of folders beside it" in refused(train=tmp_path / "none")
 
     # Codes in lists are label numbers, not values.
     features = Features({"text": Value("string"), "labels": List(ClassLabel(names=["x", "y", "z"]))})
@@ -407,7 +411,10 @@ def test_a_validation_split_has_labels_where_few_rows_have_any(tmp_path: Path) -
         splits = load(train=train, split_seed=seed)
         assert len(splits.validation) == 21
         assert np.sum(labels(splits.validation), axis=0).tolist() == [2, 1]
-    assert "the validation split holds no labels" in refused(train=train, validation=none)
+    assert "the validation split holds no rows with labels" in refused(train=train, validation=none)
+    every = [{"text": f"new text {row}", "labels": ["a", "b", "c"]} for row in range(20)]
+    few = load(train=write_lines(tmp_path / "c.jsonl", every), validation=write_lines(tmp_path / "d.jsonl", every[:12]))
+    assert "The validation split holds 12 rows with labels; a score on so few says little." in few.notes
 
 
 @given(

@@ -51,8 +51,9 @@ def row_classes(task: Task, rows: Dataset) -> Integers | None:
     labels = label_array(rows)
     if task.kind == "single-label":
         return labels
-    has = np.column_stack([labels, ~labels.any(axis=1)]).astype(bool)
-    return np.asarray(np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1))
+    has = labels.astype(bool)
+    order = np.argsort(has.sum(axis=0), kind="stable")
+    return np.where(has.any(axis=1), order[has[:, order].argmax(axis=1)], has.shape[1])
 
 
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:

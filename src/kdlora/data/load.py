@@ -226,9 +226,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
     kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
-        raise DataError(
-            "no row can be drawn: each has a label that no other has; give more rows per label, or a validation file"
-        )
+        raise DataError("no row can be drawn: each alone has some label; give more rows a label, or a validation file")
     how = "stratified by label" if classes is not None else "at random"
     if classes is not None and (more := len(drawn) - max(1, round(len(train) * data.validation_fraction))) > 0:
         some, every = (len(np.unique(part)) for part in (classes[drawn], classes))
@@ -336,20 +334,20 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[
 
 
 def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
-    """Refuse a validation split on which every model scores 0; note where a score says little."""
+    """Refuse a validation split whose score cannot show what was learnt; note where a score says little."""
     for split, rows in scored.items():
-        labels = label_array(rows)
-        found, more, holds = len(rows), "", f"{len(rows)} rows"
-        if reading.task.kind in ("multi-label", "tokens"):
-            what = "entities" if reading.task.kind == "tokens" else "labels"
-            found, more = int(np.sum(labels % 2 == 1)), f"with {what}"  # an entity has one `B-`, whose tag is odd
-            holds = f"{found or 'no'} {what}"
-        elif reading.task.kind == "regression" and not np.ptp(labels):
-            found, more, holds = 0, "of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
+        labels, found, more = label_array(rows), len(rows), "rows"
+        if reading.task.kind == "multi-label":
+            found, more = int(labels.any(axis=1).sum()), "rows with labels"
+        elif reading.task.kind == "tokens":
+            found, more = int(np.sum(labels % 2 == 1)), "entities"  # each has one `B-`, whose tag is odd
+        holds = f"{found or 'no'} {more}"
+        if reading.task.kind == "regression" and not np.ptp(labels):
+            found, more, holds = 0, "rows of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if not found and split == "validation":
             raise DataError(
-                f"the validation split holds {holds}, so that every model scores 0. Give it rows {more}; where it was "
-                "drawn, raise data.validation_fraction"
+                f"the validation split holds {holds}, so that a score on it cannot show what a model has learnt. Give "
+                f"it {more}; where it was drawn, raise data.validation_fraction"
             )
         if found < _FEW:
             reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import ARMS, FAST, copy_experiment, snapshot
+from experiments import ARMS, FAST, copy_experiment, edit_json, snapshot
 from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.predictions import read_predictions
@@ -16,6 +16,7 @@ from kdlora.experiment import deployment, jobs
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import train_run
 from kdlora.report.shipped import BenchmarkResult
 from kdlora.section import DataConfig
@@ -49,6 +50,12 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     assert after.keys() >= before.keys()
     kept = {name for name in before if name.split("/")[0] in ("runs", "teacher", "student", "adapter")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+    # A note of open keys that was edited, or lacks one of a later version, made another config of the same call.
+    asked = workshop.config(ALL)
+    for noted in (5, {"lora.rank": False}):
+        edit_json(copied.root / MANIFEST, open=noted)
+        experiment_run.check_folder(with_recorded(asked, copied.config), copied, asked)
 
     # The remedy of a want of memory, or of cores, was "another config"; so were data that had moved with the folder.
     less = {"train": FAST | {"micro_batch_tokens": 64, "gradient_checkpointing": True}}

@@ -242,7 +242,7 @@ def _lead(
         finished = _finished(config, layout, facts.fingerprint(config), finished)
         remove_abandoned(layout.root)
         if not layout.config.exists():  # what is left open today may be left open tomorrow
-            is_open = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}
+            is_open = {key: value if value in (None, "auto") else False for key, value in _flatten(asked).items()}
             mark_folder(layout.root, "experiment", open=is_open)
         write_text_atomic(layout.config, save_config(config))
         if plan is not None:
@@ -271,9 +271,10 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     if not layout.config.exists():
         return
     there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
-    if asked is not None and (open_then := (read_manifest(layout.root) or {}).get("open")) is not None:
+    open_then = (read_manifest(layout.root) or {}).get("open")  # an earlier version noted none, or fewer keys
+    if asked is not None and isinstance(open_then, dict):
         open_now = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}
-        here |= {key: value for key, value in open_now.items() if open_then.get(key, 0) != value}
+        here |= {key: value for key, value in open_now.items() if open_then.get(key, value) != value}
     data = [f"{section}.{key}" for section, key in PATH_KEYS if section == "data"]
     # Files may lie elsewhere now: finished runs carry a fingerprint of their rows.
     moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}

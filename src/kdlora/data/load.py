@@ -226,7 +226,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
     kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
-        raise DataError("no row can be drawn: each alone has some label; give more rows a label, or a validation file")
+        raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
     how = "stratified by label" if classes is not None else "at random"
     if classes is not None and (more := len(drawn) - max(1, round(len(train) * data.validation_fraction))) > 0:
         some, every = (len(np.unique(part)) for part in (classes[drawn], classes))

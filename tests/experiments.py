@@ -38,7 +38,7 @@ class Workshop:
             "data": {"train": str(self.train), "validation": str(self.validation)},
             "teacher": {"model": str(self.teacher), "train": FAST},
             "student": {"model": str(self.student), "train": FAST},
-            "run": {"arms": ["student-lora"], "seeds": [0], "precision": "fp32", "threads": 1},
+            "run": {"arms": ["student-lora"], "seeds": [0], "precision": "fp32", "device": "cpu", "threads": 1},
             "export": {"formats": [], "benchmark": False},
         }
         for section, content in (changes or {}).items():

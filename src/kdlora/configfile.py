@@ -253,9 +253,10 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
         candidate = Path(os.path.realpath(base / expand_home(value)))  # `resolve` fails at a link to itself
         if key in ("path", "model", "fine_tuned"):
             is_path = value.startswith(("/", "./", "../", "~")) or candidate.exists()
-        else:  # with data.path these are split names, unless a file is meant, or the folder of a labelled collection
+        else:  # with data.path these are split names, unless a file is meant, or a folder of rows
             is_name = section == "data" and has_source
-            is_path = not is_name or candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
+            marks = (COLLECTION_MANIFEST, "state.json", "dataset_dict.json")  # of `kdlora label`, and of save_to_disk
+            is_path = not is_name or candidate.is_file() or any((candidate / mark).is_file() for mark in marks)
         part[key] = str(candidate) if is_path else value
     return resolved
 

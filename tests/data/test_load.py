@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from loading import TEXTS, WORDS, labels, load, refused
 
 from experiments import write_lines
+from kdlora.configfile import absolute_paths
 from kdlora.data.load import load_examples, split_rows
 from kdlora.data.tasks import Task, find_joined, match_labels
 from kdlora.errors import ConfigError, DataError
@@ -300,6 +301,13 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     assert (len(beside.train), labels(beside.validation)) == (20, [1, 1])
     remedy = f"holds the splits train, test; give the folder of one, such as {tmp_path / 'saved' / 'train'}, or train"
     assert remedy in refused(train=tmp_path / "saved")
+    parts = DatasetDict({"train": emotions, "test": emotions, "validation": emotions})
+    parts.save_to_disk(tmp_path / "parts")  # whoever is told the test split selects on test rows
+    assert f"such as {tmp_path / 'parts' / 'validation'}, or" in refused(
+        path=tmp_path / "saved", validation=tmp_path / "parts"
+    )
+    values = {"data": {"path": "x/y", "test": "saved/test"}}
+    assert absolute_paths(values, tmp_path, has_source=True)["data"]["test"] == str(tmp_path / "saved" / "test")
     DatasetDict().save_to_disk(tmp_path / "none")
     assert "none/dataset_dict.json: expected names of folders beside it" in refused(train=tmp_path / "none")
 

@@ -1,6 +1,7 @@
 """The same command again, another command on the same folder, and what goes wrong on the way."""
 
 import importlib
+import json
 import shutil
 
 import numpy as np
@@ -56,6 +57,13 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     for noted in (5, {"lora.rank": False}):
         edit_json(copied.root / MANIFEST, open=noted)
         experiment_run.check_folder(with_recorded(asked, copied.config), copied, asked)
+
+    # Folders that were begun when four copies were the default go on with four.
+    (copied.root / MANIFEST).write_text(json.dumps({"made_by": "kdlora", "kind": "experiment"}))
+    opened = asked.model_copy(update={"data": asked.data.model_copy(update={"augment": None})})
+    settled = with_recorded(opened, copied.config)
+    assert settled.data.augment == asked.data.augment is not None
+    experiment_run.check_folder(settled, copied, opened)
 
     # The remedy of a want of memory, or of cores, was "another config"; so were data that had moved with the folder.
     less = {"train": FAST | {"micro_batch_tokens": 64, "gradient_checkpointing": True}}

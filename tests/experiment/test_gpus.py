@@ -101,3 +101,16 @@ def test_a_full_gpu_does_not_take_the_whole_queue(full, caplog):
     if full != GPUS:
         assert sum(result.error is not None for _, result in done) == 2
         assert "GPU GPU-first gets no more runs" in caplog.text
+
+
+def test_an_arm_that_fails_leaves_its_gpu_in_use():
+    """Two seeds of an arm that no card can hold took a good card out of the rest of the night."""
+
+    def work(piece, _listen):
+        time.sleep(0.0 if piece.arm == "fft" else 0.3)
+        gpu = children._own.get().environment["CUDA_VISIBLE_DEVICES"]
+        return SimpleNamespace(error="OutOfMemoryError" if piece.arm == "fft" else None, gpu=gpu)
+
+    pieces = iter([SimpleNamespace(arm=arm) for arm in ("fft", "kd-lora", "fft", "kd-lora", "kd-lora", "kd-lora")])
+    done = engines.OnGpus(GPUS).results(work, lambda: next(pieces, None))
+    assert {result.gpu for piece, result in done if piece.arm == "kd-lora"} == set(GPUS)

@@ -129,11 +129,11 @@ def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool =
     if is_saved_dataset(file):
         source, *others = (splits := open_saved(file)).values()
         if others:
-            trains = key == "data.train"
-            one = file / ("test" if "test" in splits and not trains else next(iter(splits)))
+            own = {"data.validation": "validation", "data.test": "test", "the data file": "test"}.get(key)
+            one = file / (own if own in splits else next(iter(splits)))
             raise DataError(
                 f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one, such as {one}"
-                + (", or train on the whole by data.path (--data)" if trains else "")
+                + (", or train on the whole by data.path (--data)" if key.startswith("data.") else "")
             )
         return source
     if file.is_dir():

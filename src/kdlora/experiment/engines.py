@@ -56,6 +56,7 @@ class OnGpus(Here):
     def __init__(self, gpus: Sequence[str]) -> None:
         self._children = [Children(CUDA_VISIBLE_DEVICES=gpu) for gpu in gpus]
         self._failures = dict.fromkeys(self._children, 0)  # in a row, beyond those that all GPUs have in common
+        self._failed = dict[Children, Any]()  # the arm that failed last on each
 
     def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
         """Do the same at the same time; what a piece raises, and Ctrl-C, interrupts the others, which save."""
@@ -81,7 +82,7 @@ class OnGpus(Here):
                         piece, children = running.pop(future)
                         free.append(children)
                         result = future.result()
-                        self._count(children, failed=bool(getattr(result, "error", None)))
+                        self._count(children, getattr(piece, "arm", None), failed=bool(getattr(result, "error", None)))
                         yield piece, result
             finally:
                 for _, children in running.values():
@@ -92,9 +93,13 @@ class OnGpus(Here):
                     if running:
                         self.close()
 
-    def _count(self, children: Children, *, failed: bool) -> None:
+    def _count(self, children: Children, arm: Any, *, failed: bool) -> None:
         """Count failures: a full or broken GPU fails each piece at once, is free again, and takes the whole queue."""
         self._failures[children] = self._failures[children] + 1 if failed else 0
+        if failed:
+            self._failed[children] = arm
+        for one in [] if failed else [one for one, last in self._failed.items() if last != arm]:
+            self._failures[one] = min(self._failures[one], _MOST_FAILURES - 1)  # that arm may be at fault: one more try
         common = min(self._failures.values())  # as of an arm that fails wherever it runs
         self._failures = {one: count - common for one, count in self._failures.items()}
         if failed and self._failures[children] == _MOST_FAILURES:

@@ -369,7 +369,10 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     if not recorded.exists():
         return config
     there = load_config(recorded)
-    update: dict[str, Any] = {"task": _fill(config.task, None, metric=there.task.metric)}
+    update: dict[str, Any] = {
+        "task": _fill(config.task, None, metric=there.task.metric),
+        "data": _fill(config.data, None, augment=there.data.augment),
+    }
     for role in ("teacher", "student"):
         here, old = getattr(config, role), getattr(there, role)
         train = _fill(here.train, None, **{key: getattr(old.train, key) for key in OPEN})

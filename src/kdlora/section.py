@@ -174,8 +174,8 @@ class ExportConfig(Section):
     formats: tuple[Literal["onnx", "onnx-int8", "openvino"], ...] = ("onnx", "onnx-int8")
     """Files in `student-onnx/`: fp32, dynamic int8, and static int8 for OpenVINO. An empty list exports nothing."""
     max_metric_drop: float = Field(default=0.5, ge=0.0)
-    """Points of the score that int8 may lose beside one row (of tokens: or an entity's share), unless this is 0. If it
-    loses more, it is not kept."""
+    """Points of the score that int8 may lose beside one row, unless this is 0; for values these or a row's share, for
+    tokens these or an entity's. If it loses more, it is not kept."""
     min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
     """Share of predictions that must be the same in int8 and fp32. One may differ, unless this is 1."""
     min_recall: dict[str, Share] = Field(default_factory=dict)

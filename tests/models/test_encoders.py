@@ -15,6 +15,7 @@ from experiments import edit_json
 from kdlora.configfile import build_config
 from kdlora.data.tasks import match_labels
 from kdlora.deploy.predict import Classifier
+from kdlora.distil.inference import hash_tokenizer
 from kdlora.errors import ModelError
 from kdlora.experiment.settle import look_at_models
 from kdlora.models.encoders import (
@@ -145,12 +146,19 @@ def test_what_is_saved_takes_what_the_model_takes(tiny_model_folder, tmp_path, f
     assert saved.model_input_names == encoder.tokenizer.model_input_names == names
     assert saved.truncation_side == "right"
     (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(settings | kind))
+    edit_json(tmp_path / "saved" / "config.json", transformers_version="4.57.1")
     encoder.model.eval()
     for pair in (("the film was a story", "a story"), ("the film was " + "a story " * 60, "a story")):
         with torch.no_grad():
             expected = encoder.model(**encoder.tokenizer(*pair, truncation=True, return_tensors="pt")).logits
         found = Classifier.load(tmp_path / "saved").predict_logits([pair])
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+    # What transformers 5 tuned did not see them, and stored logits of it are another tokenizer's.
+    known, _ = load_fine_tuned(str(tmp_path / "saved"), tiny.task())
+    edit_json(tmp_path / "saved" / "config.json", transformers_version="5.0.0")
+    later, _ = load_fine_tuned(str(tmp_path / "saved"), tiny.task())
+    assert "token_type_ids" not in later.tokenizer.model_input_names
+    assert (hash_tokenizer(known.tokenizer) != hash_tokenizer(later.tokenizer)) == (family == "bert")
     # What kdlora 0.2 trained did not see them, and said nothing of it.
     edit_json(tmp_path / "saved" / "config.json", kdlora_task=tiny.task().to_dict())
     old, _ = load_fine_tuned(str(tmp_path / "saved"), tiny.task())

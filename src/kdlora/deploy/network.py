@@ -100,8 +100,8 @@ class Network:
             runtime: what runs the files of an export; `auto` takes runtime and precision that were the fastest when
                 `kdlora benchmark` measured the export on this host, and ONNX Runtime where it did not.
             batch_size: with `auto`, how many texts will be predicted at once.
-            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
-                process-wide.
+            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core, within a container's CPU
+                limit. With PyTorch this is process-wide, and by default PyTorch's own choice.
             max_length: cut texts to that many tokens; where long texts are read in windows, as by a tagger, tokens of
                 a window. By default what the folder says.
             verify: compare every file of an export that decides an answer with the hash that the export recorded.

@@ -158,8 +158,13 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         vocabulary = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
         return hash_json({**vocabulary, "special": tokenizer.special_tokens_map})
-    content = json.loads(backend.to_str())
-    return hash_json({name: value for name, value in content.items() if name not in ("truncation", "padding")})
+    content = {
+        key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
+    }
+    names = tokenizer.model_input_names
+    if names[-1] == "token_type_ids" and names[-1] not in type(tokenizer).model_input_names:
+        content["inputs"] = names  # `load_tokenizer` gave them back: a pair has another answer
+    return hash_json(content)
 
 
 def teacher_logits(

@@ -160,7 +160,7 @@ def read_config(source: Source) -> PretrainedConfig:
     if config.get_text_config() is not config:
         raise ModelError(
             f"{source.name} is a {config.model_type!r} model, which reads more than texts; expected one of texts "
-            "alone. Choose such a sibling (Qwen3, Gemma 3 of 270M or 1B), or let it answer by `kdlora ask`"
+            f"alone. Choose {'an encoder' if words else 'such a sibling (Qwen3, Gemma 3 of 270M or 1B)'}"
         )
     return config
 
@@ -253,6 +253,8 @@ def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
         told = types in names or "model_input_names" in tokenizer.init_kwargs or not tokenizer.is_fast
         # Transformers 5 lost the name for ALBERT, RemBERT and others. BigBird had none, nor what kdlora 0.2 trained.
         without = model.config.model_type == "big_bird" or hasattr(model.config, "kdlora_task")
+        tuned = any(name.endswith("Classification") for name in model.config.architectures or ())
+        without |= tuned and str(model.config.transformers_version).startswith("5.")  # nor what was tuned by that one
         if not takes_types(model):
             names = [name for name in names if name != types]
         elif not (told or without) and 1 in tokenizer.backend_tokenizer.encode("", "").type_ids:

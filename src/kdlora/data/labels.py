@@ -236,7 +236,7 @@ def infer_columns(source: Source, what: Literal["text", "label"], known: Contain
     left = [column for column in source.columns if column not in known]
     if what == "label" and not found and [column.casefold() for column in left] == ["score"]:
         return tuple(left)
-    key, columns = f"task.{what}", ", ".join(map(repr, source.columns))
+    key, columns = f"task.{what} (--{what})", ", ".join(map(repr, source.columns))
     if not found:
         tag = source.columns[-1]
         tagged = tag == OUTSIDE or tag in parse_tags([tag])

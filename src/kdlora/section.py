@@ -176,7 +176,7 @@ class ExportConfig(Section):
     max_metric_drop: float = Field(default=0.5, ge=0.0)
     """Points of the score that int8 may lose beside one row, unless this is 0; for values these or a row's share, for
     tokens these or an entity's. If it loses more, it is not kept."""
-    min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
+    min_agreement: float = Field(default=0.97, ge=0.0, le=1.0)
     """Share of predictions that must be the same in int8 and fp32. One may differ, unless this is 1."""
     min_recall: dict[str, Share] = Field(default_factory=dict)
     """Least share of the entities of a type that every file must find on the validation rows, such as {EMAIL: 0.99}.

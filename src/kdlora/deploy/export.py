@@ -83,7 +83,7 @@ def export_onnx(
     formats: Sequence[Format] = ("onnx", "onnx-int8"),
     max_length: int | None = None,
     max_metric_drop: float = 0.5,
-    min_agreement: float = 0.99,
+    min_agreement: float = 0.97,
     min_recall: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:

@@ -61,8 +61,7 @@ def benchmark(
         texts: what to classify; by default made-up texts of 4 to 64 words, or pairs of them. All are scored, which
             needs labels and their task; a slow model limits how many are timed, the same for all.
         max_length: longest input in tokens, for all models; by default each model's own.
-        threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use, within a
-            container's CPU limit.
+        threads: of each model; by default `OMP_NUM_THREADS`, else one a core, within a container's CPU limit.
         rounds: interleaved rounds.
         batch_sizes: tried for the best throughput.
         scores: name to score on these texts, 0..100, of models that need not be scored again.

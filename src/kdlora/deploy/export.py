@@ -103,10 +103,8 @@ def export_onnx(
         more_texts: training texts, compared too where there are fewer than 2,000 validation texts.
         formats: which files to keep.
         max_length: longest input in tokens, recorded for prediction; by default what the tokenizer says.
-        max_metric_drop: points of the score that int8 may lose beside one row, unless this is 0; for values these or a
-            row's share, for tokens these or an entity's.
-        min_agreement: least share of equal predictions of int8 (of texts, of words or of given labels), 0..1; one may
-            differ, unless this is 1.
+        max_metric_drop: points of the score that int8 may lose; as `export.max_metric_drop`.
+        min_agreement: least share, 0..1, of equal predictions (texts, words or given labels), or all but one; 1: all.
         min_recall: least share, 0..1, of the entities of a type that every file must find on the labelled texts.
         progress: called with a short sentence at each step.
 

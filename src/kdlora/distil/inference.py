@@ -167,6 +167,19 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hash_json(content)
 
 
+def _check_rows(dataset: Dataset) -> None:
+    """Refuse rows without a text or with an id that occurs twice before the teacher reads any."""
+    if lacking := [name for name in ("id", TEXTS[0]) if name not in dataset.column_names]:
+        raise DataError(f"the rows have no column {lacking[0]!r}; they have {', '.join(dataset.column_names)}")
+    if doubled := doubles(read_column(dataset, "id")).to_pylist():
+        raise DataError(f"{len(doubled)} ids occur more than once, first {doubled[0]!r}; make them unique")
+    for part in slice_rows(dataset, ["id", *text_columns(dataset)]):
+        for name in part.column_names[1:]:
+            if part[name].null_count:
+                first = part["id"].filter(part[name].is_null())[0].as_py()
+                raise DataError(f"row {first!r} has no {name}, it is null; put a text there, or leave the row out")
+
+
 def teacher_logits(
     encoder: Encoder,
     columns: Sequence[int],
@@ -207,15 +220,7 @@ def teacher_logits(
     Examples:
         >>> said = teacher_logits(encoder, columns, splits.train, splits.task, "work/logits", max_length=64)
     """
-    if lacking := [name for name in ("id", TEXTS[0]) if name not in dataset.column_names]:
-        raise DataError(f"the rows have no column {lacking[0]!r}; they have {', '.join(dataset.column_names)}")
-    if doubled := doubles(read_column(dataset, "id")).to_pylist():
-        raise DataError(f"{len(doubled)} ids occur more than once, first {doubled[0]!r}; make them unique")
-    for part in slice_rows(dataset, ["id", *text_columns(dataset)]):
-        for name in part.column_names[1:]:
-            if part[name].null_count:
-                first = part["id"].filter(part[name].is_null())[0].as_py()
-                raise DataError(f"row {first!r} has no {name}, it is null; put a text there, or leave the row out")
+    _check_rows(dataset)
     processes = current_processes()
     if precision not in DTYPES:  # else as was settled, perhaps on another device
         precision = resolve_precision(precision, device)[0]

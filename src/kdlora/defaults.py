@@ -55,8 +55,10 @@ def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> 
     return float(max(1, round(min(max(passes, for_labels, least / steps), most / steps))))
 
 
-def copies_for(rows: int) -> int:
-    """Choose the perturbed copies of each text: fewer of many texts, and no more than a student's passes draw."""
+def copies_for(asked: int | None, rows: int) -> int:
+    """Choose open copies of each text: fewer of many texts, and no more than the passes of a student draw."""
+    if asked is not None:
+        return asked
     return min(int(epochs_for("student", rows, 0, 32)), max(4, min(15, 24_000 // rows)))
 
 

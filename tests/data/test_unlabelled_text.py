@@ -156,9 +156,9 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
 
 def test_copies_that_no_student_draws_are_not_made():
     """A teacher would label a million texts of which its student sees a part."""
-    assert [copies_for(rows) for rows in (1, 1_600, 2_700, 6_000, 60_000)] == [15, 15, 8, 4, 4]
+    assert [copies_for(None, rows) for rows in (1, 1_600, 2_700, 6_000, 60_000)] == [15, 15, 8, 4, 4]
     for rows in (1, 900, 5_000, 80_000, 10**6):
-        assert copies_for(rows) <= epochs_for("student", rows, 0, 32)
+        assert copies_for(None, rows) <= epochs_for("student", rows, 0, 32)
 
 
 def test_rare_labels_have_more_copies_where_they_count_alike(csv_file, monkeypatch):

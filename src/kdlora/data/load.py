@@ -117,10 +117,10 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
 
 def add_copies(splits: Splits, copies: int | None, *, seed: int, keep_in: Path | None = None) -> Splits:
     """Put perturbed copies of the training texts beside the unlabelled rows."""
-    if copies == 0:
+    if not (each := copies_for(copies, len(splits.train))):
         return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
-    of_rows = share_copies(splits.task, splits.train, copies or copies_for(len(splits.train)))
+    of_rows = share_copies(splits.task, splits.train, each)
     made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
     note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."

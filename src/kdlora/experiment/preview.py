@@ -169,9 +169,8 @@ def make_plan(
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
         drawn, copies = closed(config.student.train).epochs * _drawn(config, "kd-lora", rows), rows.get("copies", 0)
-        made = config.data.augment if copies else 0
-        if (enough := math.ceil(drawn / rows["train"])) < (copies_for(rows["train"]) if made is None else made):
-            # A copy is drawn beside every row.
+        enough = math.ceil(drawn / rows["train"])  # a copy is drawn beside every row
+        if copies and enough < copies_for(config.data.augment, rows["train"]):
             told = f"The teacher is to label {copies:,} perturbed copies, of which each student draws {drawn:,.0f}"
             notes += (f"{told}; data.augment: {enough} makes fewer.",)
     scored = splits_by_name(splits, scored=True)

@@ -229,7 +229,6 @@ def keep_weights(
             encoder = _merged(config, place, task, arm, seed)[0]
         else:
             encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
-    _describe(encoder, config, task, arm)
     if (arm, seed) == (config.teacher_arm, config.teacher_seed):
         kept.append(layout.teacher)
     elif arm == "student-fft" or arm == "kd-fft":
@@ -251,15 +250,9 @@ def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -
     encoder = load_base(config, arm, seed, task)
     base = hash_base(encoder)
     merged = dataclasses.replace(encoder, model=merge_student(load_adapter(encoder, place.adapter)))
-    _describe(merged, config, task, arm)
-    return merged, base
-
-
-def _describe(encoder: Encoder, config: Config, task: Task, arm: Arm) -> None:
-    """Note in a model's own config what it was trained on, and where it cut the texts: prediction does alike."""
-    encoder.model.config.kdlora_task = task.to_dict()
     limit = min(closed(settings_for(config, arm)).max_length, encoder.tokenizer.model_max_length)
-    encoder.model.config.kdlora_max_length = limit
+    merged.model.config.update({"kdlora_task": task.to_dict(), "kdlora_max_length": limit})  # as after its training
+    return merged, base
 
 
 def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord, choice: Choice) -> None:

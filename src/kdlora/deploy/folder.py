@@ -114,12 +114,11 @@ class ModelFolder:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the weights: the ONNX file with its external data, or the safetensors files."""
-        pattern = "*.safetensors" if self.file is None else f"{self.file.name}[._]data*"
+        """Bytes of the weights: the exported file, OpenVINO's with its weights, or the safetensors files."""
+        files = [*self.path.glob("*.safetensors")] if self.file is None else [self.file]
         if self.file is not None and self.file.suffix == ".xml":
-            pattern = self.file.with_suffix(".bin").name
-        beside = sum(part.stat().st_size for part in self.path.glob(pattern))
-        return beside + (0 if self.file is None else self.file.stat().st_size)
+            files.append(self.file.with_suffix(".bin"))
+        return sum(file.stat().st_size for file in files)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Run an ONNX file on the CPU; the runtime gets bytes that were read and checked here, and opens no file itself.
 
-A graph names the files of its large weights. Such a name may be absolute, lead up, or be a link.
+A graph may name files of weights, anywhere on the machine; such a graph is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ import numpy as np
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
 from kdlora.errors import ArtifactError, first_line
-from kdlora.extras import extras_named
-from kdlora.foreign import is_plain_name, leads_out
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.environment import default_threads
 from kdlora.system.integrity import is_sealed_or_old
@@ -50,14 +48,9 @@ def open_session(
     options.intra_op_num_threads = threads or default_threads()
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph, data = read_onnx(file)
-    for name, content in {file.name: graph, **data}.items():
-        check_hash(file.parent / name, content, expected or {})
+    graph = read_onnx(file)
+    check_hash(file, graph, expected or {})
     try:
-        if data:
-            options.add_external_initializers_from_files_in_memory(
-                list(data), list(data.values()), [len(content) for content in data.values()]
-            )
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(
@@ -104,44 +97,12 @@ def check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) ->
         )
 
 
-def read_onnx(file: Path) -> tuple[bytes, dict[str, bytes]]:
-    """Read a graph, and by name the files of weights beside it."""
+def read_onnx(file: Path) -> bytes:
+    """Read a graph that holds its weights; one in ONNX Runtime's own format could name other files, too."""
     graph = file.read_bytes()
-    try:
-        if graph[4:8] == b"ORTM":  # a format of ONNX Runtime's own, with names of files that are not looked at here
-            raise ValueError("it is in ONNX Runtime's own format")
-        names = sorted(set(_external_names(graph)))
-    except ValueError as fault:
-        raise ArtifactError(f"{file}: ONNX Runtime cannot load it: no ONNX file ({fault})") from None
-    return graph, {name: _beside(file, name).read_bytes() for name in names}
-
-
-def _beside(file: Path, name: str) -> Path:
-    """Find the file of weights that a graph names, in the graph's own folder."""
-    path = file.parent / name
-    if not is_plain_name(name):
-        raise ArtifactError(f"{file}: its weights lie in {name!r:.80}; expected a file in the same folder")
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; {file.name} has its weights there. Copy both")
-    if leads_out(path):
-        raise ArtifactError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
-    return path.resolve()
-
-
-def _external_names(graph: bytes) -> Iterator[str]:
-    """Give the `location` of every tensor whose values lie in another file."""
-    if not re.search(rb"[\0\x08]location", graph):  # the key as it is encoded, after its length
-        return
-    with extras_named("a graph with weights in a file of their own"):
-        import onnx  # here: graphs without such a file are served without it
-    try:
-        todo: list[Any] = [onnx.load_model_from_string(graph)]
-    except Exception as error:  # protobuf's
-        raise ValueError(first_line(error)) from None
-    while todo:
-        message = todo.pop()
-        for field, value in message.ListFields():
-            if field.name == "external_data":
-                yield from (entry.value for entry in value if entry.key == "location")
-            elif field.message_type is not None:
-                todo += value if isinstance(value, Sequence) else [value]
+    if graph[4:8] == b"ORTM" or re.search(rb"[\0\x08]location", graph):  # the key as it is encoded, after its length
+        raise ArtifactError(
+            f"{file}: expected an ONNX file with its weights in it; these lie in other files. If they are meant, save "
+            f"it as one file: `onnx.save(onnx.load({file.name!r}), {file.name!r})`."
+        )
+    return graph

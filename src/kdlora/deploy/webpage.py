@@ -23,7 +23,6 @@ import numpy as np
 
 from kdlora.deploy.folder import TOKENIZER, read_model_folder
 from kdlora.deploy.hub import locate_export
-from kdlora.deploy.onnx_backend import read_onnx
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.models.settings import TOKENIZER_CONFIG
@@ -101,7 +100,7 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
             "then name that FOLDER."
         )
     classifier = Classifier.load(place)
-    if fault := _find_fault(classifier, file):
+    if fault := _find_fault(classifier):
         raise ModelError(f"{place}: {fault}, and the page cannot do that; use `kdlora serve`.")
     _check_target(target)
     parts = {name: content for package in _PACKAGES for name, content in _read_package(package).items()}
@@ -118,12 +117,10 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
     return WebPage(target, file.name, sum(one.stat().st_size for one in target.iterdir()))
 
 
-def _find_fault(classifier: Classifier, file: Path) -> str:
+def _find_fault(classifier: Classifier) -> str:
     """Say what of a model a browser cannot do as Python does; nothing where there is nothing."""
     if classifier.folder.windows is not None:
         return "it reads long texts in windows"
-    if read_onnx(file)[1]:
-        return "its weights lie in another file"
     with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8")
     return "its SentencePiece tokenizer has a table of characters" if with_table else ""
 

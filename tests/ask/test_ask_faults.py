@@ -224,7 +224,7 @@ def test_what_a_message_advises_can_be_done(asking):
 def test_a_second_process_is_refused(asking):
     """Two processes that write one log pay for each row twice."""
     asking.model.delay = 0.2
-    thread = threading.Thread(target=asking, kwargs={"rows": 8, "concurrency": 1})
+    thread = threading.Thread(target=asking, kwargs={"rows": 4, "concurrency": 1})
     thread.start()
     while not (asking.to / "answers.jsonl").exists():
         time.sleep(0.01)

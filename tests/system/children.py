@@ -53,10 +53,10 @@ def sleep_and_write(path: str, send: Callable[..., None]) -> None:
 
 
 def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
-    """Take a second to save after SIGTERM, sending on as a training does."""
+    """Take a while to save after SIGTERM, sending on as a training does."""
 
     def save(number: int, frame: object) -> None:
-        for _ in range(10):
+        for _ in range(4):
             send("x" * 100_000)
             time.sleep(0.1)
         Path(path).write_text("saved")

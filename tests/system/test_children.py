@@ -94,7 +94,7 @@ def test_a_fault_keeps_its_class_and_its_words():
     assert run_in_child(os.getpid) != os.getpid()
 
 
-@pytest.mark.parametrize(("grace", "saved"), [(processes.GRACE_SECONDS, True), (0.3, False)])
+@pytest.mark.parametrize(("grace", "saved"), [(processes.GRACE_SECONDS, True), (0.1, False)])
 def test_an_interrupted_child_saves_first_and_ends_in_any_case(tmp_path, monkeypatch, grace, saved):
     """Ended at once, a training loses all since its checkpoint; going on, it fights the next command for the folder."""
     begin, heard = time.monotonic(), []
@@ -118,6 +118,7 @@ def test_an_interruption_does_not_wait_for_imports(tmp_path, monkeypatch: pytest
         "import os, time\nif 'KDLORA_TEST_SLOW' in os.environ:\n    time.sleep(60)\ndef work():\n    return 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(processes, "_SERVER_SECONDS", 0.2)
     work = importlib.import_module("slow_module").work
     run_in_child(os.getpid)  # the server is up
     monkeypatch.setenv("KDLORA_TEST_SLOW", "yes")

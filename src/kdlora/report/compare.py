@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.configfile import expand_home
-from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import MeanSd
@@ -114,18 +113,11 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
 def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
-    kinds = [(it.task.kind, it.task.metrics, _labels(it.task)) for it in (mine, theirs)]
+    kinds = [(it.task.kind, it.task.metrics, it.task.label_names) for it in (mine, theirs)]
     if kinds[0] == kinds[1] and mine.split == theirs.split:
         return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
-    reason = "another task" if kinds[0] != kinds[1] else f"scored on {mine.split}"
+    reason = "another task or order of labels" if kinds[0] != kinds[1] else f"scored on {mine.split}"
     return Comparison(one.name, reference.name, None, float("nan"), reason)
-
-
-def _labels(task: Task) -> frozenset[str] | tuple[str, ...]:
-    """Give the labels, in their order where a metric goes by it: costs, and the second of two."""
-    of_second = task.num_labels == 2 and {"f1", "average_precision"} & set(task.metrics)
-    in_order = of_second or any(name.startswith("cost:") for name in task.metrics)
-    return task.label_names if in_order else frozenset(task.label_names)
 
 
 def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:
@@ -200,7 +192,7 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
     tasks: dict[tuple[object, ...], list[Candidate]] = {}
     for one in candidates:
         task = one.experiment.task
-        tasks.setdefault((task.name, task.kind, task.metrics, _labels(task), one.experiment.split), []).append(one)
+        tasks.setdefault((task.name, task.kind, task.metrics, task.label_names, one.experiment.split), []).append(one)
     drawn: list[Block | None] = []
     for number, group in enumerate(tasks.values()):
         shown = group[0].experiment

@@ -89,8 +89,6 @@ def pair_runs(
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
     logits, cut, one = [one.logits for one in aligned], len(kept[0]), aligned[0]
-    if set(one.label_names) == set(task.label_names):  # the order of the first side, whose task may be another
-        task = replace(task, label_names=one.label_names)
     arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
     difference = contrast([arms], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)
@@ -128,23 +126,10 @@ def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
     for one, rows_of in zip(predictions, places, strict=True):
         if len(one.ids) != len(rows_of) or rows_of.keys() != places[0].keys():
             return None
-        if set(one.label_names) != set(first.label_names):
+        if one.label_names != first.label_names:
             return None
-        columns = [one.label_names.index(name) for name in first.label_names]
-        aligned.append(_reorder(one, [rows_of[key] for key in places[0]], columns))
+        aligned.append(one.take([rows_of[key] for key in places[0]]))
     return aligned if all(np.array_equal(one.labels, aligned[0].labels) for one in aligned) else None
-
-
-def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictions:
-    """Take rows and columns in a given order; label indices follow the columns."""
-    taken = one.take(rows)
-    labels = taken.labels
-    if labels.ndim == 2:
-        labels = labels[:, columns]
-    elif np.issubdtype(labels.dtype, np.integer):
-        labels = np.where(labels < 0, labels, np.argsort(columns)[labels])  # below 0: a word without a label
-    names = tuple(one.label_names[column] for column in columns)
-    return replace(taken, logits=taken.logits[:, columns], label_names=names, labels=labels)
 
 
 def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:

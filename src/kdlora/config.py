@@ -231,8 +231,8 @@ class LoraSettings(Section):
     """Rank-stabilised LoRA (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
-    init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
-    """Initialisation of the adapters. `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """Initialisation of the adapters."""
 
 
 class DistilConfig(Section):

@@ -7,18 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, assert_same_bits, weights
 
-from kdlora.config import DataConfig, DistilConfig, LoraSettings, StudentTrainConfig, TaskConfig
-from kdlora.data.load import load_splits
+from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
 from kdlora.distil.processes import Processes
 from kdlora.distil.resume import CheckpointFolder
 from kdlora.distil.trainer import ArmTrainer
 from kdlora.errors import ArtifactError
-from kdlora.experiment import stages
-from kdlora.models.adapters import add_adapter
 from kdlora.system.ownership import owned_name, remove
 
 CASES = {
@@ -72,41 +68,6 @@ def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkey
     monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
     monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
     assert_resumes(make_setup, tmp_path, 9, precision="bf16", resumed={"precision": "auto"})
-
-
-def test_an_adapter_out_of_the_base_is_trained_on_with_other_threads(workshop, tmp_path, monkeypatch):
-    """They round a decomposition otherwise, and the checkpoint was refused as that of another model."""
-    splits = load_splits(TaskConfig(), DataConfig(train=str(workshop.train), validation=str(workshop.validation)))
-
-    def train(seen, *callbacks, seed=0):
-        stages.train_student(
-            str(workshop.student),
-            splits,
-            StudentTrainConfig(epochs=1, batch_size=16),
-            folder=tmp_path,
-            lora=LoraSettings(init="pissa", rank=4),
-            seed=seed,
-            precision="fp32",
-            device="cpu",
-            callbacks=[*callbacks, CutAfter(2, seen)],
-        )
-
-    def rounded_otherwise(*given, **named):
-        model = add_adapter(*given, **named)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1e-7)
-        return model
-
-    with pytest.raises(PowerCutError):
-        train([], SaveAt(1))
-    monkeypatch.setattr(stages, "add_adapter", rounded_otherwise)
-    seen = []
-    with pytest.raises(PowerCutError):
-        train(seen)
-    assert seen == [2], "the training started anew"
-    with pytest.raises(ArtifactError, match=r"the model or its initial weights.* changed"):
-        train([], seed=1)  # and another head
 
 
 def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):

@@ -28,7 +28,7 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
     "teacher.train.batch_size": [(True, "another kind of value than true")],
     "run.seeds": [([True],), ([], "at least 1"), ([-1], FROM_0), ([1, 1], "twice"), ([2**32], SEED)],
     "lora.rank": [(0, FROM_1), ("eight", "integer"), (10**400, "less than or equal to 8192")],
-    "lora.init": [("pisa", "Did you mean 'pissa'?")],
+    "lora.init": [("orthogonl", "Did you mean 'orthogonal'?")],
     "lora.rnak": [(4, "unknown key", "Did you mean 'rank'?")],
     "distil.temperature": NO_AMOUNTS,
     "run.arms": [([],), (["kd_lora"], "Did you mean 'kd-lora'?"), (["kd-lora", "kd-lora"], "twice"), (3,)],

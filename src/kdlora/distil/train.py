@@ -252,7 +252,7 @@ def _ingredients(
     words = [name for name in READ if name in train.dataset.column_names]
     recipes = {"settings": settings, "distil": options.distil, "lora": options.lora}
     return {
-        "model": options.base or hash_model(model),
+        "model": hash_model(model),
         "train": hash_columns(train.dataset, ["id", *_columns(options.distil), *words]),
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group", *words]),
         "task": task.to_dict(),

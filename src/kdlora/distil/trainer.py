@@ -68,7 +68,6 @@ class TrainingOptions:
     device: str = "auto"
     distil: DistilConfig | None = None  # None trains on the labels alone, whether or not there are teacher logits
     lora: LoraSettings | None = None  # a checkpoint of another adapter is refused, for its scale is in no weight
-    base: str | None = None  # hash of the model before PiSSA or OLoRA, whose last bits depend on the threads
     fresh: Sequence[str] = ()  # the encoder's `fresh`, which `head_learning_rate` is for
     rows_per_epoch: int | None = None  # None draws every row once; a control with fewer rows draws some again
     copies: int = 0  # so many of the last rows are perturbed copies, of which a step has as many as of the others

@@ -32,7 +32,7 @@ from kdlora.evidence.predictions import ExampleText, write_examples
 from kdlora.evidence.records import Asked, ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.experiment.settle import closed, load_base, settings_for
 from kdlora.foreign import read_json
-from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
+from kdlora.models.adapters import add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
@@ -225,10 +225,7 @@ def keep_weights(
         kept.append(place.adapter)
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)
-        if config.lora.init in MUTATING:  # the saved adapter is rounded otherwise than the trained one
-            encoder = _merged(config, place, task, arm, seed)[0]
-        else:
-            encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
+        encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     if (arm, seed) == (config.teacher_arm, config.teacher_seed):
         kept.append(layout.teacher)
     elif arm == "student-fft" or arm == "kd-fft":

@@ -59,7 +59,7 @@ from kdlora.experiment.settle import (
     settled,
     stored_logits,
 )
-from kdlora.models.adapters import MUTATING, add_adapter, count_parameters
+from kdlora.models.adapters import add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
 
@@ -317,7 +317,6 @@ def train_student(
 def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: TrainingOptions) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices."""
     final = settled(settings, encoder, splits, adapters=options.lora is not None)
-    base = hash_model(encoder.model) if options.lora is not None and options.lora.init in MUTATING else None
     model = encoder.model if options.lora is None else add_adapter(encoder, options.lora, seed=options.seed)
     parameters = count_parameters(model)
     parts = {"train": splits.train, "validation": splits.validation}
@@ -336,7 +335,6 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     options = replace(
         options,
         distil=splits.distil,
-        base=base,
         fresh=encoder.fresh,
         copies=0 if splits.distil is None else splits.copies,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import re
 import warnings
 from collections import Counter
@@ -48,9 +47,6 @@ FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj", "c_attn")
 
 LINEAR = (nn.Linear, Conv1D)
 """What takes an adapter; the second is GPT-2's, a linear layer whose weight lies transposed."""
-
-MUTATING = ("olora", "pissa")
-"""Initialisations that take the adapter's first value out of the base weights."""
 
 ADAPTER_PART = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
 TRAINED_COPY = ".modules_to_save."
@@ -97,7 +93,7 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
     linear = _linear_layers(encoder.model, encoder.fresh)
     layers = [layer for layer in linear if any(_ends_with(layer, name) for name in targets)]
     embeddings: Any = encoder.model.get_input_embeddings()
-    _check_ranks(encoder.model, lora, layers, embeddings)
+    _check_ranks(encoder.model, lora, embeddings)
     words = [name for name, module in encoder.model.named_modules() if module is embeddings and lora.embedding_rank]
     with _quiet_peft(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -118,9 +114,6 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
         )
         model = get_peft_model(encoder.model, config)
     _check_trainable(model, [*layers, *words], encoder.fresh)
-    if lora.init in MUTATING:
-        start = _weights(model).items()
-        model.initial_adapter = {key: value.clone() for key, value in start if ".lora_A." in key or ".lora_B." in key}
     logger.info("LoRA on %s: %d layers", ", ".join([*targets, *words]), len(layers))
     return model
 
@@ -128,13 +121,6 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save adapter and fresh modules so that `PeftModel.from_pretrained` restores them on the *original* base."""
     weights, config = _weights(model), copy.deepcopy(model.peft_config["default"])
-    initial = getattr(model, "initial_adapter", {})  # of a changed base: `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`
-    for key, start in initial.items():
-        down = ".lora_A." in key
-        weights[key] = torch.cat([weights[key], start.to(weights[key]) * (1 if down else -1)], dim=0 if down else 1)
-    if initial:
-        config.r *= 2
-        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     config.init_lora_weights = True
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
@@ -161,10 +147,9 @@ def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Leave out two warnings: of a property that transformers renamed, and of PEFT's way to save PiSSA, not ours."""
+    """Leave out a warning of a property that transformers renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
         yield
 
 
@@ -257,15 +242,9 @@ def _candidates(linear: Sequence[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
-def _check_ranks(model: PreTrainedModel, lora: LoraSettings, layers: Sequence[str], words: Any) -> None:
+def _check_ranks(model: PreTrainedModel, lora: LoraSettings, words: Any) -> None:
     if lora.init == "orthogonal" and lora.rank % 2:
         raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
-    width, narrow = min((min(model.get_submodule(name).weight.shape), name) for name in layers)
-    if lora.init in MUTATING and lora.rank > width:
-        raise ModelError(
-            f"lora.init: {lora.init} builds the adapter from the weights, so lora.rank can be at most "
-            f"{width}, the width of {narrow}; got {lora.rank}"
-        )
     if lora.embedding_rank > words.weight.shape[1]:
         raise ModelError(
             f"lora.embedding_rank is {lora.embedding_rank}, but the word embeddings of this "

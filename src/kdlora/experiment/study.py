@@ -80,7 +80,10 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
             storage = JournalStorage(JournalFileBackend(journal, Lock(journal)))
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-            raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
+            raise ArtifactError(
+                f"{journal} is damaged ({error!r}); delete it (finished trials stay in trials/ and are not trained "
+                "again), or name another folder with --out"
+            ) from None
     study.pruner = optuna.pruners.NopPruner()
     lengths = ("train.epochs", *(["train.batch_size"] if search.names_models else []))  # else settled once for all
     if search.pruning and not any(key.endswith(lengths) for key in search.space):

@@ -125,7 +125,7 @@ def test_what_holds_no_texts_is_refused(exported):
     """Prevents the label of a column's name, or entities in single letters."""
     model, tagger = Classifier.load(exported()), Tagger.load(exported("bert", "tokens"))
     cascade, table = Cascade(model, model, 0.5), pd.DataFrame({"text": TEXTS[:3]})
-    calls = (model.predict, model.batches, cascade.predict, cascade.predict_stream, tagger.predict, tagger.batches)
+    calls = (model.predict, model.batches, cascade.predict, tagger.predict, tagger.batches)
     for call in calls:
         for texts in (table, {"text": TEXTS}, None, b"text", 5):
             with pytest.raises(DataError, match=f"list of texts, got {type(texts).__name__}. Of a table, give the col"):

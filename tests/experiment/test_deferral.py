@@ -181,13 +181,7 @@ def test_a_cascade_hands_on_what_the_student_is_not_sure_of(promised: Path, by_s
     for answer, small, large in zip(answers, student, teacher, strict=True):
         assert answer.label == (small if answer.by == "student" else large).label
         assert (answer.sureness >= cascade.threshold) == (answer.by == "student")
-    streamed = list(cascade.predict_stream(iter(texts), rows=7))
-    assert [(one.label, one.by) for one in streamed] == [(one.label, one.by) for one in answers]
     assert cascade.predict([]) == []
-    with pytest.raises(DataError, match="text 8: the text is empty"):
-        list(cascade.predict_stream([*texts[:8], " "], rows=7))
-    with pytest.raises(ModelError, match="rows must be at least 1"):
-        list(cascade.predict_stream(texts, rows=0))
 
 
 def test_a_service_may_be_the_teacher(promised: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 Service = Callable[[Sequence[Text]], Sequence[str]]
 """A teacher of the user's own: from texts to the name of a label for each."""
-
-STREAM_ROWS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +130,6 @@ class Cascade:
         for row, (label, said) in zip(handed_on, self._ask([texts[row] for row in handed_on]), strict=True):
             answers[row] = CascadeAnswer(label, "teacher", said, answers[row].sureness)
         return answers
-
-    def predict_stream(self, texts: Iterable[Text], *, rows: int = STREAM_ROWS) -> Iterator[CascadeAnswer]:
-        """Answer texts as they come, such as the lines of a file, with `rows` of them in memory at a time.
-
-        Args:
-            texts: any iterable of what `predict` takes, such as a generator; it is read as far as answers are taken.
-            rows: texts that are read before the first of them is answered, and that go to the teacher together.
-
-        Returns:
-            An iterator with one answer for each text, in the order given.
-
-        Raises:
-            DataError: as `predict`, when its answer is due; the number of a text is that in the stream. The answers
-                to the blocks before it have been given.
-            ModelError: `rows` is below 1.
-        """
-        if rows < 1:
-            raise ModelError(f"rows must be at least 1, got {rows}.")
-        numbered, count = enumerate(iterate_texts(texts)), self.student.folder.texts
-        while block := [check_text(text, f"text {number}", count) for number, text in islice(numbered, rows)]:
-            yield from self.predict(block)
 
     def _ask(self, texts: list[Text]) -> list[tuple[str, dict[str, float]]]:
         if not texts:

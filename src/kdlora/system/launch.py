@@ -12,11 +12,7 @@ _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _PLACE = ("MASTER_ADDR", "MASTER_PORT")
-_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_OFF = {"", "no", "false", "0", "off"}
 LAUNCH_KEYS = frozenset({*_RANK, *_COUNT, *_LOCAL, *_PLACE, "GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK"})
 """Environment variables from which a library concludes that it is one of several processes."""
 
@@ -38,13 +34,11 @@ def read_launch() -> Launch:
     """Read how many processes were started, and which of them this is."""
     count = _number(_COUNT, 1)
     if count == 1:
-        # On CPUs accelerate starts one process whatever it is asked for, unless it is given mpirun or --multi_gpu.
         has_rank = any(key in os.environ for key in _RANK)
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and not has_rank:
             raise ConfigError(
-                "accelerate was asked for several processes, but started one, as it does on CPUs without mpirun. Use "
-                "torchrun --nproc-per-node 2 -m kdlora run CONFIG, or accelerate launch --multi_gpu, which works on "
-                "CPUs too"
+                "accelerate was asked for several processes, but started one, as it does on CPUs without mpirun; use "
+                "torchrun --nproc-per-node 2 -m kdlora run CONFIG"
             )
         return Launch()
     rank = _number(_RANK, -1)
@@ -59,7 +53,7 @@ def read_launch() -> Launch:
         local_rank=_number(_LOCAL, rank),
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=_number(("MASTER_PORT",), 29500),
-        hosted=_is_on("TORCHELASTIC_USE_AGENT_STORE"),
+        hosted=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() not in _OFF,
         attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
@@ -75,33 +69,19 @@ def check_alone(verb: str) -> None:
 
 def check_launch(config: Config) -> None:
     """Check that Accelerate's settings and the config do not contradict each other."""
-    half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").lower()
-    mine, out = config.run.precision, "leave it out of accelerate's settings"
-    faults = {
-        f"accelerate's mixed_precision is {half}, run.precision is {mine}: leave mixed_precision out of accelerate's "
-        "settings, and say it in the config": half not in ("no", mine),
-        f"accelerate's gradient_accumulation_steps is {steps}, but micro_batch_tokens splits a batch: {out}": (
-            steps != "1"
-        ),
-        f"accelerate's dynamo_backend is {compiler}; kdlora trains without compilation: {out}": (
-            compiler not in ("no", "")
-        ),
-        "accelerate was started with --cpu, run.device is cuda: name one of them": (
-            _is_on("ACCELERATE_USE_CPU") and config.run.device == "cuda"
-        ),
-    }
-    for key, name in _ENGINES.items():
-        fault = f"accelerate asks for {name}, with which kdlora does not train; expected plain processes (DDP): {out}"
-        faults[fault] = _is_on(key)
-    if any(faults.values()):
-        told = [fault for fault, is_so in faults.items() if is_so]
-        raise ConfigError("accelerate's settings and the config contradict each other:\n  - " + "\n  - ".join(told))
-
-
-def _is_on(key: str) -> bool:
-    return os.environ.get(key, "").lower() in ("1", "true", "yes", "on")
+    engines = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+    allowed = dict.fromkeys((*engines, "ACCELERATE_DYNAMO_BACKEND"), _OFF)
+    allowed["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = {"", "1"}
+    allowed["ACCELERATE_MIXED_PRECISION"] = _OFF | {config.run.precision}
+    if config.run.device == "cuda":
+        allowed["ACCELERATE_USE_CPU"] = _OFF
+    found = {key: os.environ.get(key, "") for key in allowed}
+    if odd := [f"{key}={value}" for key, value in found.items() if value.lower() not in allowed[key]]:
+        raise ConfigError(
+            f"accelerate's settings and the config contradict each other: {', '.join(odd)}. Leave these out of "
+            f"accelerate's settings: kdlora trains in plain processes (DDP), and run.precision (here "
+            f"{config.run.precision}), run.device and micro_batch_tokens say the rest"
+        )
 
 
 def _number(keys: tuple[str, ...], default: int) -> int:

@@ -51,6 +51,8 @@ def test_every_stage_is_judged_in_its_own_runtime(folder):
     )
     weights = folder / "openvino_model_quantized.bin"
     assert int8.folder.size_bytes > weights.stat().st_size < fp32.folder.size_bytes
+    told = [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+    assert not told, "a library that sends to its makers what is run, and marks the user by a file in the home folder"
 
 
 def test_a_tagger_runs_in_it(exported):
@@ -63,19 +65,12 @@ def test_a_tagger_runs_in_it(exported):
     assert np.abs(onnx.predict_logits(TEXTS) - other.predict_logits(TEXTS)).max() < 1e-4
 
 
-def test_sensitive_operators_stay_in_fp32(classifier_folder, traced_once, tmp_path, monkeypatch):
-    """A remedy that is only tried on models that need it, and then fails."""
-    from kdlora.deploy import openvino_export
-
-    monkeypatch.setattr(openvino_export, "RECIPES", (openvino_export.CAREFUL,))
-    settings = {"formats": ("openvino",), "min_agreement": 0.9}
+def test_an_export_for_it_alone_has_its_files_alone(classifier_folder, traced_once, tmp_path):
+    """The ONNX file that it was made of, which nobody asked for, beside it."""
+    settings = {"formats": ("openvino",), "min_agreement": 0.5, "max_metric_drop": 50}
     found = export_onnx(classifier_folder(), tmp_path / "onnx", texts=TEXTS[:40], more_texts=TEXTS[40:], **settings)
-    assert found.stages[-1].stage == "openvino-int8 (static int8, sensitive operators in fp32)"
     assert [path.name for path in (tmp_path / "onnx").glob("*.[ob]*n*")] == ["openvino_model_quantized.bin"]
     assert found.size_bytes["openvino"] > (tmp_path / "onnx" / "openvino_model_quantized.bin").stat().st_size
-    assert Classifier.load(tmp_path / "onnx" / "openvino_model_quantized.xml").predict(TEXTS[:2])
-    told = [name for name in sys.modules if name.startswith("openvino_telemetry.")]
-    assert not told, "a library that sends to its makers what is run, and marks the user by a file in the home folder"
 
 
 def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,15 +139,12 @@ def rank_products(model: Path, served: Classifier | Tagger, texts: Sequence[Text
     batches = [arrays for _, arrays in served.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
-        return join_rows(session.run(None, {**batch, "rounded": rounded})[0] for batch in batches)
+        outputs = (session.run(None, {**batch, "rounded": rounded})[0] for batch in batches)
+        return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
 
     exact = logits(np.zeros(len(names), dtype=bool))
     harm = [float(np.square(logits(switch) - exact).mean()) for switch in np.eye(len(names), dtype=bool)]
     return [names[number] for number in np.argsort(harm)[::-1]]
-
-
-def join_rows(outputs: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
 
 
 def _add_rounding_switches(source: Path, to: Path) -> list[str]:

@@ -48,7 +48,6 @@ from kdlora.models.settings import (
     refuse_detours,
     refuse_files,
 )
-from kdlora.system.children import before_fork
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -60,14 +59,6 @@ FEWEST_PIECES = 10
 tokenizer, without a word, where the files are missing."""
 
 _loading = threading.RLock()
-
-
-@before_fork
-def _compile_patterns() -> None:
-    """Have transformers compile its patterns of renamed weights, a tenth of a second at a process's first load."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("bert")
 
 
 @dataclass(frozen=True)

@@ -247,14 +247,6 @@ def _describe_death(status: int) -> str:
 
 # The other end.
 
-_preparations: list[Callable[[], None]] = []
-
-
-def before_fork(prepare: Callable[[], None]) -> Callable[[], None]:
-    """Have a server call a function once, when it has imported the function's module; a decorator."""
-    _preparations.append(prepare)
-    return prepare
-
 
 def serve(scratch: str, preload: str, forks: str) -> NoReturn:
     """Carry out requests until the parent is gone; the main function of a server."""
@@ -311,8 +303,6 @@ def _preload(module: str) -> None:
     # A fault of the import is reported by the child, which runs into it again.
     with contextlib.suppress(Exception):
         importlib.import_module(module)
-        while _preparations:
-            _preparations.pop()()
     gc.freeze()
     gc.enable()
 

@@ -155,19 +155,11 @@ def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):
         torch.testing.assert_close(setup.model(**tokens).logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: rows.remove_columns("teacher_logits"), "no teacher_logits"),
-        (lambda rows: rows.remove_columns("label"), "training split has no column 'label'"),
-        (lambda rows: rows.select([]), "training split has no rows"),
-    ],
-)
-def test_missing_teacher_and_labels(make_setup, tmp_path, change, message):
+def test_a_missing_teacher(make_setup, tmp_path):
     """Distillation without teacher logits must not quietly become plain fine-tuning."""
     setup = make_setup()
-    setup.train = replace(setup.train, dataset=change(setup.train.dataset))
-    with pytest.raises(DataError, match=message):
+    setup.train = replace(setup.train, dataset=setup.train.dataset.remove_columns("teacher_logits"))
+    with pytest.raises(DataError, match="no teacher_logits"):
         setup.run(tmp_path)
 
 

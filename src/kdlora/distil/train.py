@@ -37,7 +37,7 @@ from kdlora.distil.precision import (
 from kdlora.distil.processes import TIMEOUT_SECONDS, current_processes
 from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
 from kdlora.distil.trainer import ArmTrainer, Surroundings, TrainingOptions
-from kdlora.errors import DataError, KdLoraError
+from kdlora.errors import KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.models.adapters import ParameterCounts
 from kdlora.models.encoders import Encoder
@@ -101,7 +101,6 @@ def train_model(
     options: TrainingOptions,
 ) -> TrainOutcome:
     """Train a model in place, from fp32, in all processes at once; the same call continues from the last checkpoint."""
-    _check(train, validation, options.distil)
     settings = settings.model_copy(update={"select": settings.selection(task.kind)})
     processes, device = current_processes(), resolve_device(options.device)
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
@@ -187,21 +186,6 @@ def class_weights(task: Task, given: OpenClassWeights | None, labels: np.ndarray
         rows = np.bincount(labels, minlength=task.num_labels)
         np.divide(len(labels) / np.count_nonzero(rows), rows, out=weights, where=rows > 0)
     return torch.tensor(weights, dtype=torch.float32)
-
-
-def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None) -> None:
-    for name, data in (("training", train), ("validation", validation)):
-        if len(data.dataset) == 0:
-            raise DataError(f"the {name} split has no rows")
-        if "label" not in data.dataset.column_names:
-            raise DataError(f"the {name} split has no column 'label'; it has {', '.join(data.dataset.column_names)}")
-    if distil is not None and COLUMN not in train.dataset.column_names:
-        raise DataError(
-            "distil is set, but the training rows have no teacher_logits; TeacherLogits.attach(dataset) adds them, "
-            "before tokenise"
-        )
-    if distil is None and LABELLED in train.dataset.column_names:
-        raise DataError("rows without labels teach by their teacher alone, but distil is None; leave them out")
 
 
 def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLoraError:

@@ -150,7 +150,7 @@ def _print_suite(result: SuiteResult) -> None:
     for record in result.failed[:20]:
         console.tell(f"failed: {record.experiment}, {record.arm}, seed {record.seed}: {record.error}", style="red")
     if len(result.failed) > 20:
-        console.tell(f"and {len(result.failed) - 20:,} more, all in {result.tables[1]}")
+        console.tell(f"and {len(result.failed) - 20:,} more, all in {result.tables[-1]}")
     for path in result.tables:
         console.tell(str(path))
 

@@ -199,12 +199,11 @@ def _pairing(run: PlannedRun) -> tuple[Any, ...]:
 def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tuple[Path, ...]:
     """Write the suite's tables: `suite.md`, `suite.html`, and Tables 1 and 2 and all runs as CSV and LaTeX."""
     figures = SuiteFigures(plan, records, root)
-    scores, costs, failed = _score_table(figures), _cost_table(figures), _failed_runs(figures)
+    scores, costs = _score_table(figures), _cost_table(figures)
     sections = [
         Section("Table 1: scores", "table-1", [scores]),
         Section("What is kept, and what the teacher adds", "gain", [_gain_table(figures)]),
         Section("Table 2: costs", "table-2", [costs]),
-        *([Section("Runs that failed", "failed", [failed])] if failed.rows else []),
     ]
     page = Page(plan.suite.name, "suite", _lead(figures), tuple(sections))
     report = write_page(page, root / "suite.md", root / "suite.html")
@@ -340,21 +339,6 @@ def _by_rank(counts: Mapping[int, float | None]) -> str:
 def _typical(runs: Runs, cost: Cost) -> float | None:
     values = [value for _, record in runs if (value := cost.read(record)) is not None]
     return statistics.median(values) if values else None
-
-
-def _failed_runs(figures: SuiteFigures) -> Table:
-    failed = [run for run in figures.plan.runs() if run.key in figures.records]
-    return Table.of(
-        "Failed; the same command tries them again",
-        [run for run in failed if figures.records[run.key].status == "failed"],
-        {
-            "run": lambda run: f"{run.task}, {figures.family_title(run.family)}, {arm_title(run.arm)}, seed {run.seed}",
-            "configuration": settings_text,
-            "why": lambda run: figures.records[run.key].error or "no reason was recorded",
-            "record": lambda run: Cell("", _run_links([run])),
-        },
-        text_columns=4,
-    )
 
 
 def settings_text(run: PlannedRun) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kdlora.config import ARMS
 from kdlora.configfile import load_config
@@ -19,7 +18,6 @@ from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.foreign import read_json
 from kdlora.report.findings import Choice, choose_student, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
-from kdlora.report.wording import tell_unknown
 
 
 @dataclass(frozen=True)
@@ -103,22 +101,11 @@ class Experiment:
     @cached_property
     def seen(self) -> int:
         """How many texts of the headline's split are training texts too, as the plan counted them; 0 without a plan."""
-        found = self._planned("duplicates").get(f"train and {self.split}")
-        return found if isinstance(found, int) else 0
-
-    @cached_property
-    def unknown(self) -> str:
-        """What the models' tokenizers cannot read, in words, as the plan counted it."""
-        looks = {name: one for name, one in self._planned("lengths").items() if isinstance(one, dict)}
-        shares = {name: one.get("unknown") for name, one in looks.items()}
-        return tell_unknown({name: share for name, share in shares.items() if isinstance(share, float)})
-
-    def _planned(self, part: str) -> dict[str, Any]:
         try:
-            found = read_json(self.layout.plan)[part]
+            found = read_json(self.layout.plan)["duplicates"][f"train and {self.split}"]
         except (ArtifactError, KeyError, TypeError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            return 0
+        return found if isinstance(found, int) else 0
 
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:

@@ -18,7 +18,6 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task, window_settings
 from kdlora.data.windows import tokens_read
-from kdlora.defaults import copies_for
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.recording import count_rows, splits_by_name
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for
@@ -152,7 +151,7 @@ def make_plan(
     processes: int = 1,
 ) -> ExperimentPlan:
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
-    rows, notes = count_rows(splits), splits.notes
+    rows = count_rows(splits)
     if looks:
         config = decide(looks, rows, splits.task, processes).fill_in(config)
     trainings = []
@@ -168,11 +167,6 @@ def make_plan(
         more = rows.get("unlabelled", 0) + rows.get("copies", 0)
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
-        drawn, copies = closed(config.student.train).epochs * _drawn(config, "kd-lora", rows), rows.get("copies", 0)
-        enough = math.ceil(drawn / rows["train"])  # a copy is drawn beside every row
-        if copies and enough < copies_for(config.data.augment, rows["train"]):
-            told = f"The teacher is to label {copies:,} perturbed copies, of which each student draws {drawn:,.0f}"
-            notes += (f"{told}; data.augment: {enough} makes fewer.",)
     scored = splits_by_name(splits, scored=True)
     return ExperimentPlan(
         config,
@@ -184,7 +178,7 @@ def make_plan(
         count_duplicates({"train": splits.train} | scored),
         tuple(trainings),
         seconds / 3600,
-        notes,
+        splits.notes,
     )
 
 

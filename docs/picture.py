@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdlora.report.report import make_report
 
-_FIGURE = re.compile(r'<svg viewBox="([^"]+)" role="img" aria-labelledby="e1-parameters-t.*?</svg>', re.DOTALL)
+_FIGURE = re.compile(r'<svg viewBox="([^"]+)" role="img" aria-labelledby="cost-parameters-t.*?</svg>', re.DOTALL)
 
 
 def draw(experiment: Path, to: Path) -> None:

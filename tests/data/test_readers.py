@@ -94,6 +94,11 @@ def test_odd_files_and_words(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
     assert "two columns named" in refused(tmp_path / "a.parquet")
 
+    # Kaggle's SMS spam, from a spreadsheet, has three columns without a name.
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 4, names=["v1", "v2", "", ""]), tmp_path / "a.parquet")
+    for path in (write(tmp_path / "b.csv", "v1,v2,,\na,a,,\n"), tmp_path / "a.parquet"):
+        assert open_file(path, "data.train").read(("v1", "v2")).table.to_pydict() == {"v1": ["a"], "v2": ["a"]}
+
     # Pandas reads the label NA (Namibia, "not applicable") as missing.
     path = write(tmp_path / "a.csv", "text,label\nnull,NA\nNone,nan\n")
     assert read(path) == {"text": ["null", "None"], "label": ["NA", "nan"]}

@@ -285,7 +285,8 @@ def _encoding_error(file: Path) -> DataError:
 
 
 def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
-    if twice := [column for position, column in enumerate(columns) if column in columns[:position]]:
+    """Refuse a name that two columns have; those without one, as spreadsheets leave them, nobody can ask for."""
+    if twice := [column for position, column in enumerate(columns) if column and column in columns[:position]]:
         raise DataError(f"{name} has two columns named {twice[0]!r}; rename one")
 
 

@@ -257,6 +257,12 @@ def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
         "d.csv: no row has 'c' (1 of 3 labels). Macro F1 counts these as 0 where they are predicted, and their own "
         "figures are 0.",
     ]
+    # One wrong decision costs a third of the score, and it was told of other files alone.
+    train = csv_file("e.csv", text=[f"text {row}" for row in range(80)], label=["a"] * 60 + ["b", "c"] * 10)
+    lacking = f"The test split: {told[-1].removeprefix('d.csv: ')}"
+    test = csv_file("f.csv", text=["t", "u"], label=["a", "b"])
+    for metric in (None, "accuracy"):
+        assert (lacking in load({"metric": metric}, train=train, test=test).notes) == (metric is None)
 
 
 def test_load_examples(csv_file):
@@ -341,6 +347,16 @@ def test_negative_labels_are_labels(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"text": [f"text {n}" for n in range(20)], "label": [-3, -2] * 10})
     DatasetDict(dict.fromkeys(("train", "validation", "test"), rows)).save_to_disk(tmp_path / "set")
     assert load(path=tmp_path / "set").test is not None
+
+
+def test_a_mark_for_no_label_is_no_class(csv_file) -> None:
+    """SNLI's `-` and the Hub's -1 became a small class, for whose sake macro F1 and class weights were taken."""
+    path = csv_file("a.csv", text=TEXTS, label=["-", "a", "b", "a"] * 5)
+    assert "the label column 'label' holds '-', by which SNLI and MNLI mark a row" in refused(train=path)
+    assert load({"label_names": ["a", "b", "-"]}, train=path).task.num_labels == 3
+    for names, doubted in (([-1, 0, 1, 2], True), ([-1, 0, 1, 1], False), ([-2, -1, 1, 2], False), ("+--+", False)):
+        notes = load(train=csv_file("b.csv", text=TEXTS, label=list(names) * 5)).notes
+        assert any(note.startswith("-1 became a class;") for note in notes) == doubted
 
 
 def test_decimals_of_a_data_base_are_numbers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
-from kdlora.data.tasks import Task, refuse_spellings
+from kdlora.data.tasks import Task, refuse_names
 from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean, listed
 
@@ -88,7 +88,7 @@ class Reading:
                 types = sorted({tag[2:] for tag in found if tag and tag[2:]})
                 self.task = replace(self.task, label_names=tag_names(types))
                 self.notes.append(f"The {len(types)} types of entities were taken from the data: {listed(types)}.")
-            refuse_spellings(raw.source, self.task.label, self.task.label_types)
+            refuse_names(raw.source, self.task.label, self.task.label_types)
             arrays["label"] = encode_tags(raw, rows, label, self.task)
         return make_dataset(pa.table(arrays))
 

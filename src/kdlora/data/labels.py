@@ -16,7 +16,7 @@ from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text, named_codes
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
-from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_spellings
+from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_names
 from kdlora.errors import DataError, did_you_mean, listed
 
 KNOWN_COLUMNS = {
@@ -264,7 +264,7 @@ def infer_task(
             "needs two or more. Check the file, or task.label"
         )
     if kind != "regression":
-        refuse_spellings(raw.source, label, names)
+        refuse_names(raw.source, label, names, given=config.label_names is not None)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
@@ -272,6 +272,8 @@ def infer_task(
             notes.append("Where these numbers are a quantity, as ratings are, set task.kind to regression.")
     if config.label_names is None and kind != "regression":
         notes.append(f"The {len(names)} label names and their order were taken from the data: {listed(names)}.")
+        if {"-1", "2"} <= set(names) and "-2" not in names:
+            notes.append("-1 became a class; where it marks rows without a label, as on the Hub, remove these rows.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
 
 

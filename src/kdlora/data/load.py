@@ -192,8 +192,7 @@ def _settle_windows(reading: Reading, data: DataConfig) -> None:
     windows, task = window_settings(data), reading.task
     if windows is not None and task.kind == "tokens":
         raise ConfigError(
-            "data.long_texts: a task of tokens always reads long texts in windows, each word in one of them; leave "
-            "data.long_texts out"
+            "data.long_texts: tasks of tokens always read long texts in windows, each word in one of them; leave it out"
         )
     if windows is not None and task.is_pair:
         raise ConfigError(
@@ -351,6 +350,8 @@ def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
             )
         if found < _FEW:
             reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")
+        if reading.task.metrics == ("macro_f1",):
+            reading.notes += _doubts_of_labels(reading.task, rows, f"The {split} split")
 
 
 def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:

@@ -216,8 +216,13 @@ def match_labels(
     raise error(f"{message} {remedy}")
 
 
-def refuse_spellings(source: str, label: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse labels that cannot be told from another model's, which are matched by name without case and spaces."""
+def refuse_names(source: str, label: Sequence[str], names: Sequence[str], *, given: bool = True) -> None:
+    """Refuse labels that are one name but for case and spaces, and `-`, a mark for none, where it is not given."""
+    if not given and "-" in names and "+" not in names:
+        raise DataError(
+            f"{source}: the label column {label[0]!r} holds '-', by which SNLI and MNLI mark a row without a label; "
+            "remove these rows, or, where it is a class, name all classes in task.label_names"
+        )
     keys = [name.strip().casefold() for name in names]
     counts = Counter(keys)
     if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:

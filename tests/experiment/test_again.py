@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,27 @@ def test_what_another_call_did_between_plan_and_lock_counts(experiment, workshop
     assert begin("same", {}).records == experiment.records
     with pytest.raises(ArtifactError, match=r"lora\.rank: 8 there, 4 here"):
         begin("other", {"lora": {"rank": 4}})
+
+
+def test_other_rows_do_not_get_the_steps_that_were_chosen_for_the_first(workshop, tmp_path, monkeypatch):
+    """Ctrl-C before a run had ended, a shorter file, and its few rows got the one epoch that was chosen for many."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    train, out = Path(shutil.copy(workshop.train, tmp_path)), tmp_path / "out"
+    data = {"train": str(train), "validation": str(workshop.validation)}
+    config = workshop.config({"data": data, "student": {"train": FAST | {"epochs": None}}})
+    monkeypatch.setattr(experiment_run, "carry_out", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config, out)
+    whole = train.read_bytes()
+    train.write_bytes(b"".join(whole.splitlines(keepends=True)[:-8]))
+    with pytest.raises(ArtifactError, match=rf"{out} was begun with other rows .* or delete it"):
+        run_experiment(config, out)
+    train.write_bytes(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config, out)
 
 
 def test_a_teacher_that_is_trained_again_is_in_the_plan(copied, workshop):

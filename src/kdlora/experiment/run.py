@@ -243,7 +243,7 @@ def _lead(
         remove_abandoned(layout.root)
         if not layout.config.exists():  # what is left open today may be left open tomorrow
             is_open = {key: value if value in (None, "auto") else False for key, value in _flatten(asked).items()}
-            mark_folder(layout.root, "experiment", open=is_open)
+            mark_folder(layout.root, "experiment", open=is_open, rows=facts.fingerprint(config))
         write_text_atomic(layout.config, save_config(config))
         if plan is not None:
             write_json_atomic(layout.plan, plan.to_dict())
@@ -309,6 +309,11 @@ def _finished(
             logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         else:
             found[run.key] = record
+    if (read_manifest(layout.root) or {}).get("rows", rows) != rows:  # an earlier version noted none
+        raise ArtifactError(
+            f"{layout.root} was begun with other rows than the config names now, and its steps and lengths were chosen "
+            "for those. Name another folder with --out, or delete it"
+        )
     left = [run for run in plan_runs(config) if run.key not in found]
     teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
     teaches = any(run.arm in DISTILLED_ARMS for run in left)

@@ -3,7 +3,8 @@
 A threshold is promised by a test on rows that chose nothing else. The wrong ones among the answered are binomial; "more
 than `error` of the answers are wrong" is rejected where so few wrong ones would be too unlikely. Thresholds are tested
 in an order that other rows fixed, from the one that looks safest there to those that answer more. The first one that is
-not rejected ends the test, so the promise holds with the stated confidence for whichever threshold is chosen.
+not rejected ends the sequence. Where that is the very first, a second sequence begins at about half as many answers.
+The two share the allowed risk, so the promise holds with the stated confidence for whichever threshold is chosen.
 
 *Source*: Angelopoulos et al., "Learn then Test", Annals of Applied Statistics 19(2), 2025, section 3 (fixed sequence);
 for answers and their error rate, Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NIPS 2017.
@@ -36,6 +37,8 @@ POINTS = np.arange(1, 101) / 100
 
 _COVERAGES = np.arange(1, 201) / 200
 _MOST_ROWS = 10_000_000
+_RISKS = (0.95, 0.05)
+"""Shares of the allowed risk: for the sequence from the favoured threshold on, and for the one from half as many on."""
 
 Goal = str | float
 """A metric of one label, or the precision that is wanted with the highest recall."""
@@ -161,26 +164,28 @@ def promise_error(
     if not len(sureness) or not len(other[0]):
         raise DataError(f"expected labelled rows on both sides, got {len(sureness)} and {len(other[0])}.")
     found = None
-    for threshold in order_thresholds(*other, len(sureness), error):
-        chosen = sureness >= threshold
-        answered, mistakes = int(chosen.sum()), int(wrong[chosen].sum())
-        if rarity(answered, mistakes, error) > 1 - confidence:
-            break
-        found = Promise(error, confidence, how, float(threshold), len(sureness), answered, mistakes)
+    for risk, thresholds in zip(_RISKS, order_thresholds(*other, len(sureness), error), strict=True):
+        for threshold in thresholds if found is None else ():
+            chosen = sureness >= threshold
+            answered, mistakes = int(chosen.sum()), int(wrong[chosen].sum())
+            if rarity(answered, mistakes, error) > risk * (1 - confidence):
+                break
+            found = Promise(error, confidence, how, float(threshold), len(sureness), answered, mistakes)
     if found is None:
         raise NoPromiseError(_refuse(sureness, wrong, error, confidence))
     return found
 
 
-def order_thresholds(sureness: np.ndarray, wrong: np.ndarray, rows: int, error: float) -> list[float]:
-    """Give the thresholds that answer 0.5%, 1%, ... of these rows, from the one that a test on `rows` rows favours."""
+def order_thresholds(sureness: np.ndarray, wrong: np.ndarray, rows: int, error: float) -> list[list[float]]:
+    """Give thresholds at 0.5%, 1%, ... of these rows, from the one that `rows` others favour, and from half as many."""
     thresholds = np.unique(np.quantile(sureness, 1 - _COVERAGES, method="lower"))[::-1]
     thresholds[-1] = EVERYTHING
     chosen = sureness >= thresholds[:, None]
     share, mistakes = chosen.mean(axis=1), (chosen & wrong).mean(axis=1)
     # One mistake more than was seen, spread over these rows: that none was seen among few of them says little.
     expected = np.ceil((mistakes + 1 / len(sureness)) * rows)
-    return list(map(float, thresholds[int(np.argmin(rarity(np.floor(share * rows), expected, error))) :]))
+    best = int(np.argmin(rarity(np.floor(share * rows), expected, error)))
+    return [list(map(float, thresholds[start:])) for start in (best, best // 2)]
 
 
 def rarity(answered: Any, wrong: Any, error: float) -> Any:
@@ -205,10 +210,11 @@ def _refuse(sureness: np.ndarray, wrong: np.ndarray, error: float, confidence: f
     coverage, risk = coverage[places], risk[places]
     for rows in np.unique(np.geomspace(10, _MOST_ROWS, 200).astype(int)):
         answered = np.floor(coverage * rows)
-        if (rarity(answered, np.ceil(risk * answered), error) <= 1 - confidence).any():
+        if (rarity(answered, np.ceil(risk * answered), error) <= _RISKS[0] * (1 - confidence)).any():
             if rows > len(sureness):
                 return f"{said}; about {rows:,} labelled rows would do."
-            return f"{said}: wrong answers lie among the surest. Allow a larger error, or give more rows."
+            said += ": the validation rows let the test begin where these rows do not show it"
+            return f"{said}. Allow a larger error, or give more rows of either kind."
     return f"{said}, nor on more: of the surest rows {risk.min():.1%} are wrong. Allow a larger error."
 
 

@@ -96,7 +96,8 @@ def _fit(
     if task.kind == "regression":
         return (Ridge(alpha=10 / strength).fit(features, labels),)
     columns = labels.T if task.kind == "multi-label" else labels[None]
-    starts = weaker or (LogisticRegression(tol=3e-4, warm_start=True),) * len(columns)
+    start = LogisticRegression(tol=3e-4, warm_start=True, class_weight=task.auto_weights)
+    starts = weaker or (start,) * len(columns)
     return tuple(_classifier(features, *one, strength) for one in zip(columns, starts, strict=True))
 
 

@@ -299,6 +299,7 @@ def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, finished: Pat
         likely = answer.probabilities["negative"] > model.decisions.thresholds["negative"]
         assert answer.label == ("negative" if likely else "positive")
     cli("defer", promised, "--error", "0.2")
+    assert "is gone" not in (promised / "report.md").read_text()  # though the promise stands just below
     again = Classifier.load(promised / "student-onnx")
     assert again.decisions.thresholds == model.decisions.thresholds
     rows = numbered(600, 3)

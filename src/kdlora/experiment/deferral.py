@@ -292,15 +292,15 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     if not found or not all(able):
         raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
     models = tuple(_judge(*one, task=task, rows=judged) for one in found)
-    if layout.deferral.exists():
-        notes.append("the promised error rate was of other answers and is gone; kdlora defer promises anew")
-        remove(layout.deferral)
+    gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
+    passing = [gone] if layout.deferral.exists() else []
+    remove(layout.deferral)
     for _, model, thresholds, _ in found:
         write_decisions(model.folder, Decisions(thresholds=thresholds))
     result = Thresholds(len(splits.validation), len(judged), source, models, tuple(notes))
     write_json_atomic(layout.thresholds, asdict(result))
     write_card(config, layout)
-    return result
+    return replace(result, notes=(*notes, *passing))
 
 
 def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset) -> tuple[dict[str, float], list[str]]:

@@ -144,6 +144,15 @@ def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(write, tmp_path):
         assert found.n_examples == 500  # of the row's own group
         assert found.low < found.difference < found.high
     assert "no verdict)" not in write(plan, records)
+
+    # Where runs were to come, the points were a mean over the pairs, beside an interval around that over the seeds.
+    cell = [run for run in plan.cells["mnli", "own", "kd-lora"] if run.seed == 1]
+    records |= {run.key: record(run, records[run.key].score + 3) for run in cell}
+    keep_predictions(plan, tmp_path, records)
+    del records[cell[0].key]
+    found, pairs = figures.gain(figures.rows[0], "own", "kd-lora")
+    assert (pairs, found.plain) == (5, pytest.approx(2.0))
+    assert found.plain == pytest.approx((found.difference.low + found.difference.high) / 2)
     plan = small_plan(tasks=["mnli"], seeds=[0])
     records = made(plan)
     keep_predictions(plan, tmp_path, records)

@@ -37,7 +37,7 @@ _SCORES_NOTE = (
 )
 _GAINS_NOTE = (
     "Points. Paired: mean difference of all runs with the same configuration and seed on validation, chosen or "
-    f"not, so no choice flatters it; n counts them. {INTERVALS}"
+    f"not, so no choice flatters it; n counts them, and each seed counts alike. {INTERVALS}"
 )
 _COSTS_NOTE = (
     "Medians over all finished runs of a family and arm, on the first task of the suite that has any. Trainable: "
@@ -157,7 +157,10 @@ class SuiteFigures:
         pairs = [(one, twin) for one in own if (twin := twins.get(_pairing(one[0]))) is not None]
         if not pairs:
             return None
-        paired = statistics.mean(one[1] - twin[1] for one, twin in pairs)
+        by_seed: dict[int, list[float]] = {}
+        for one, twin in pairs:
+            by_seed.setdefault(one[0].seed, []).append(one[1] - twin[1])
+        paired = statistics.mean(map(statistics.mean, by_seed.values()))
         difference = self._contrast([(one[0], twin[0]) for one, twin in pairs], row.group)
         return Comparison(arm, CONTROLS[arm], difference, paired, "predictions are missing"), len(pairs)
 

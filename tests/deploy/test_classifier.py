@@ -21,6 +21,7 @@ from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.metrics import probabilities
@@ -104,7 +105,7 @@ def test_single_texts_and_pairs_are_not_taken_for_each_other(trained_on, tmp_pat
         Classifier.load(tmp_path / "onnx").predict_logits(TEXTS[:1])
 
 
-def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch):
+def test_nothing_one_text_and_no_torch(exported, classifier_folder, tmp_path, monkeypatch):
     """Prevents a crash on an empty list, a string taken for letters, an ImportError where a pip command helps."""
     model = Classifier.from_pretrained(exported())
     assert model.predict([]) == []
@@ -117,8 +118,12 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
     assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
     monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"PyTorch model, which needs torch, .*pip install 'kdlora\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"unlike an export \(.*needs torch, .*pip install 'kdlora\[train\]'"):
         Classifier.load(classifier_folder())
+    shutil.copytree(classifier_folder(), tmp_path / "student")
+    shutil.copytree(exported(), tmp_path / "student-onnx")
+    (tmp_path / "in.txt").write_text("wonderful\n")
+    assert predict_file(tmp_path, tmp_path / "in.txt", tmp_path / "out.jsonl").errors == 0, "an experiment's export"
 
 
 def test_what_holds_no_texts_is_refused(exported):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -92,6 +93,17 @@ def test_outputs_agree(tmp_path, exported, source, kind):
         assert given == parquet[column].to_pylist()
     types = {"regression": pa.float64(), "multi-label": pa.list_(pa.string())}
     assert parquet.schema.field("label").type == types.get(kind, pa.string())
+
+
+def test_each_thread_computes_a_batch(tmp_path, exported, source, monkeypatch):
+    """In one batch for all threads they wait for each other: a file took half as long again."""
+    run, gate = Classifier.run, threading.Barrier(2, timeout=30)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(Classifier, "run", lambda self, inputs: gate.wait() >= 0 and run(self, inputs))
+    assert predict_file(exported() / "model.onnx", source, tmp_path / "out.jsonl", batch_size=5).rows == 60
+    monkeypatch.undo()
+    expected = Classifier.load(exported(), precision="fp32").predict(TEXTS)
+    assert [row["label"] for row in _read(tmp_path / "out.jsonl")] == [one.label for one in expected]
 
 
 def test_pairs(tmp_path, model):

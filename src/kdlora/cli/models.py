@@ -34,7 +34,9 @@ InputFormat = Annotated[
 class Predict:
     """What `kdlora predict` is told."""
 
-    model: Annotated[Path, Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")]
+    model: Annotated[
+        Path, Argument(help="Model folder, experiment (its export), or Hub id such as USER/REPO/onnx@REVISION.")
+    ]
     source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, or - for standard input.")]
     to: Annotated[str, Option("--to", help="Output file, or - for JSON Lines on standard output.")] = "-"
     text: Text = None
@@ -85,7 +87,7 @@ def predict(options: Predict) -> None:
 class Redact:
     """What `kdlora redact` is told."""
 
-    model: Annotated[Path, Argument(help="Folder of a model that marks entities, experiment, or Hub id.")]
+    model: Annotated[Path, Argument(help="Folder of a model that marks entities, experiment (its export), or Hub id.")]
     source: Annotated[str, Argument(help="Text file (a text per line), CSV, TSV, JSON Lines, or - for standard input.")]
     to: Annotated[str, Option("--to", help="Output file, or - for standard output.")] = "-"
     text: Annotated[str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")] = (
@@ -112,9 +114,9 @@ def redact(options: Redact) -> None:
     Example: kdlora redact runs/names/student-onnx letters.jsonl --text body --with '***'
     """
     from kdlora.deploy.redact import redact_file
-    from kdlora.deploy.tagger import Tagger
+    from kdlora.deploy.tagger import Tagger, load_for_many
 
-    model = Tagger.load(options.model)
+    model = load_for_many(options.model, Tagger.load)
     types = [name.strip() for name in options.types.split(",")] if options.types else list(model.types)
     placeholders = _placeholders(types, options.replacements or ())
     summary = redact_file(

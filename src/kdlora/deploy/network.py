@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -64,6 +65,7 @@ class Network:
     """A described folder and its running network; never changed once it is made, so threads may share it."""
 
     marks_entities = False
+    at_once = 1  # batches that are computed at the same time, each by a thread
 
     def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
         if (folder.kind == "tokens") != self.marks_entities:
@@ -155,16 +157,30 @@ class Network:
         self, encodings: Sequence[Any], batch_size: int = BATCH_SIZE
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, encodings of like length together, and which ones these are."""
-        if batch_size < 1:
-            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         for rows in length_batches([len(encoding) for encoding in encodings], batch_size):
-            shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
-            arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
-            arrays["input_ids"][:] = self._pad
-            for place_in_batch, row in enumerate(rows):
-                for name, array in arrays.items():
-                    array[place_in_batch, : len(encodings[row])] = getattr(encodings[row], INPUTS[name])
-            yield rows, arrays
+            yield rows, self._fill([encodings[row] for row in rows])
+
+    def run_all(self, encodings: Sequence[Any], batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Compute logits of encodings, those of like length together, and say which ones these are of."""
+        batches = length_batches([len(encoding) for encoding in encodings], batch_size)
+
+        def run(rows: list[int]) -> tuple[list[int], np.ndarray]:
+            return rows, self.run(self._fill([encodings[row] for row in rows]))
+
+        if self.at_once == 1:
+            yield from map(run, batches)
+        else:
+            with ThreadPoolExecutor(self.at_once) as pool:
+                yield from pool.map(run, batches)
+
+    def _fill(self, encodings: Sequence[Any]) -> dict[str, np.ndarray]:
+        shape = len(encodings), len(encodings[-1])  # the longest is the last
+        arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
+        arrays["input_ids"][:] = self._pad
+        for place, encoding in enumerate(encodings):
+            for name, array in arrays.items():
+                array[place, : len(encoding)] = getattr(encoding, INPUTS[name])
+        return arrays
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels), or (rows, tokens, labels), of int64 token arrays (rows, tokens)."""
@@ -200,6 +216,14 @@ def open_network(
     revision: str | None = None,
 ) -> tuple[ModelFolder, Backend]:
     """Open a model folder, or a model of the Hub."""
+    described = find_way(way, revision).describe(max_length)
+    if threads is not None and threads < 1:
+        raise ModelError(f"threads must be at least 1, got {threads}.")
+    return described, open_backend(described, threads=threads, verify=verify)
+
+
+def find_way(way: Way, revision: str | None = None) -> Way:
+    """Find the folder, of a model of the Hub too, and what runs it."""
     if not way.folder.exists():
         from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
 
@@ -210,10 +234,7 @@ def open_network(
         from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
 
         way = fastest_way(way.describe().path, way.precision, way.batch_size)
-    described = way.describe(max_length)
-    if threads is not None and threads < 1:
-        raise ModelError(f"threads must be at least 1, got {threads}.")
-    return described, open_backend(described, threads=threads, verify=verify)
+    return way
 
 
 def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: bool = True) -> Backend:
@@ -225,7 +246,8 @@ def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: boo
             from kdlora.deploy.openvino_backend import OpenvinoBackend
 
         return OpenvinoBackend(folder, threads=threads, verify=verify)
-    with extras_named(f"{folder.path} is a PyTorch model, which"):
+    export = "EXPERIMENT/student-onnx, USER/REPO/onnx"
+    with extras_named(f"{folder.path}: a PyTorch model, unlike an export ({export}),"):
         from kdlora.deploy.torch_backend import TorchBackend
 
     return TorchBackend(folder, threads=threads)
@@ -241,6 +263,8 @@ def _other_kind(folder: ModelFolder) -> str:
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group rows of like length, so that little padding is computed."""
+    if batch_size < 1:
+        raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for row in order:

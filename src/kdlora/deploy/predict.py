@@ -87,8 +87,8 @@ class Classifier(Network):
         """
         parts, counts = self._parts(texts)
         logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
-        for rows, inputs in self.pack(parts, batch_size):
-            logits[rows] = self.run(inputs)
+        for rows, found in self.run_all(parts, batch_size):
+            logits[rows] = found
         if self.folder.windows is not None:
             logits = self.folder.windows.pool_logits(logits, counts)
         if not np.isfinite(logits).all():

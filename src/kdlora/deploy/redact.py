@@ -17,7 +17,7 @@ from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.rows import Row, RowReader, cut_windows
 from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing, standard_output, text_columns
-from kdlora.deploy.tagger import Entity, Tagger
+from kdlora.deploy.tagger import Entity, Tagger, load_for_many
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
 from kdlora.system.storage import atomic_file
 
@@ -74,7 +74,7 @@ def redact_file(
     written with commas.
 
     Args:
-        model: a tagger, or the folder of one.
+        model: a tagger, or the folder of one; of an experiment its export is taken where it has one.
         source: CSV, TSV, JSON Lines or text file (one text a line), or "-" for standard input.
         to: the file to write, or "-" for standard output.
         text: text column; by default that of the training data, or `text`. Other columns stay as they are.
@@ -94,7 +94,7 @@ def redact_file(
     Examples:
         >>> summary = redact_file("runs/names/student", "reviews.csv", "redacted.csv", text="review")
     """
-    start, tagger = time.perf_counter(), model if isinstance(model, Tagger) else Tagger.load(model)
+    start, tagger = time.perf_counter(), model if isinstance(model, Tagger) else load_for_many(model, Tagger.load)
     wanted = _check_placeholders(tagger, placeholders)
     columns = replace(text_columns(tagger, text), words=False, keep=True)
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0

@@ -24,7 +24,7 @@ from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import BATCH_SIZE, Network
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.deploy.tagger import Entity, Tagger, load_model
+from kdlora.deploy.tagger import Entity, Tagger, load_for_many, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
 from kdlora.system.ownership import MANIFEST, check_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
@@ -73,7 +73,7 @@ def predict_file(
     read, so an interrupted run resumes; the output file appears when it is whole.
 
     Args:
-        model: a classifier or a tagger, or the folder of one.
+        model: a classifier or a tagger, or the folder of one; of an experiment its export is taken where it has one.
         source: CSV, TSV, JSON Lines, Parquet or text file (one text a line), or "-" for standard input.
         to: CSV, JSON Lines or Parquet file by extension, or "-" for JSON Lines on standard output. Entities are written
             as JSON Lines.
@@ -100,7 +100,7 @@ def predict_file(
     start = time.perf_counter()
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
-    classifier = load_model(model) if isinstance(model, str | Path) else model
+    classifier = load_for_many(model, load_model) if isinstance(model, str | Path) else model
     columns = text_columns(classifier, text, id_column)
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))

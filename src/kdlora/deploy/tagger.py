@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_net
 from kdlora.deploy.predict import Classifier, check_one, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
+from kdlora.system.environment import default_threads
+
+Loaded = TypeVar("Loaded", bound=Network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,8 @@ class Tagger(Network):
     def _run_on(self, given: Sequence[Words], batch_size: int) -> np.ndarray:
         windows, offsets = self._windows(given), word_offsets(given)
         logits = np.full((int(offsets[-1]), len(self.label_names)), np.nan, dtype=np.float32)
-        for rows, inputs in self.pack(windows, batch_size):
-            for row, values in zip(rows, self.run(inputs), strict=True):
+        for rows, found in self.run_all(windows, batch_size):
+            for row, values in zip(rows, found, strict=True):
                 logits[windows[row].words] = values[windows[row].places]
         read = np.concatenate([window.words for window in windows] or [np.empty(0, np.int64)])
         joined = [window.words[1:][np.diff(window.places) == 0] for window in windows]
@@ -151,6 +154,17 @@ def load_model(
     way = folder if isinstance(folder, Way) else Way(Path(folder))
     described, backend = open_network(way, threads=threads, max_length=max_length)
     return join_network(described, backend, read_decisions(described, decisions))
+
+
+def load_for_many(folder: str | Path, load: Callable[..., Loaded]) -> Loaded:
+    """Load a model, of an experiment its export, for many texts."""
+    from kdlora.deploy.hub import locate_export  # here: a model that is loaded already is served without it
+
+    path = locate_export(folder)
+    many = default_threads() if Way(path).describe().backend == "onnx" else 1
+    model = load(path, threads=1 if many > 1 else None)  # in one batch for all threads, they wait for each other
+    model.at_once = many
+    return model
 
 
 def join_network(folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> Classifier | Tagger:

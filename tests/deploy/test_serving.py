@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from deploy_folders import TEXTS
+from kdlora.deploy import serving
 from kdlora.deploy.predict import Classifier, Prediction
 from kdlora.deploy.serving import Limits, make_app, name_models, serve
 from kdlora.deploy.tagger import Tagger
@@ -180,9 +181,21 @@ def test_each_thread_computes_a_batch():
         return [Prediction(text, {}) for text in texts]
 
     model.predict = predict
-    with in_thread(make_app({"slow": model}, at_once=40)) as port, ThreadPoolExecutor(40) as pool:
+    with in_thread(make_app({"slow": model}, at_once={"slow": 40})) as port, ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(call, port, {"text": str(number)}) for number in range(40)]
         assert [one.result()[0] for one in asked] == [200] * 40
+        _, answer = call(port, {"texts": [*map(str, range(80))]})  # of one request, two for each
+        assert [one["label"] for one in answer["predictions"]] == [*map(str, range(80))]
+
+
+def test_what_the_server_is_told(exported, monkeypatch):
+    """Balancers that send a request into a closed connection; threads that wait for each other under `auto`."""
+    told = []
+    monkeypatch.setattr(serving, "make_app", lambda models, limits, at_once: told.append(at_once))
+    server = SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr(uvicorn, "Server", lambda settings: told.append(settings) or server)
+    serve([str(exported())], port=0, threads=3, runtime="auto")
+    assert (told[0], told[1].timeout_keep_alive > 600) == ({"onnx": 3}, True)
 
 
 def wait_until(condition):
@@ -197,7 +210,7 @@ def test_a_tagger_gives_entities_and_a_pair_is_refused_where_single_texts_are_re
     """Entities of another text's, or a label at status 200 for a pair, from a model that has only read single texts."""
     tagger = Tagger.load(exported("bert", "tokens"))
     models = {"names": tagger, "reviews": Classifier.load(trained_on("review"))}
-    with in_thread(make_app(models, Limits())) as port:
+    with in_thread(make_app(models, Limits(), {"reviews": 2})) as port:
         status, many = call(port, {"texts": TEXTS[:20]})
         assert (status, call(port, path="/health")[1]["models"]["names"]["kind"]) == (200, "tokens")
         found = [[asdict(one) for one in entities] for entities in tagger.predict(TEXTS[:20])]

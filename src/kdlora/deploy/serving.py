@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way
 from kdlora.deploy.hub import locate_export
+from kdlora.deploy.network import find_way
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
@@ -41,9 +42,11 @@ Model = Classifier | Tagger
 Answer = Prediction | list[Entity]
 
 _TOGETHER = 64
-"""Most texts of several requests that are computed at once; they are batched by length."""
+"""Most texts of a request or several that are computed at once; they are batched by length."""
 _SECONDS_TO_END = 30
 """How long requests that have begun may take after the server was asked to end."""
+_SECONDS_KEPT = 620
+"""How long an idle connection stays open: a load balancer, which may keep it 600 s, must be the first to close it."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -99,12 +102,22 @@ class _Queue:
         if self.waiting + len(texts) > self.most:
             detail = f"{self.waiting} texts wait for {self.name} already; ask again later"
             raise HTTPException(503, detail, {"Retry-After": "1"})
+        share = min(_TOGETHER, -(-len(texts) // self.at_once))
+        waited = [self._add(texts[first : first + share]) for first in range(0, len(texts), share)]
+        try:
+            return list(chain.from_iterable(await asyncio.gather(*waited)))
+        except Exception:
+            if len(waited) == 1:
+                raise
+            return await self._add(texts)  # whose error counts the texts as the request does
+
+    def _add(self, texts: list[Text]) -> asyncio.Future[list[Answer]]:
         future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self.asked.append((texts, future))
         self.waiting += len(texts)
         if len(self.tasks) < self.at_once:
             self.tasks.add(asyncio.create_task(self._empty()))
-        return await future
+        return future
 
     async def _empty(self) -> None:
         while self.asked:
@@ -148,10 +161,12 @@ def _question_type(limits: Limits) -> type[BaseModel]:
     return create_model("Question", __config__=strict, **fields)
 
 
-def make_app(models: Mapping[str, Model], limits: Limits | None = None, at_once: int = 1) -> FastAPI:
+def make_app(
+    models: Mapping[str, Model], limits: Limits | None = None, at_once: Mapping[str, int] | None = None
+) -> FastAPI:
     """Build the application; the first model answers requests that name none."""
-    limits, meters = limits or Limits(), _Meters()
-    queues = {name: _Queue(one, name, limits.waiting, meters, at_once) for name, one in models.items()}
+    limits, meters, at_once = limits or Limits(), _Meters(), at_once or {}
+    queues = {name: _Queue(one, name, limits.waiting, meters, at_once.get(name, 1)) for name, one in models.items()}
     for name, queue in queues.items():
         meters.waiting.labels(name).set_function(partial(getattr, queue, "waiting"))
     question = _question_type(limits)
@@ -269,12 +284,18 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
     if threads is not None and threads < 1:
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
-    at_once = 1
-    if runtime == "onnxruntime":  # a batch for each thread: in one batch for all, they wait for each other
-        at_once, threads = threads or default_threads(), 1
-    loaded = {name: load_model(Way(path, runtime), threads=threads) for name, path in name_models(models).items()}
-    app, seconds = make_app(loaded, limits, at_once), _SECONDS_TO_END
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
+    ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
+    many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
+    at_once = {name: 1 if way.describe().backend == "openvino" else many for name, way in ways.items()}
+    loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
+    settings = uvicorn.Config(
+        make_app(loaded, limits, at_once),
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_keep_alive=_SECONDS_KEPT,
+        timeout_graceful_shutdown=_SECONDS_TO_END,
+    )
     server = uvicorn.Server(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listener:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _LATER: Mapping[str, tuple[Any, ...]] = {
     "metric": (None, "accuracy"),
@@ -79,6 +80,15 @@ class Section(BaseModel):
             return values
         sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
         return {key: value for key, value in values.items() if value is not None or key not in sections}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` where a number is expected, which would count as 1."""
+        found = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
+        if found and not re.search("bool|Any", str(cls.model_fields[str(info.field_name)].annotation)):
+            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
+        return value
 
 
 SEEDS, MOST = 2**32, 2**31 - 1

@@ -15,6 +15,7 @@ from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
+from kdlora.deploy.stream import predict_file
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, ModelError
 
@@ -68,9 +69,13 @@ def test_a_tagger_runs_in_it(exported):
 def test_an_export_for_it_alone_has_its_files_alone(classifier_folder, traced_once, tmp_path):
     """The ONNX file that it was made of, which nobody asked for, beside it."""
     settings = {"formats": ("openvino",), "min_agreement": 0.5, "max_metric_drop": 50}
-    found = export_onnx(classifier_folder(), tmp_path / "onnx", texts=TEXTS[:40], more_texts=TEXTS[40:], **settings)
-    assert [path.name for path in (tmp_path / "onnx").glob("*.[ob]*n*")] == ["openvino_model_quantized.bin"]
-    assert found.size_bytes["openvino"] > (tmp_path / "onnx" / "openvino_model_quantized.bin").stat().st_size
+    export = tmp_path / "student-onnx"
+    found = export_onnx(classifier_folder(), export, texts=TEXTS[:40], more_texts=TEXTS[40:], **settings)
+    assert [path.name for path in export.glob("*.[ob]*n*")] == ["openvino_model_quantized.bin"]
+    assert found.size_bytes["openvino"] > (export / "openvino_model_quantized.bin").stat().st_size
+    shutil.copytree(classifier_folder(), tmp_path / "student")  # by which the experiment predicts
+    (tmp_path / "in.txt").write_text("wonderful\n")
+    assert predict_file(tmp_path, tmp_path / "in.txt", tmp_path / "out.jsonl").errors == 0
 
 
 def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):

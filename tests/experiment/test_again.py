@@ -213,6 +213,10 @@ def test_other_rows_do_not_get_the_steps_that_were_chosen_for_the_first(workshop
     train.write_bytes(whole)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config, out)
+    train.write_bytes(b"".join(whole.splitlines(keepends=True)[:-8]))
+    (out / "config.yaml").unlink()  # as by `rm -r OUT/*`
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config, out)
 
 
 def test_a_teacher_that_is_trained_again_is_in_the_plan(copied, workshop):

@@ -78,7 +78,7 @@ def test_what_is_no_graph_is_refused(graph_folder, monkeypatch):
         refused(graph_folder, "cannot load it")
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("the runtime was reached"))
     (graph_folder / "model.onnx").write_bytes(b"abcdORTM" + b"\x00" * 99)
-    refused(graph_folder, "model.onnx")
+    refused(graph_folder, "own format")
 
 
 _SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}

@@ -56,7 +56,7 @@ def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
     """Take a while to save after SIGTERM, sending on as a training does."""
 
     def save(number: int, frame: object) -> None:
-        for _ in range(4):
+        for _ in range(8):
             send("x" * 100_000)
             time.sleep(0.1)
         Path(path).write_text("saved")

@@ -264,7 +264,7 @@ def infer_task(
             "needs two or more. Check the file, or task.label"
         )
     if kind != "regression":
-        refuse_names(raw.source, label, names, given=config.label_names is not None)
+        refuse_names(raw.source, label, names, given=config.label_names is not None or label[0] in raw.class_names)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")

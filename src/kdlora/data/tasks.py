@@ -221,7 +221,7 @@ def refuse_names(source: str, label: Sequence[str], names: Sequence[str], *, giv
     if not given and "-" in names and "+" not in names:
         raise DataError(
             f"{source}: the label column {label[0]!r} holds '-', by which SNLI and MNLI mark a row without a label; "
-            "remove these rows, or, where it is a class, name all classes in task.label_names"
+            "remove these rows, or, where it is a class, name all classes (task.label_names; kdlora ask: --labels)"
         )
     keys = [name.strip().casefold() for name in names]
     counts = Counter(keys)

@@ -238,7 +238,7 @@ def _exported_file(folder: Path, precision: Precision, runtime: Runtime) -> Path
 def _check_files(folder: Path, file: Path | None) -> None:
     """Refuse a folder that lacks its tokenizer, or its weights in a format that runs no code when it is read."""
     if file is None and not any(folder.glob("*.safetensors")):
-        other = sorted(entry.name for entry in folder.glob("*.bin"))
+        other = sorted(entry.name for entry in folder.glob("*.bin") if not entry.with_suffix(".xml").is_file())
         hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
         if exported := next(folder.glob("*.onnx"), None):
             hint = f" {exported.name} is there, and is another precision."

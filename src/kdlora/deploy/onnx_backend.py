@@ -100,7 +100,9 @@ def check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) ->
 def read_onnx(file: Path) -> bytes:
     """Read a graph that holds its weights; one in ONNX Runtime's own format could name other files, too."""
     graph = file.read_bytes()
-    if graph[4:8] == b"ORTM" or re.search(rb"[\0\x08]location", graph):  # the key as it is encoded, after its length
+    if graph[4:8] == b"ORTM":
+        raise ArtifactError(f"{file}: it is in ONNX Runtime's own format, which may name other files; save it as ONNX")
+    if re.search(rb"[\0\x08]location", graph):  # the key as it is encoded, after its length
         raise ArtifactError(
             f"{file}: expected an ONNX file with its weights in it; these lie in other files. If they are meant, save "
             f"it as one file: `onnx.save(onnx.load({file.name!r}), {file.name!r})`."

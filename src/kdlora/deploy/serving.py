@@ -105,11 +105,13 @@ class _Queue:
         share = min(_TOGETHER, -(-len(texts) // self.at_once))
         waited = [self._add(texts[first : first + share]) for first in range(0, len(texts), share)]
         try:
-            return list(chain.from_iterable(await asyncio.gather(*waited)))
-        except Exception:
+            found = list(chain.from_iterable(await asyncio.gather(*waited)))
+        except KdLoraError:
             if len(waited) == 1:
                 raise
-            return await self._add(texts)  # whose error counts the texts as the request does
+            found = await self._add(texts)  # whose error counts the texts as the request does
+        self.meters.texts.labels(self.name).inc(len(found))
+        return found
 
     def _add(self, texts: list[Text]) -> asyncio.Future[list[Answer]]:
         future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
@@ -145,7 +147,6 @@ class _Queue:
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return
-        self.meters.texts.labels(self.name).inc(len(texts))
         for some, future in batch:
             answer = list(islice(answers, len(some)))
             if not future.done():  # as where the server ends

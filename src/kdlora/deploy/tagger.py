@@ -12,7 +12,7 @@ import numpy as np
 from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
 from kdlora.data.windows import hide_symbols, read_windows
 from kdlora.deploy.decisions import Decisions, Which, read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
+from kdlora.deploy.folder import CONFIG_FILE, OPENVINO_INT8, ModelFolder, Way
 from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one, iterate_texts
 from kdlora.errors import DataError, ModelError
@@ -158,9 +158,11 @@ def load_model(
 
 def load_for_many(folder: str | Path, load: Callable[..., Loaded]) -> Loaded:
     """Load a model, of an experiment its export, for many texts."""
-    from kdlora.deploy.hub import locate_export  # here: a model that is loaded already is served without it
+    from kdlora.deploy.hub import locate_export, locate_model  # here: a model that is loaded already is served without
 
     path = locate_export(folder)
+    if (path / OPENVINO_INT8).is_file() and not any(path.glob("*.onnx")):  # an experiment's, for OpenVINO alone
+        path = locate_model(folder)
     many = default_threads() if Way(path).describe().backend == "onnx" else 1
     model = load(path, threads=1 if many > 1 else None)  # in one batch for all threads, they wait for each other
     model.at_once = many

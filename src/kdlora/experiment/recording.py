@@ -258,6 +258,7 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
     place = layout.run(best.arm, best.seed)
     remove(layout.deployed)
     remove(layout.shipped)
+    remove(layout.onnx)  # of what was shipped before
     arm = cast("Arm", best.arm)
     with atomic_folder(layout.student) as folder:
         if arm in LORA_ARMS:

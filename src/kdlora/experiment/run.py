@@ -309,7 +309,8 @@ def _finished(
             logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         else:
             found[run.key] = record
-    if (read_manifest(layout.root) or {}).get("rows", rows) != rows:  # an earlier version noted none
+    noted = (read_manifest(layout.root) or {}).get("rows", rows)  # an earlier version noted none
+    if layout.config.exists() and noted != rows:
         raise ArtifactError(
             f"{layout.root} was begun with other rows than the config names now, and its steps and lengths were chosen "
             "for those. Name another folder with --out, or delete it"

@@ -6,6 +6,7 @@ The public names are imported on first use, so that `import kdlora` costs nothin
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: I001 - a public name beside its re-export
@@ -68,6 +69,10 @@ if TYPE_CHECKING:
     from kdlora.report.compare import compare as compare
     from kdlora.report.report import make_report as make_report
     from kdlora.terminal import live_progress as live_progress
+
+# Read where these packages are imported: else they tell their makers what is done with them, under a lasting number.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _NAMES = {
     "kdlora.asking.ask": "AskSummary ask plan_asking",

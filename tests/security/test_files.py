@@ -180,6 +180,9 @@ def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path, name):
     (target / name).write_text("years of work")
     with pytest.raises(ArtifactError, match=f"{re.escape(name)} is no file of an export, and would be lost"):
         check_target(target, folder)
+    (tmp_path / "current").symlink_to(target)  # which was refused when all stages had been made
+    with pytest.raises(ArtifactError, match="current is a link"):
+        check_target(tmp_path / "current", folder)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "step-000000003", "step-by-step"])

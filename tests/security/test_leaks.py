@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path):
     done = run_python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "owned").exists()
+
+
+def test_libraries_tell_their_makers_nothing(tmp_path):
+    """ONNX Runtime queued each model, its speed and the path of Python for a host of Microsoft's, MLflow each run."""
+    pytest.importorskip("mlflow")
+    switches = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "ORT_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY")
+    plain = {name: value for name, value in os.environ.items() if name not in switches}
+    homes = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), str(tmp_path))
+    code = "import kdlora, onnxruntime, mlflow; print(mlflow.telemetry.get_telemetry_client())"
+    done = subprocess.run([sys.executable, "-c", code], env=plain | homes, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+    assert not [found for name in ("Microsoft", "mlflow") for found in tmp_path.rglob(name)]
 
 
 # What runs beside us.

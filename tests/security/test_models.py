@@ -8,17 +8,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import safetensors_conversion
 
 import tiny
 from experiments import edit_json
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import KdLoraError, ModelError
 from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task, save_encoder
+from kdlora.models.loading import Source, _loading_of
 
 SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
 
@@ -215,6 +218,18 @@ def test_settings_of_a_model_to_train_are_named_alike(folder, file, changes, exp
     """The same files reach transformers, which asks for all memory, panics, or fails with its own faults."""
     edit_json(folder / file, **changes)
     assert expected in refusals(folder)
+
+
+def test_weights_of_a_strangers_pull_request_are_not_taken(monkeypatch):
+    """Transformers asked a third host for a conversion, then took any pull request that bore its title."""
+    request = SimpleNamespace(author="stranger", num=7)
+    monkeypatch.setattr(safetensors_conversion, "previous_pr", lambda *_, **__: request)
+    api = SimpleNamespace(model_info=lambda name: SimpleNamespace(private=False))
+    with pytest.raises(ModelError, match="no safetensors weights"), _loading_of("weights", Source("someone/model")):
+        safetensors_conversion.get_conversion_pr_reference(api, "someone/model", token=None)
+    request.author = "SFconvertbot"
+    with _loading_of("weights", Source("someone/model")):
+        assert safetensors_conversion.get_conversion_pr_reference(api, "someone/model", token=None) == "refs/pr/7"
 
 
 ODD = {"return_dict": False, "output_hidden_states": 1.5, "vocab_size": 10, "hidden_act": "nonsense"}

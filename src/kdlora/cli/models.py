@@ -55,7 +55,7 @@ def predict(options: Predict) -> None:
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
 
-    Example: echo "what a film" | kdlora predict runs/demo/student -
+    Example: echo "what a film" | kdlora predict runs/demo -
     """
     from kdlora.deploy.stream import predict_file
 
@@ -198,7 +198,12 @@ def export(
 
 @app.command()
 def benchmark(
-    models: Annotated[list[Path], Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
+    models: Annotated[
+        list[Path],
+        Argument(
+            help="Model folders, .onnx files, experiments (their student/; student-onnx/ has all files) or Hub ids."
+        ),
+    ],
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
     threads: Annotated[
         int | None,

@@ -258,6 +258,8 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
     target, source = to.absolute(), folder.path.absolute()
     if target == source or target in source.parents:
         raise ArtifactError(f"{to}: the export would replace the model {folder.path}; give another folder.")
+    if target.is_symlink():
+        raise ArtifactError(f"{to} is a link, and kdlora replaces none; name the folder that is meant.")
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{to}: expected a folder to write, got a file.")
     entries = [*target.iterdir()] if target.exists() else []

@@ -31,6 +31,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    safetensors_conversion,
 )
 from transformers.utils.hub import cached_file
 
@@ -297,6 +298,11 @@ def _find(source: Source, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _refuse_conversion(*_: object) -> None:
+    """Stand for the request to a third host, after which transformers takes a pull request of anybody's."""
+    raise OSError("it has no weights in safetensors, and nobody is asked to convert them")
+
+
 @contextmanager
 def _loading_of(what: str, source: Source) -> Iterator[None]:
     """Silence transformers while it loads, and turn faults that the user can mend into a `ModelError` that says how."""
@@ -304,6 +310,7 @@ def _loading_of(what: str, source: Source) -> Iterator[None]:
     with _loading:  # one thread at a time: it exchanges functions of torch and of its own classes
         verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
         log.set_verbosity_error()
+        convert, safetensors_conversion.spawn_conversion = safetensors_conversion.spawn_conversion, _refuse_conversion
         if source.is_folder:  # what comes from the Hub has bars
             log.disable_progress_bar()
         try:
@@ -320,6 +327,7 @@ def _loading_of(what: str, source: Source) -> Iterator[None]:
                 raise MemoryError(f"the {what} of {source.name} needs more memory: {first_line(fault):.200}") from fault
             raise ModelError(_explanation(source, what, fault)) from fault
         finally:
+            safetensors_conversion.spawn_conversion = convert
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()

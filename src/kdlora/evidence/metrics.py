@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BINS = 10
 """Bins of confidence, of equal width from 0 to 1."""
+_FEW_CLASSES = 64
+"""Up to so many a matrix product sums by class faster than counting does."""
 
 
 def compute_metrics(
@@ -150,13 +152,14 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "single-label", "f1" | "average_precision" if classes == 2:
             return _of_label(task, base, 1, outputs, targets)
         case "single-label", "macro_f1":
-            said, wanted = np.eye(classes)[decided], np.eye(classes)[targets]
-            return _mean_ratio(2.0 * said * wanted, said + wanted, occurring_only=True)
+            said, wanted = _by_class(decided, classes), _by_class(targets, classes)
+            hits = _by_class(targets, classes, 2.0 * (decided == targets))
+            return _mean_ratio(hits, lambda counts: said(counts) + wanted(counts), occurring_only=True)
         case "single-label", "matthews":
-            return _matthews(np.eye(classes)[decided], np.eye(classes)[targets])
+            return _matthews(1.0 * (decided == targets), _by_class(decided, classes), _by_class(targets, classes))
         case "single-label", "balanced_accuracy":
-            wanted = np.eye(classes)[targets]
-            return _mean_ratio(np.eye(classes)[decided] * wanted, wanted, occurring_only=True)
+            hits = _by_class(targets, classes, 1.0 * (decided == targets))
+            return _mean_ratio(hits, _by_class(targets, classes), occurring_only=True)
         case "single-label", "cost":
             costs = np.asarray(json.loads(label))
             return _mean_of(1 - costs[targets, decided] / (costs.max() or 1.0))
@@ -165,7 +168,8 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "multi-label", "micro_f1":
             return _pooled_f1(decided, targets)
         case "multi-label", "macro_f1":
-            return _mean_ratio(2.0 * decided * targets, 1.0 * (decided + targets), occurring_only=False)
+            both, either = 2.0 * decided * targets, 1.0 * (decided + targets)
+            return _mean_ratio(lambda counts: counts @ both, lambda counts: counts @ either, occurring_only=False)
         case "multi-label", "subset_accuracy":
             return _mean_of((decided == targets).all(axis=1))
         case "regression", "mse":
@@ -192,12 +196,20 @@ def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
     return lambda counts: ratio(2.0 * (counts @ hits), counts @ marked)
 
 
-def _mean_ratio(above: np.ndarray, below: np.ndarray, *, occurring_only: bool) -> Weighted:
+def _by_class(values: np.ndarray, classes: int, worth: np.ndarray | float = 1.0) -> Weighted:
+    """Sum counts, times what an example is worth, by class; for many classes without a matrix of rows by classes."""
+    if classes > _FEW_CLASSES:
+        return lambda counts: np.stack([np.bincount(values, one * worth, classes) for one in counts])
+    marks = np.eye(classes)[values] * np.reshape(worth, (-1, 1))
+    return lambda counts: np.asarray(counts @ marks)
+
+
+def _mean_ratio(above: Weighted, below: Weighted, *, occurring_only: bool) -> Weighted:
     """Mean of the columns' ratios of sums, over all columns or over those that have something below."""
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        seen = counts @ below
-        scores = ratio(counts @ above, seen)
+        seen = below(counts)
+        scores = ratio(above(counts), seen)
         if not occurring_only:
             return np.asarray(scores.mean(axis=1))
         return np.asarray(scores.sum(axis=1) / (seen > 0).sum(axis=1))
@@ -217,11 +229,9 @@ def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: 
     return recall_at(float(base.removeprefix("recall@")), curve)
 
 
-def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
-    right = (predicted * wanted).sum(axis=1)
-
+def _matthews(right: np.ndarray, predicted: Weighted, wanted: Weighted) -> Weighted:
     def measure(counts: np.ndarray) -> np.ndarray:
-        hits, total, said, true = counts @ right, counts.sum(axis=1), counts @ predicted, counts @ wanted
+        hits, total, said, true = counts @ right, counts.sum(axis=1), predicted(counts), wanted(counts)
         below = (total**2 - (said**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
         return ratio(hits * total - (said * true).sum(axis=1), np.sqrt(below))
 

@@ -5,8 +5,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
+from datasets import Dataset
 
 from experiments import snapshot
 from fabricate import BINARY, SIMILARITY, make_experiment
@@ -18,7 +21,7 @@ from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record, read_results
 from kdlora.experiment.plan import identity
-from kdlora.experiment.preview import training_seconds
+from kdlora.experiment.preview import count_duplicates, training_seconds
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import Chosen, ModelLook
@@ -96,6 +99,30 @@ def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
         assert plan.duplicates == dict(zip(names, found, strict=True))
         assert plan.labels == {"c": 2, "d": 1}
         assert dict(plan.lines())["labels"].endswith("only 1 of d in validation, which chooses what ships")
+
+
+def test_texts_are_counted_without_being_held():
+    """Copies of all texts have the plan of millions of rows killed, and with it the run."""
+    draw, pool, usual = (
+        np.random.default_rng(0),
+        pa.proxy_memory_pool(pa.default_memory_pool()),
+        pa.default_memory_pool(),
+    )
+    texts = [f"{number:0500}" for number in draw.integers(0, 60_000, 100_000)]
+    rows = Dataset(pa.table({"text": texts, "label": draw.integers(0, 2, 100_000)}))
+    train, other = rows.select(draw.permutation(100_000)), rows.select(range(0, 100_000, 9))
+    pa.set_memory_pool(pool)
+    try:
+        found = count_duplicates({"train": train, "validation": other})
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < 100_000 * 500 / 2
+    frame = pd.DataFrame({"text": texts, "label": rows["label"][:]})
+    twice = frame["text"].duplicated().sum()
+    assert found["train"] == twice
+    assert found["validation"] == frame["text"][::9].duplicated().sum()
+    assert found["train and validation"] == len(other)
+    assert found["train with another label"] == twice - frame.duplicated().sum()
 
 
 def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):

@@ -7,7 +7,7 @@ import itertools
 import mmap
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,12 +152,16 @@ def _update(digest: Any, array: pa.Array) -> None:
         digest.update(pc.fill_null(array, nothing).to_numpy(zero_copy_only=False).tobytes())
 
 
-def doubles(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Give the ids that occur more than once, by sorted hashes: a table of all ids is made only where two are equal."""
-    chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
+def hash_texts(chunks: Iterable[pa.Array]) -> npt.NDArray[np.uint64]:
+    """Give a hash of each text, 8 bytes, whatever its length."""
     pieces = (chunk.slice(start, _HASHED_ROWS) for chunk in chunks for start in range(0, len(chunk), _HASHED_ROWS))
     hashes = [hash_array(piece.to_numpy(zero_copy_only=False), categorize=False) for piece in pieces]
-    every = np.sort(np.concatenate([np.empty(0, np.uint64), *hashes]))
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
+
+
+def doubles(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Give the ids that occur more than once, by sorted hashes: a table of all ids is made only where two are equal."""
+    every = np.sort(hash_texts(ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]))
     if not (every[1:] == every[:-1]).any():
         return ids[:0]
     counts = pc.value_counts(ids)

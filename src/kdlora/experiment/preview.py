@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits
-from kdlora.data.spool import label_array, read_column, text_columns
+from kdlora.data.spool import hash_texts, label_array, read_column, slice_rows, text_columns
 from kdlora.data.tasks import Task, window_settings
 from kdlora.data.windows import tokens_read
 from kdlora.distil.words import MOST_ROWS
@@ -30,6 +30,7 @@ RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
 _SHOWN_LABELS = 6
 _FEW_TO_CHOOSE = 5
 """Validation rows of a label below which the scores of arms are told to rest on few."""
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a hash is lost
 
 
 @dataclass(frozen=True)
@@ -227,21 +228,23 @@ def count_labels(task: Task, rows: Dataset) -> dict[str, int]:
 def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
     """Count the rows whose texts were there before, in their split, an earlier one, or training with another class."""
     keys = {name: _text_keys(rows) for name, rows in parts.items()}
-    unique = {name: pc.unique(column) for name, column in keys.items()}
+    unique = {name: np.unique(hashes) for name, hashes in keys.items()}
     found = {name: len(keys[name]) - len(unique[name]) for name in parts}
     names = list(parts)
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
-            shared = pc.is_in(keys[second], value_set=unique[first])
-            found[f"{first} and {second}"] = int(pc.sum(shared).as_py() or 0)
-    classes, texts = read_column(parts["train"], "label"), unique["train"]
+            found[f"{first} and {second}"] = int(np.isin(keys[second], unique[first]).sum())
+    classes = read_column(parts["train"], "label")
     if pa.types.is_integer(classes.type):
-        told = pa.table({"text": pc.index_in(keys["train"], value_set=texts), "class": classes})
-        found["train with another label"] = told.group_by(["text", "class"]).aggregate([]).num_rows - len(texts)
+        told = pa.table({"text": keys["train"], "class": classes}).group_by(["text", "class"]).aggregate([])
+        found["train with another label"] = told.num_rows - len(unique["train"])
     return found
 
 
-def _text_keys(rows: Dataset) -> pa.ChunkedArray:
-    columns = [read_column(rows, name) for name in text_columns(rows)]
-    wide = [column.cast(pa.large_string()) for column in columns]
-    return wide[0] if len(wide) == 1 else pc.binary_join_element_wise(*wide, pa.scalar("\0", pa.large_string()))
+def _text_keys(rows: Dataset) -> npt.NDArray[np.uint64]:
+    """Give a hash of each row's text, or of its pair, whose order counts."""
+    keys = np.zeros(len(rows), np.uint64)
+    for name in text_columns(rows):
+        chunks = (chunk for part in slice_rows(rows, [name]) for chunk in part.column(0).chunks)
+        keys = keys * _MIX + hash_texts(chunks)
+    return keys

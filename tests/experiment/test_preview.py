@@ -15,11 +15,13 @@ from experiments import snapshot
 from fabricate import BINARY, SIMILARITY, make_experiment
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import build_config, load_config
+from kdlora.data.spool import read_texts, slice_rows
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record, read_results
+from kdlora.experiment import stages
 from kdlora.experiment.plan import identity
 from kdlora.experiment.preview import count_duplicates, training_seconds
 from kdlora.experiment.run import plan_experiment, run_experiment
@@ -202,6 +204,25 @@ def test_a_bag_of_words_needs_no_model_and_a_long_run_asks(cli, workshop, tmp_pa
         SearchConfig(arm="words")
     with pytest.raises(ConfigError, match="no student"):
         build_config({"data": {"train": "a.csv"}, "run": {"arms": ["words", "student-lora"]}})
+
+
+def test_words_read_no_more_than_they_learn_from(workshop, tmp_path, monkeypatch):
+    """What takes seconds on 1,000 rows takes an hour and all memory on 10 million, in an arm that runs unasked."""
+    config, read, slices, found = workshop.config({"run": {"arms": ["words"]}}), [], [], []
+    monkeypatch.setattr(stages, "MOST_ROWS", 20)
+    monkeypatch.setattr(stages, "read_texts", lambda rows: read.append(len(rows)) or read_texts(rows))
+    for size in (64, 20):
+
+        def slice_some(rows, names, size=size):
+            return (slices.append(len(part)) or part for part in slice_rows(rows, names, size))
+
+        monkeypatch.setattr(stages, "slice_rows", slice_some)
+        layout = ExperimentLayout(tmp_path / str(size))
+        record = stages.train_run(config, layout, "words", 0, None)
+        assert record.notes[-1].endswith("learnt from 20 of 64 rows")
+        found.append(read_predictions(layout.run("words", 0).predictions).logits)
+    assert (read, slices) == ([20] * 4, [40, 20, 20])
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.fixture

@@ -113,6 +113,13 @@ def slice_rows(dataset: Dataset, names: Sequence[str], rows: int = SLICE_ROWS) -
             yield chunk.select(list(names))
 
 
+def spread_rows(dataset: Dataset, most: int) -> Dataset:
+    """Take so many rows, evenly spaced; all where there are no more."""
+    if len(dataset) <= most:
+        return dataset
+    return dataset.select(np.linspace(0, len(dataset) - 1, most).astype(int))
+
+
 def settle(dataset: Dataset) -> Dataset:
     """Write a selection's rows one after the other, where it is one."""
     if dataset._indices is None or not len(dataset):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from transformers import TrainerCallback
 
 from kdlora.config import (
@@ -25,7 +26,7 @@ from kdlora.config import (
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.logit_table import open_store
-from kdlora.data.spool import label_array, read_texts
+from kdlora.data.spool import label_array, read_texts, slice_rows, spread_rows, text_columns
 from kdlora.data.word_tokens import words_seen
 from kdlora.distil.inference import LOGITS_MANIFEST, TEACHER_TOKENS, hash_model, teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
@@ -34,7 +35,7 @@ from kdlora.distil.processes import current_processes
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.train import Trained, train_model
 from kdlora.distil.trainer import ProgressEvent, TrainingOptions
-from kdlora.distil.words import fit_words
+from kdlora.distil.words import MOST_ROWS, fit_words
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.recording import (
@@ -115,12 +116,15 @@ def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, le
     """Fit and score a bag of words; nothing of it is kept but its record and its predictions."""
     place, start = layout.run("words", record.seed), time.perf_counter()
     with logged("train", "words", record.seed):
-        texts = read_texts(splits.train), read_texts(splits.validation)
-        words = fit_words(splits.task, texts[0], label_array(splits.train), texts[1], label_array(splits.validation))
+        some = [spread_rows(rows, MOST_ROWS) for rows in (splits.train, splits.validation)]
+        (known, asked), (labels, expected) = map(read_texts, some), map(label_array, some)
+        words = fit_words(splits.task, known, labels, asked, expected)
     trained = time.perf_counter()
     with logged("evaluate", "words", record.seed):
-        parts = splits_by_name(splits, scored=True)
-        outputs = {split: words.predict(read_texts(rows)) for split, rows in parts.items()}
+        outputs = {
+            split: np.concatenate([words.predict(part.to_pydict()) for part in slice_rows(rows, text_columns(rows))])
+            for split, rows in splits_by_name(splits, scored=True).items()
+        }
         record = score_outputs(record, splits, outputs, place)
     note = f"bag of words: inverse regularisation {words.strength:g}, chosen on validation"
     note += f"; learnt from {words.rows:,} of {len(splits.train):,} rows" if words.rows < len(splits.train) else ""

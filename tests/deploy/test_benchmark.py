@@ -22,7 +22,11 @@ def test_figures_of_all_models(classifier_folder, exported):
     """Prevents a table with a model, a unit or a percentile mixed up, and a score of the wrong column."""
     labels = [TASK.label2id[one.label] for one in Classifier.load(classifier_folder()).predict(TEXTS)]
     models = {"student": classifier_folder(), "fp32": exported() / "model.onnx", "int8": exported()}
-    result = benchmark(models, LabelledTexts(TEXTS, labels, TASK), **QUICK, scores={"int8": 12.5})
+    told = []
+    given = LabelledTexts(TEXTS, labels, TASK)
+    result = benchmark(models, given, **QUICK, scores={"int8": 12.5}, progress=told.append)
+    # Of hours that a long test split takes, nobody knew what they were for.
+    assert told[-2:] == [f"{name}: scored on {len(TEXTS)} texts" for name in ("student", "fp32")]
     student, fp32, int8 = result.models
     assert [model.backend for model in result.models] == ["transformers", "onnx", "onnx"]
     assert [model.precision for model in result.models] == ["fp32", "fp32", "int8"]

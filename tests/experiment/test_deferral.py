@@ -21,6 +21,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment import deployment
 from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds
 from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
@@ -146,9 +147,14 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     assert not layout.deferral.exists()
 
 
-def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Path, caplog) -> None:
-    """An answer was given where the experiment's own file, of the same weights, gives none."""
-    export_model(promised, tmp_path / "out", formats="onnx")
+def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+    """An answer was given where the experiment's own file, of the same weights, gives none.
+
+    Every stage read all of 200,000 validation rows on the CPU, after a training of an hour on a GPU.
+    """
+    monkeypatch.setattr(deployment, "CHECKED_ROWS", 12)
+    result = export_model(promised, tmp_path / "out", formats="onnx")
+    assert {one.labelled for one in result.stages} == {12}
     told = "thresholds and the promised error rate are of other files than those of"
     assert [one for one in caplog.messages if f"kdlora_decisions.json: {told} {tmp_path / 'out'}" in one]
 

@@ -101,7 +101,7 @@ def benchmark(
         for model in found:
             model.figures["peak_memory_bytes"] = model.ask("memory")
             known = (scores or {}).get(model.name)
-            model.figures["score"] = _score(model, given, rows) if known is None else known
+            model.figures["score"] = _score(model, given, rows, say) if known is None else known
     figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, timed, machine=describe_machine(), versions=collect_versions())
 
@@ -158,13 +158,16 @@ def _time_models(
     return len(some)
 
 
-def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text | Words]) -> float | None:
+def _score(
+    model: ModelProcess, given: LabelledTexts, texts: list[Text | Words], say: Callable[[str], None]
+) -> float | None:
     """Score a model by label name; one whose labels are others (an untrained base) has no score."""
     task, folder = given.task, model.way.describe()
     if given.labels is None or task is None or folder.kind != task.kind:
         return None
     if task.kind != "regression" and sorted(folder.label_names) != sorted(task.label_names):
         return None
+    say(f"{model.name}: scored on {len(texts):,} texts")
     logits = np.asarray(model.ask("logits", texts=texts))
     if task.kind != "regression":
         logits = logits[:, [folder.label_names.index(name) for name in task.label_names]]

@@ -15,7 +15,7 @@ from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import label_array, read_column, read_texts
+from kdlora.data.spool import label_array, read_column, read_texts, spread_rows
 from kdlora.data.tags import Words, split_words
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
@@ -42,6 +42,9 @@ from kdlora.system.ownership import remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
+
+CHECKED_ROWS = 20_000
+"""So many labelled rows each stage of an export reads, on a CPU; a score's change is then known to about 0.2 points."""
 
 FORMATS: dict[str, tuple[Format, ...]] = {
     "onnx": ("onnx",),
@@ -259,11 +262,11 @@ def _export_rows(
     formats: Sequence[Format],
     say: Callable[[str], None] | None = None,
 ) -> ExportResult:
-    """Export `student/`, checked on labelled rows and on the first 2,000 of some more."""
+    """Export `student/`, checked on some of the labelled rows and on the first 2,000 of some more."""
     return export_onnx(
         layout.student,
         to,
-        texts=labelled(rows, recorded_task(layout)),
+        texts=labelled(spread_rows(rows, CHECKED_ROWS), recorded_task(layout)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=closed(config.student.train).max_length,

@@ -15,7 +15,7 @@ from experiments import snapshot
 from fabricate import BINARY, SIMILARITY, make_experiment
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import build_config, load_config
-from kdlora.data.spool import read_texts, slice_rows
+from kdlora.data.spool import read_texts, slice_rows, spread_rows
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, score
@@ -223,6 +223,8 @@ def test_words_read_no_more_than_they_learn_from(workshop, tmp_path, monkeypatch
         found.append(read_predictions(layout.run("words", 0).predictions).logits)
     assert (read, slices) == ([20] * 4, [40, 20, 20])
     np.testing.assert_array_equal(*found)
+    alternating = spread_rows(Dataset.from_dict({"label": [0, 1] * 100}), 100)["label"]
+    assert 20 < sum(alternating) < 80, "an even step took one class alone"
 
 
 @pytest.fixture

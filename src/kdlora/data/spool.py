@@ -114,10 +114,11 @@ def slice_rows(dataset: Dataset, names: Sequence[str], rows: int = SLICE_ROWS) -
 
 
 def spread_rows(dataset: Dataset, most: int) -> Dataset:
-    """Take so many rows, evenly spaced; all where there are no more."""
+    """Take one row of each of so many equal parts, by chance, since classes may alternate; of fewer rows all."""
     if len(dataset) <= most:
         return dataset
-    return dataset.select(np.linspace(0, len(dataset) - 1, most).astype(int))
+    edges = np.linspace(0, len(dataset), most + 1).astype(int)
+    return dataset.select(np.random.default_rng(0).integers(edges[:-1], edges[1:]))
 
 
 def settle(dataset: Dataset) -> Dataset:

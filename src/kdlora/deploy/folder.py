@@ -240,6 +240,8 @@ def _check_files(folder: Path, file: Path | None) -> None:
     if file is None and not any(folder.glob("*.safetensors")):
         other = sorted(entry.name for entry in folder.glob("*.bin") if not entry.with_suffix(".xml").is_file())
         hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
+        if (folder / OPENVINO_INT8).is_file():
+            hint = f" {OPENVINO_INT8} is there, for the runtime openvino."
         if exported := next(folder.glob("*.onnx"), None):
             hint = f" {exported.name} is there, and is another precision."
         raise ModelError(f"{folder}: no weights: expected model.safetensors, {ONNX_FP32} or {ONNX_INT8}.{hint}")

@@ -23,7 +23,7 @@ Texts = Mapping[str, list[str]]
 BAG_OF_WORDS = "bag of words"
 """What stands in a record in place of a model's source."""
 MOST_ROWS = 50_000
-"""So many training rows are learnt from, and validation rows chosen by, spread evenly over all of them."""
+"""So many training rows are learnt from, and validation rows chosen by."""
 STRENGTHS = (1.0, 10.0, 100.0)
 """Inverse of the regularisation, tried one after the other on the validation rows."""
 _MOST_FEATURES, _MOST_COEFFICIENTS = 90_000, 2_000_000

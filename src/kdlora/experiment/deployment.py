@@ -263,10 +263,12 @@ def _export_rows(
     say: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Export `student/`, checked on some of the labelled rows and on the first 2,000 of some more."""
+    if not config.export.min_recall:  # which is of all entities
+        rows = spread_rows(rows, CHECKED_ROWS)
     return export_onnx(
         layout.student,
         to,
-        texts=labelled(spread_rows(rows, CHECKED_ROWS), recorded_task(layout)),
+        texts=labelled(rows, recorded_task(layout)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=closed(config.student.train).max_length,

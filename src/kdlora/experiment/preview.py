@@ -245,6 +245,5 @@ def _text_keys(rows: Dataset) -> npt.NDArray[np.uint64]:
     """Give a hash of each row's text, or of its pair, whose order counts."""
     keys = np.zeros(len(rows), np.uint64)
     for name in text_columns(rows):
-        chunks = (chunk for part in slice_rows(rows, [name]) for chunk in part.column(0).chunks)
-        keys = keys * _MIX + hash_texts(chunks)
+        keys = keys * _MIX + hash_texts(part.column(0).combine_chunks() for part in slice_rows(rows, [name]))
     return keys

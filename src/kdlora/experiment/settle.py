@@ -22,7 +22,7 @@ from kdlora.configfile import load_config
 from kdlora.data.batches import PAD_MULTIPLE, count_tokens, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
-from kdlora.data.spool import label_array, read_column, read_texts, spread_rows
+from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tasks import Task, find_label, named_weights, window_settings
 from kdlora.data.windows import tokens_read
 from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_for, full_rate
@@ -228,7 +228,9 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
 
 
 def sample_texts(rows: Dataset) -> dict[str, list[str]]:
-    return read_texts(spread_rows(rows, MOST_TEXTS))
+    if len(rows) > MOST_TEXTS:
+        rows = rows.select(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int))
+    return read_texts(rows)
 
 
 def choose_max_length(lengths: Iterable[np.ndarray], limits: Iterable[int]) -> int:

@@ -355,8 +355,8 @@ def _explanation(source: Source, what: str, fault: Exception) -> str:
     if "safetensors" in text and what == "weights":
         return (
             f"{source.name} has no safetensors weights on the Hub at this revision, and kdlora unpickles nothing "
-            f"({reason}). Leave out `revision`, so that the Hub's own conversion is found, or convert it once: "
-            "load model and tokenizer with transformers, call save_pretrained on both, and give that folder"
+            f"({reason}). Convert it once: load model and tokenizer with transformers, call save_pretrained on both, "
+            "and give that folder. Without `revision`, a conversion that the Hub has made is found"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     state = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"

@@ -182,7 +182,7 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
         return arm == best or (found is not None and found.difference is not None and found.difference.high >= 0)
 
     best = max(means, key=lambda name: means[name])  # of equal ones the first
-    arm = next((name for name in means if name in DISTILLED_ARMS and holds(name)), best)
+    arm = max((name for name in means if name in DISTILLED_ARMS and holds(name)), key=means.__getitem__, default=best)
     others = [name for name in means if name != arm]
     rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
     against = best if arm != best else max(rivals, key=lambda name: means[name], default=None)

@@ -145,7 +145,7 @@ def test_what_only_data_and_models_tell_stops_the_plan(values, cli, tmp_path):
         ({"student": {"train": TRAIN | {"max_length": 65}}}, "max_length is 65, but", "reads 64 tokens at most"),
         ({"data": {"window_stride": 15}}, "data.window_stride is 15", "set it to 13 at most"),
         ({"data": {"train": str(pairs)}, "task": {"text": ["text", "other"]}}, "pairs (text, other)", "cut"),
-        ({"data": {"train": str(words), "validation": str(words)}}, "a task of tokens always", "out"),
+        ({"data": {"train": str(words), "validation": str(words)}}, "tasks of tokens always", "out"),
     ]
     for changes, *said in cases:
         path, config = tmp_path / "config.yaml", {key: values[key] | part for key, part in changes.items()}

@@ -218,7 +218,7 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label(model, texts, tmp_path / "out", text=("body",))
-    with pytest.raises(DataError, match="the model reads single texts; name one text column with --text"):
+    with pytest.raises(DataError, match=r"trained on single texts, got the text 'text' and 'id'\. Name one column"):
         label(model, texts, tmp_path / "out", text=("text", "id"))
     assert not (tmp_path / "out").exists()  # begun with wrong columns, it would refuse the right ones
     for file in ("a.parquet", "b.jsonl", "c.csv"):

@@ -118,8 +118,12 @@ class _Job:
     task: Task
     folder: Path
     files: tuple[Path, ...]
-    root: str  # the folder of all files
     weights: str = ""  # a hash, so that a worker with other weights refuses
+
+    def columns(self, longest: int) -> Columns:
+        """Say where a row's text is, of which so many characters are kept."""
+        words, texts = self.task.kind == "tokens", len(self.task.text)
+        return Columns(self.settings.text, self.task.text, self.settings.id_column, longest, words=words, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -229,19 +233,18 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
     task = read_task(model, text=settings.text or ("text",), **_about_model(settings))
-    columns = Columns(settings.text, task.text, settings.id_column, 20_000, words=task.kind == "tokens")
+    job = _Job(model, settings, task, folder, files)
     new = () if (folder / COLLECTION_MANIFEST).exists() else files
     for file in new:  # before anything is begun with columns that are not there
-        with contextlib.closing(iter(RowReader(file, columns))) as rows:
-            _check_form(task, file, next((row for row in islice(rows, 100) if row.text is not None), None))
-    _refuse_doubles(_given_ids(new, columns), data)
+        with contextlib.closing(iter(RowReader(file, job.columns(20_000)))) as rows:
+            next(rows, None)
+    _refuse_doubles(_given_ids(new, job.columns(20_000)), data)
     begun = {} if new else open_store(folder / COLLECTION_MANIFEST).ingredients  # timing or model may differ now
     if settings.precision != "auto" or (precision := begun.get("precision")) is None:  # else perhaps another device's
         precision = resolve_precision(settings.precision, settings.device)[0]
     noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
     longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
-    settings = replace(settings, max_length=longest, precision=precision)
-    return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
+    return replace(job, settings=replace(settings, max_length=longest, precision=precision))
 
 
 def _about_model(settings: LabelSettings) -> dict[str, Any]:
@@ -334,28 +337,29 @@ def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
     """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
     shards, settings = unit.finished_shards(job.folder), job.settings
-    teacher, words = _load_teacher(job.model, settings, job.task), job.task.kind == "tokens"
-    longest = sys.maxsize if words else most_characters(teacher.max_length, job.task.windows)
-    columns = Columns(settings.text, job.task.text, settings.id_column, longest, words=words)
+    teacher = _load_teacher(job.model, settings, job.task)
+    if teacher.weights != job.weights:
+        raise ArtifactError(
+            f"{job.model}: the weights on this machine are not those that the job began with; bring the same model here"
+        )
+    longest = sys.maxsize if job.task.kind == "tokens" else most_characters(teacher.max_length, job.task.windows)
     start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
-    with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:
+    with contextlib.closing(iter(RowReader(job.files[unit.file], job.columns(longest), start=start))) as rows:
         ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
         while not unit.is_done(shards):
             part = islice(chain(ahead, rows), settings.rows_per_shard)
-            shard = _write_shard(job, unit, unit.name(len(shards)), part, hear)
+            shard = _write_shard(job, teacher, job.files[unit.file], unit.name(len(shards)), part, hear)
             ahead = list(islice(rows, 1))
             shards.append(shard.model_copy(update={"ends": not ahead}))
             write_note(job.folder, shards[-1])
     return shards
 
 
-def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: Callable[[int], None] | None) -> Shard:
-    teacher, file = _load_teacher(job.model, job.settings, job.task), job.files[unit.file]
-    if teacher.weights != job.weights:
-        raise ArtifactError(
-            f"{job.model}: the weights on this machine are not those that the job began with; bring the same model here"
-        )
-    prefix = f"{file.relative_to(job.root).as_posix()}:" if len(job.files) > 1 else ""
+def _write_shard(
+    job: _Job, teacher: Teacher, file: Path, name: str, rows: Iterator[Row], hear: Callable[[int], None] | None
+) -> Shard:
+    root = os.path.commonpath([str(one.parent) for one in job.files])
+    prefix = f"{file.relative_to(root).as_posix()}:" if len(job.files) > 1 else ""
     rejected: list[str] = []
 
     def windows() -> Iterator[Dataset]:
@@ -366,12 +370,12 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
                 raise DataError(f"{file}, {bad[0]['error']}")
             rejected.extend(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
             if good := [row for row in window if row.text is not None]:
-                yield _window(job, file, good)
+                yield _window(good, names)
             if hear is not None:
                 hear(len(window))
 
-    texts = [*TEXTS[: len(job.task.text)], *(WORDS if job.task.kind == "tokens" else ())]
-    kept = ["id", *(texts if job.settings.texts else ())]
+    names = ["id", *TEXTS[: len(job.task.text)], *(WORDS if job.task.kind == "tokens" else ())]
+    kept = names if job.settings.texts else ["id"]
     shard = teacher.write_shard(job.folder / name, windows(), kept=kept)
     if not rejected:
         return shard
@@ -380,20 +384,13 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
     return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
 
 
-def _check_form(task: Task, file: Path, row: Row | None) -> None:
-    text = None if row is None else row.text
-    if text is not None and (isinstance(text, tuple) and not isinstance(text, Words)) != task.is_pair:
-        reads, name = ("pairs of texts", "two text columns") if task.is_pair else ("single texts", "one text column")
-        raise DataError(f"{file}: the model reads {reads}; name {name} with --text")
-
-
-def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
-    _check_form(job.task, file, rows[0])
-    if job.task.kind == "tokens":
-        found = [one if isinstance(one := row.text, Words) else (str(one), *split_words(str(one))) for row in rows]
-        texts, *places = map(list, zip(*found, strict=True))
-        lists = (pa.array(part, pa.list_(pa.int32())) for part in places)
-        columns = zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)
-        return make_dataset(pa.table(dict(columns)))
-    cells = ((row.id, *row.text) if isinstance(row.text, tuple) else (row.id, row.text) for row in rows)
-    return make_dataset(pa.table(dict(zip(("id", *TEXTS), zip(*cells, strict=True), strict=False))))
+def _window(rows: Sequence[Row], names: Sequence[str]) -> Dataset:
+    """Make a data set of rows: id, a text or two, and for a task of tokens where each word begins and ends."""
+    cells = []
+    for row in rows:
+        parts = row.text if isinstance(row.text, tuple) else (row.text,)
+        if WORDS[0] in names and not isinstance(row.text, Words):
+            parts = (row.text, *split_words(str(row.text)))
+        cells.append((row.id, *parts))
+    columns = map(list, zip(*cells, strict=True))
+    return make_dataset(pa.table(dict(zip(names, columns, strict=True))))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +72,15 @@ class Search:
         values |= {"search": own.model_dump(mode="json", exclude={"trials", "resources"})}
         return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
-    def key(self, config: Config, arm: Arm) -> str:
-        """Hash what decides a training's figures."""
+    @contextmanager
+    def hold(self, kind: str, config: Config, arm: Arm) -> Iterator[ConfigurationLayout]:
+        """Give the folder of a training, named by what decides its figures; another process that needs it waits."""
         values = self._identity(config) | {"arm": arm, "rows": self.rows}
         values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
-        return hash_json(values)[:12]
+        layout = ConfigurationLayout(self.folder / kind / hash_json(values)[:12], shared_folder=self.folder)
+        layout.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(layout.root / ".lock"):
+            yield layout
 
     def _identity(self, config: Config) -> dict[str, Any]:
         compared = any(key.endswith(ROUNDING_KEYS) for key in self.settings.space)  # for memory and speed
@@ -188,8 +192,7 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
 
     paths = [str(search.folder / "search.yaml"), *local_paths(search.config)]
     with open_engine(on, search.settings.resources, paths) as engine:
-        work = carry_out_trial if on is not None else functools.partial(carry_out_trial, study=study)
-        trials = engine.results(work, lambda: None if is_over else search, lambda _, event: tell(*event))
+        trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
         for _, ended in trials:
             if isinstance(ended, LostError):
                 logger.error("a trial was lost: %s", ended)
@@ -204,11 +207,9 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
                 tell(*ended)
 
 
-def carry_out_trial(
-    search: Search, hear: Callable[[tuple[int, Any]], None] | None = None, *, study: Study | None = None
-) -> tuple[int, str] | None:
+def carry_out_trial(search: Search, hear: Callable[[tuple[int, Any]], None] | None = None) -> tuple[int, str] | None:
     """Carry out the next trial, unless none is left; give its number, and say how it ended."""
-    study = study or search.study()
+    study = search.study()
     taken = ask(study, search.settings, search.folder / "trials")
     if taken is None:
         return None
@@ -225,7 +226,6 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
     from optuna.trial import TrialState
 
     settings = settings_of(search.settings, trial.params)
-    trial.set_user_attr("settings", settings)
     try:
         score = _train(search, trial, settings, hear)
     except OSError:
@@ -247,21 +247,18 @@ def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callabl
     config, arm = with_settings(search.config, settings), search.arm
     if search.settings.names_models:  # rates and lengths are those of the trial's own models
         config = run_in_child(inspect_rows, config, search.settings)[1].fill_in(config)
-    key = search.key(reset_unused(config, arm), arm)
-    layout = ConfigurationLayout(search.folder / "trials" / key, shared_folder=search.folder)
-    stop, known = layout.root / "stop", layout.root / "trial.json"
-    trial.set_user_attr("folder", f"trials/{key}")
-    layout.root.mkdir(parents=True, exist_ok=True)
-    with FileLock(layout.root / ".lock"):
+    with search.hold("trials", reset_unused(config, arm), arm) as layout:
+        stop, known = layout.root / "stop", layout.root / "trial.json"
+        trial.set_user_attr("folder", f"trials/{layout.root.name}")
         reporter = Reporter(trial, stop, hear)
         if known.exists():
             content = json.loads(known.read_text(encoding="utf-8"))
             score, history = content["score"], content["history"]
         else:
-            if arm in DISTILLED_ARMS and not config.teacher.is_table:
-                layout = replace(layout, shared_teacher=_make_teacher(search, config, hear))
+            taught = arm in DISTILLED_ARMS and not config.teacher.is_table
+            place = replace(layout, shared_teacher=_make_teacher(search, config, hear) if taught else None)
             remove(stop)
-            arguments = (config, search.settings, layout, arm, stop)
+            arguments = (config, search.settings, place, arm, stop)
             score, history = train_afresh(
                 lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs
             )
@@ -281,10 +278,8 @@ class Reporter:
         self._trial, self._stop, self._tell = trial, stop, tell
         self._reported: set[int] = set()
 
-    def hear(self, event: Any) -> None:
+    def hear(self, event: ProgressEvent) -> None:
         """Take an event of the training; within an epoch it has the score of the one before."""
-        if not isinstance(event, ProgressEvent):
-            return
         self._tell(event)
         epoch = math.floor(event.epoch + 1e-6)
         if event.score is not None and epoch > 0 and event.epoch > epoch + 1e-6 and epoch not in self._reported:
@@ -303,15 +298,12 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
     """Give the teacher of a trial, made once for all trials with the same `teacher` section."""
     arm = config.teacher_arm
     made = reset_unused(config, arm).model_copy(update={"data": config.data})  # it labels the copies of the texts too
-    key = search.key(made, arm)
-    layout = ConfigurationLayout(search.folder / "teachers" / key, shared_folder=search.folder)
-    layout.root.mkdir(parents=True, exist_ok=True)
-    with FileLock(layout.root / ".lock"):  # another process that needs it waits
+    with search.hold("teachers", made, arm) as layout:
         if not (layout.root / "done").exists():
             train_afresh(
                 lambda: run_in_child(make_teacher, made, search.settings, layout, on_message=hear), layout.runs
             )
-            write_text_atomic(layout.root / "done", key)
+            write_text_atomic(layout.root / "done", layout.root.name)
     return layout.teacher
 
 
@@ -338,11 +330,8 @@ def _end(search: Search) -> SearchResult:
 
 
 def _curves(ranked: Sequence[FrozenTrial], pruned: Sequence[FrozenTrial]) -> Figure | None:
-    groups = {
-        "the best trial": ranked[:1],
-        "mean of the other finished trials": ranked[1:],
-        "mean of the pruned trials": pruned,
-    }
+    others, stopped = "mean of the other finished trials", "mean of the pruned trials"
+    groups = {"the best trial": ranked[:1], others: ranked[1:], stopped: pruned}
     curves = [
         Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))
         for number, (name, members) in enumerate(groups.items())
@@ -353,7 +342,7 @@ def _curves(ranked: Sequence[FrozenTrial], pruned: Sequence[FrozenTrial]) -> Fig
 
 
 def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
-    value = settings_of(search, trial.params).get(key, "–")
+    value = settings_of(search, trial.params)[key]
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -375,9 +364,8 @@ def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int) -> Prose:
 
 def _trial_table(ranked: Sequence[FrozenTrial], search: SearchConfig) -> Table:
     def number(one: FrozenTrial) -> Cell:
-        name, folder = str(one.number), one.user_attrs.get("folder")
-        link = Link(name, quote(f"{folder}/trial.json"), f"trial {name}")
-        return Cell(name, (link,) if folder else ())
+        name = str(one.number)
+        return Cell(name, (Link(name, quote(f"{one.user_attrs['folder']}/trial.json"), f"trial {name}"),))
 
     columns: dict[str, Callable[[FrozenTrial], Cell | str]] = {
         "trial": number,

@@ -33,7 +33,6 @@ from kdlora.experiment.recording import hash_splits, keep_weights, prepare_proce
 from kdlora.experiment.settle import (
     Chosen,
     check_table,
-    decide,
     load_base,
     look_at_models,
     rows_per_epoch,
@@ -249,9 +248,7 @@ def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
     for key, one in search.space.items():
         if isinstance(one, Choices):
             grid[key] = [_label(value) for value in one.values]
-        elif one.low == one.high:
-            grid[key] = [one.values[0]]
-        elif step := one.step or (1.0 if one.whole else None):
+        elif step := one.step or (1.0 if one.whole or one.low == one.high else None):
             count = min(int((one.high - one.low) / step + 1e-9), search.trials) + 1  # more than that is no grid
             grid[key] = [one.values[0] + (int(step) if one.whole else step) * place for place in range(count)]
     is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
@@ -312,7 +309,7 @@ def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
         rows = hash_json([rows, task.metrics])  # trials by another metric are another study
     looks = look_at_models(config, task, sample_texts(splits.train), timed=False)
     train = len(splits.train) + splits.held_out
-    return rows, decide(looks, {"train": train, "unlabelled": rows_per_epoch(splits) - train}, task)
+    return rows, Chosen(looks, {"train": train, "unlabelled": rows_per_epoch(splits) - train}, task)
 
 
 def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from kdlora.data.tags import Words
-from kdlora.deploy.folder import ModelFolder, Way
+from kdlora.deploy.folder import ModelFolder, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
@@ -84,8 +84,8 @@ def benchmark(
     count = default_threads() if threads is None else threads
     if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
-    ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
-    example = _check_alike([way.describe() for way in ways.values()]).example
+    ways = {name: Way.of(path) for name, path in named.items()}
+    example = _check_alike([*map(read_model_folder, ways.values())]).example
     given = texts
     if not isinstance(given, LabelledTexts):
         given = LabelledTexts(list(iterate_texts(given)) or [*map(example, _DEFAULT_TEXTS)])
@@ -94,7 +94,12 @@ def benchmark(
     rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
-        found = [_load(stack, ModelProcess(name, way, count), max_length, say) for name, way in ways.items()]
+        found = []
+        for name, way in ways.items():
+            say(f"{name}: loading")
+            found.append(stack.enter_context(contextlib.closing(ModelProcess(name, way, count))))
+            place = [str(way.folder), way.runtime, way.precision]
+            found[-1].figures |= found[-1].ask("load", way=place, threads=count, max_length=max_length)
         # Words are found anew, as where texts are served.
         plain = [row.text if isinstance(row, Words) else row for row in rows]
         timed = _time_models(found, plain, rounds, batch_sizes, say)
@@ -113,16 +118,6 @@ def _check_alike(folders: Sequence[ModelFolder]) -> ModelFolder:
     if len({folder.texts for folder in folders if folder.texts}) > 1:
         raise ModelError("benchmark: some of the models read pairs of texts and some single ones; measure either.")
     return max(folders, key=lambda folder: folder.texts or 0)
-
-
-def _load(
-    stack: contextlib.ExitStack, model: ModelProcess, max_length: int | None, say: Callable[[str], None]
-) -> ModelProcess:
-    stack.enter_context(contextlib.closing(model))
-    say(f"{model.name}: loading")
-    way = [str(model.way.folder), model.way.runtime, model.way.precision]
-    model.figures |= model.ask("load", way=way, threads=model.threads, max_length=max_length)
-    return model
 
 
 def _time_models(
@@ -162,7 +157,7 @@ def _score(
     model: ModelProcess, given: LabelledTexts, texts: list[Text | Words], say: Callable[[str], None]
 ) -> float | None:
     """Score a model by label name; one whose labels are others (an untrained base) has no score."""
-    task, folder = given.task, model.way.describe()
+    task, folder = given.task, read_model_folder(model.way)
     if given.labels is None or task is None or folder.kind != task.kind:
         return None
     if task.kind != "regression" and sorted(folder.label_names) != sorted(task.label_names):
@@ -178,7 +173,7 @@ class ModelProcess:
     """A model's process, seen from the benchmark, and what was found out about the model so far."""
 
     def __init__(self, name: str, way: Way, threads: int) -> None:
-        self.name, self.way, self.threads = name, way, threads
+        self.name, self.way = name, way
         self.figures: dict[str, Any] = {"name": name, "folder": str(way.folder)}
         self.latencies: list[float] = []  # seconds of single texts
         self.pace = 0.0  # seconds a text, roughly
@@ -242,7 +237,7 @@ class _Worker:
         """Import what runs the model, then load it; time and memory count from after the imports."""
         importlib.import_module("tokenizers")
         chosen = Way(Path(way[0]), *way[1:])
-        importlib.import_module(_LIBRARIES[chosen.describe().backend])
+        importlib.import_module(_LIBRARIES[read_model_folder(chosen).backend])
         forget_peak()
         memory = read_memory()
         self.level = memory.resident if memory else 0

@@ -45,9 +45,11 @@ Progress = Callable[[str], None]
 
 FP32_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; for regression, relative to the largest output above 1."""
-_FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8, "openvino": OPENVINO_INT8}
-
-
+_FILES: Mapping[Format, tuple[str, ...]] = {
+    "onnx": (ONNX_FP32,),
+    "onnx-int8": (ONNX_INT8,),
+    "openvino": (OPENVINO_INT8, str(Path(OPENVINO_INT8).with_suffix(".bin"))),
+}
 _NOT_EXPORTED = ("README", "LICENSE", "NOTICE", "generation_config", "model.safetensors", "model-")
 """How files of a model begin that no export writes."""
 
@@ -134,7 +136,21 @@ def export_onnx(
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
     checks = Checks(task, folder, backend := _open_encoder(folder), given, more_texts, min_recall)
-    return _write(target, backend, checks, formats, int8, say)
+    with atomic_folder(target) as work:
+        start_package(work, folder, backend.tokenizer)
+        how = _make_files(work, backend, checks, formats, int8, say)
+        # A failed stage leaves the one before it, asked for or not.
+        kept: Sequence[Format] = [name for name in formats if (work / _FILES[name][0]).is_file()] or ["onnx"]
+        finish_package(work, folder, task, [file for name in kept for file in _FILES[name]], asdict(how))
+    if (decided := folder.path / DECISIONS).exists():
+        what = "thresholds and the promised error rate are of other files than those of"
+        logger.warning("%s: %s %s, which answer without them", decided, what, target)
+    files: dict[str, Path] = {name: target / _FILES[name][0] for name in kept}
+    sizes = {name: sum((target / file).stat().st_size for file in _FILES[name]) for name in kept}
+    result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
+    if how.failure:
+        raise ParityError(f"{target}: {how.failure}. Kept: {', '.join(files)}.", result)
+    return result
 
 
 def _open_encoder(folder: ModelFolder) -> TorchBackend:
@@ -151,39 +167,13 @@ def _open_encoder(folder: ModelFolder) -> TorchBackend:
     return backend
 
 
-def _write(
-    target: Path, backend: TorchBackend, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress
-) -> ExportResult:
-    folder = checks.folder
-    with atomic_folder(target) as work:
-        start_package(work, folder, backend.tokenizer)
-        graphs, how = run_stages(work, backend, checks, formats, int8, say)
-        # A failed stage leaves the one before it, asked for or not.
-        kept = {name: graphs[name] for name in formats if name in graphs} or graphs
-        keep = {_FILES[name]: file for name, file in kept.items()}
-        if weights := [file.with_suffix(".bin") for file in kept.values() if file.suffix == ".xml"]:
-            keep[weights[0].name] = weights[0]
-        finish_package(work, folder, checks.task, keep, asdict(how))
-    if (decided := folder.path / DECISIONS).exists():
-        what = "thresholds and the promised error rate are of other files than those of"
-        logger.warning("%s: %s %s, which answer without them", decided, what, target)
-    files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
-    sizes = {name: sum(part.stat().st_size for part in target.glob(f"{path.stem}.*")) for name, path in files.items()}
-    result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
-    if how.failure:
-        raise ParityError(f"{target}: {how.failure}. Kept: {', '.join(files)}.", result)
-    return result
-
-
-def run_stages(
+def _make_files(
     work: Path, backend: TorchBackend, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress
-) -> tuple[dict[Format, Path], Export]:
-    """Go on to the first stage that does not hold; give the graph of each format, and how they were made."""
+) -> Export:
+    """Go on to the first stage that does not hold, and say how the files were made."""
     from kdlora.deploy.graph import OPSET, capture, fuse
 
     captured, optimised, exact = work / "captured.onnx", work / ONNX_FP32, Gate(largest_difference=FP32_TOLERANCE)
-    graphs: dict[Format, Path] = {"onnx": captured}
-    recipe = failure = ""
     say("capturing the graph")
     capture(backend.model, backend.input_names, captured)
     parity = checks.judge("onnx", captured, exact, optimised=False)
@@ -194,25 +184,17 @@ def run_stages(
             "transformers."
         )
     say("optimising the graph")
-    fused = fuse(captured, optimised, backend.model.config)
+    fused, recipe, faults = fuse(captured, optimised, backend.model.config), "", []
     parity = checks.judge("onnx-optimised", optimised, exact)
     if not parity.passed:
-        failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
-        return graphs, Export(tuple(checks.stages), tuple(checks.attempts), "", failure, fused, OPSET)
-    graphs["onnx"] = optimised
-    if "onnx-int8" in formats and (recipe := _quantise(optimised, work / ONNX_INT8, checks, int8, say)):
-        graphs["onnx-int8"] = work / ONNX_INT8
-    elif "onnx-int8" in formats:
+        captured.replace(optimised)
+        formats, faults = (), [f"the optimised graph does not reproduce the captured one: {parity.reason}"]
+    if "onnx-int8" in formats and not (recipe := _quantise(optimised, work / ONNX_INT8, checks, int8, say)):
         best = max(checks.attempts, key=lambda attempt: attempt.agreement)
-        failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
-    if "openvino" in formats:
-        from kdlora.deploy.openvino_export import add_openvino
-
-        if fault := add_openvino(work, checks, exact, int8, say):
-            failure = "; ".join(filter(None, (failure, fault)))
-        else:
-            graphs["openvino"] = work / OPENVINO_INT8
-    return graphs, Export(tuple(checks.stages), tuple(checks.attempts), recipe, failure, fused, OPSET)
+        faults.append(f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}")
+    if "openvino" in formats and (fault := _add_openvino(optimised, checks, exact, int8, say)):
+        faults.append(fault)
+    return Export(tuple(checks.stages), tuple(checks.attempts), recipe, "; ".join(faults), fused, OPSET)
 
 
 def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progress) -> str:
@@ -232,6 +214,29 @@ def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progre
         logger.info("int8, %s: %s", recipe.name, parity.reason)
     remove(to)
     return ""
+
+
+def _add_openvino(optimised: Path, checks: Checks, exact: Gate, int8: Gate, say: Progress) -> str:
+    """Judge `model.onnx` in OpenVINO, and make an int8 file of it; say what does not hold, nothing where all does."""
+    from kdlora.deploy.openvino_backend import has_bf16
+    from kdlora.deploy.quantise import STATIC, quantise_statically
+
+    say("OpenVINO: fp32")
+    parity = checks.judge("openvino", optimised, exact, runtime="openvino")
+    if not parity.passed:
+        return f"OpenVINO does not reproduce the optimised graph: {parity.reason}"
+    if has_bf16():
+        say("OpenVINO: bf16")
+        checks.judge("openvino-bf16", optimised, int8, runtime="openvino", half=True)
+    say(f"OpenVINO: {STATIC}")
+    to = optimised.with_name(OPENVINO_INT8)
+    quantise_statically(optimised, to, checks.model, checks.calibration)
+    parity = checks.judge(f"openvino-int8 ({STATIC})", to, int8, runtime="openvino")
+    if parity.passed:
+        return ""
+    for file in (to, to.with_suffix(".bin")):
+        remove(file)
+    return f"int8 for OpenVINO does not hold: {parity.reason}"
 
 
 def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreement: float) -> Gate:
@@ -296,10 +301,8 @@ def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:
     write_json_atomic(work / CONFIG_FILE, read_json(folder.path / CONFIG_FILE))
 
 
-def finish_package(work: Path, folder: ModelFolder, task: Task, keep: dict[str, Path], record: dict[str, Any]) -> None:
-    """Put the graphs that are kept in their place, remove the others, and write the record."""
-    for name, path in keep.items():
-        path.replace(work / name)
+def finish_package(work: Path, folder: ModelFolder, task: Task, keep: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Remove the graphs that are not kept, and write the record."""
     for path in work.glob("*.onnx"):
         if path.name not in keep:
             remove(path)

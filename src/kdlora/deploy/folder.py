@@ -130,20 +130,16 @@ class Way:
     precision: Precision = "auto"
     batch_size: int = 32  # that the runtime `auto` is chosen for
 
-    def describe(self, max_length: int | None = None) -> ModelFolder:
-        """Read the folder as it is run."""
-        return read_model_folder(self.folder, precision=self.precision, max_length=max_length, runtime=self.runtime)
+    @classmethod
+    def of(cls, model: str | Path | Way) -> Way:
+        """Run a folder as usual, unless a way is named."""
+        return model if isinstance(model, Way) else cls(Path(model))
 
 
-def read_model_folder(
-    path: str | Path,
-    *,
-    precision: Precision = "auto",
-    max_length: int | None = None,
-    runtime: Runtime = "onnxruntime",
-) -> ModelFolder:
-    """Read configuration, labels and limits of a transformers, ONNX or OpenVINO folder."""
-    place = Path(path)
+def read_model_folder(model: str | Path | Way, *, max_length: int | None = None) -> ModelFolder:
+    """Read configuration, labels and limits of a transformers, ONNX or OpenVINO folder, as it is run."""
+    way = Way.of(model)
+    place, precision, runtime = way.folder, way.precision, way.runtime
     for name, value, known in (("precision", precision, Precision), ("runtime", runtime, Runtime)):
         if value not in get_args(known):
             raise ModelError(f"{name} is one of {', '.join(get_args(known))}; got {value!r:.80}.")

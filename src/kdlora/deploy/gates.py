@@ -16,7 +16,7 @@ from kdlora.deploy import Runtime
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import Backend, open_backend, spread
 from kdlora.deploy.predict import Classifier, Text, check_text
-from kdlora.deploy.tagger import Tagger, check_words, join_network, word_offsets
+from kdlora.deploy.tagger import Tagger, check_words, model_type, word_offsets
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
@@ -107,7 +107,7 @@ class Checks:
         few = spread(more, _CALIBRATION)
         self.calibration = check_texts(few, task.kind, "training text") if few else spread(self.texts, _CALIBRATION)
         self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None
-        self.stage, self.model = "pytorch", join_network(folder, backend)
+        self.stage, self.model = "pytorch", model_type(folder)(folder, backend)
         self.logits = self.model.predict_logits(self.texts)
         self.score = None if given.labels is None else given.score(task, self.logits)
         if faults := self._find_recall(self.model)[1]:
@@ -126,7 +126,7 @@ class Checks:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
         record: dict[str, Any] | None = {} if optimised else None
         described = replace(self.folder, path=file.parent, file=file, record=record, runtime=runtime, half=half)
-        model = join_network(described, open_backend(described, verify=False))
+        model = model_type(described)(described, open_backend(described, verify=False))
         after = model.predict_logits(self.texts)
         parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
         parity = replace(parity, reason="; ".join(filter(None, (parity.reason, *faults))), recall=recall)

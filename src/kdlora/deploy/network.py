@@ -14,7 +14,7 @@ import numpy as np
 
 from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import Decisions, Which, read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, Way
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, Way, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.evidence.defer import shift_logits
@@ -40,6 +40,7 @@ class Window:
 
     ids: np.ndarray
     type_ids: np.ndarray
+    text: int  # whose part it is
     words: Any = None  # that a tagger reads in it: their places among the words of all texts
     places: Any = None  # of their first tokens in the window
 
@@ -123,8 +124,9 @@ class Network:
         """
         if decisions not in get_args(Which):
             raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
-        way = Way(Path(folder), runtime, precision, batch_size)
-        described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
+        way = find_way(Way(Path(folder), runtime, precision, batch_size), revision)
+        described = read_model_folder(way, max_length=max_length)
+        backend = open_backend(described, threads=threads, verify=verify)
         return cls(described, backend, read_decisions(described, decisions))
 
     from_pretrained = load
@@ -153,19 +155,26 @@ class Network:
                 raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
             yield from found
 
-    def pack(
-        self, encodings: Sequence[Any], batch_size: int = BATCH_SIZE
-    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Give the arrays that the model takes, encodings of like length together, and which ones these are."""
-        for rows in length_batches([len(encoding) for encoding in encodings], batch_size):
-            yield rows, self._fill([encodings[row] for row in rows])
+    def _check(self, texts: Any) -> list[Any]:
+        """Give texts as this model reads them, or refuse one by its number."""
+        raise NotImplementedError
 
-    def run_all(self, encodings: Sequence[Any], batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Compute logits of encodings, those of like length together, and say which ones these are of."""
-        batches = length_batches([len(encoding) for encoding in encodings], batch_size)
+    def _windows(self, texts: Sequence[Any]) -> list[Window]:
+        """Cut checked texts into the windows that the model reads, one text after the other."""
+        raise NotImplementedError
+
+    def batches(self, texts: Sequence[Any]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
+        windows = self._windows(self._check(texts))
+        for rows in length_batches(windows, BATCH_SIZE):
+            yield rows, self._fill([windows[row] for row in rows])
+
+    def run_all(self, windows: Sequence[Window], batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Compute logits of windows, those of like length together, and say which ones these are of."""
+        batches = length_batches(windows, batch_size)
 
         def run(rows: list[int]) -> tuple[list[int], np.ndarray]:
-            return rows, self.run(self._fill([encodings[row] for row in rows]))
+            return rows, self.run(self._fill([windows[row] for row in rows]))
 
         if self.at_once == 1:
             yield from map(run, batches)
@@ -173,13 +182,13 @@ class Network:
             with ThreadPoolExecutor(self.at_once) as pool:
                 yield from pool.map(run, batches)
 
-    def _fill(self, encodings: Sequence[Any]) -> dict[str, np.ndarray]:
-        shape = len(encodings), len(encodings[-1])  # the longest is the last
+    def _fill(self, windows: Sequence[Window]) -> dict[str, np.ndarray]:
+        shape = len(windows), len(windows[-1])  # the longest is the last
         arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
         arrays["input_ids"][:] = self._pad
-        for place, encoding in enumerate(encodings):
+        for place, window in enumerate(windows):
             for name, array in arrays.items():
-                array[place, : len(encoding)] = getattr(encoding, INPUTS[name])
+                array[place, : len(window)] = getattr(window, INPUTS[name])
         return arrays
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -207,21 +216,6 @@ class Network:
         return shift_logits(logits, self.label_names, self.decisions.thresholds, self.folder.temperature)
 
 
-def open_network(
-    way: Way,
-    *,
-    threads: int | None = None,
-    max_length: int | None = None,
-    verify: bool = True,
-    revision: str | None = None,
-) -> tuple[ModelFolder, Backend]:
-    """Open a model folder, or a model of the Hub."""
-    described = find_way(way, revision).describe(max_length)
-    if threads is not None and threads < 1:
-        raise ModelError(f"threads must be at least 1, got {threads}.")
-    return described, open_backend(described, threads=threads, verify=verify)
-
-
 def find_way(way: Way, revision: str | None = None) -> Way:
     """Find the folder, of a model of the Hub too, and what runs it."""
     if not way.folder.exists():
@@ -233,12 +227,14 @@ def find_way(way: Way, revision: str | None = None) -> Way:
     if way.runtime == "auto" and way.folder.is_dir():  # a file that is named is meant
         from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
 
-        way = fastest_way(way.describe().path, way.precision, way.batch_size)
+        way = fastest_way(read_model_folder(way).path, way.precision, way.batch_size)
     return way
 
 
 def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: bool = True) -> Backend:
     """Open what runs a folder; each runtime is imported where it is used, so that no other has to be installed."""
+    if threads is not None and threads < 1:
+        raise ModelError(f"threads must be at least 1, got {threads}.")
     if folder.backend == "onnx":
         return OnnxBackend(folder, threads=threads, verify=verify)
     if folder.backend == "openvino":
@@ -261,10 +257,11 @@ def _other_kind(folder: ModelFolder) -> str:
     return f"{folder.path}: its model gives labels of whole texts and marks no entities; {read}."
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group rows of like length, so that little padding is computed."""
+def length_batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:
+    """Group windows of like length, so that little padding is computed; they are named by their place."""
     if batch_size < 1:
         raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
+    lengths = [*map(len, windows)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for row in order:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.onnx_backend import check_hash, read_onnx, read_tokenizer, recorded_hashes
+from kdlora.deploy.onnx_backend import read_export
 from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.system.environment import default_threads
 
@@ -34,23 +32,20 @@ class OpenvinoBackend:
 
     def __init__(self, folder: ModelFolder, *, threads: int | None = None, verify: bool = False) -> None:
         """Compile a file, after comparing what decides an answer with the hashes that the export recorded."""
-        file = folder.file or folder.path
         if folder.precision == "bf16" and not has_bf16():
             raise ModelError("precision bf16 needs a processor with products in bf16; take fp32 or int8 here.")
-        expected = recorded_hashes(folder) if verify else {}
-        self.tokenizer_json = read_tokenizer(folder, expected)
+        self.tokenizer_json, graph, weights = read_export(folder, verify=verify)
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or default_threads(),
             "INFERENCE_PRECISION_HINT": _HINTS[folder.precision],
         }
-        graph, weights = _read(file, expected)
         try:
             core = openvino.Core()
             self._compiled = core.compile_model(core.read_model(graph, weights), "CPU", settings)
         except Exception as error:
             raise ArtifactError(
-                f"{file}: OpenVINO {openvino.__version__} cannot load it ({first_line(error):.200}). "
+                f"{folder.file}: OpenVINO {openvino.__version__} cannot load it ({first_line(error):.200}). "
                 "Use ONNX Runtime (runtime='onnxruntime'), or export the model again."
             ) from None
         self.input_names = tuple(port.any_name for port in self._compiled.inputs)
@@ -65,14 +60,3 @@ class OpenvinoBackend:
 @cache
 def has_bf16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _read(file: Path, expected: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Read a graph and its weights, which an ONNX file holds itself."""
-    if file.suffix == ".onnx":
-        graph, weights = read_onnx(file), b""
-    else:
-        graph, weights = file.read_bytes(), file.with_suffix(".bin").read_bytes()
-        check_hash(file.with_suffix(".bin"), weights, expected)
-    check_hash(file, graph, expected)
-    return graph, weights

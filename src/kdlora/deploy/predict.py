@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -85,34 +85,30 @@ class Classifier(Network):
             DataError: as in `predict`.
             ModelError: the model gives values that are not finite.
         """
-        parts, counts = self._parts(texts)
-        logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
-        for rows, found in self.run_all(parts, batch_size):
+        windows = self._windows(self._check(texts))
+        logits = np.empty((len(windows), len(self.label_names)), dtype=np.float32)
+        for rows, found in self.run_all(windows, batch_size):
             logits[rows] = found
         if self.folder.windows is not None:
-            logits = self.folder.windows.pool_logits(logits, counts)
+            logits = self.folder.windows.pool_logits(logits, np.bincount([window.text for window in windows]))
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
         return logits
 
-    def batches(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
-        yield from self.pack(self._parts(texts)[0])
-
-    def _parts(self, texts: Sequence[Text]) -> tuple[list[Window], list[int]]:
-        """Give what the model reads, one text after the other, and in how many parts it reads each of them."""
-        windows, longest = self.folder.windows, self.folder.max_length
-        most, parts, counts = most_characters(longest, windows), [], []
-        given = [
+    def _check(self, texts: Any) -> list[Text]:
+        most = most_characters(self.folder.max_length, self.folder.windows)
+        return [
             check_text(text, f"text {row}", self.folder.texts, most) for row, text in enumerate(iterate_texts(texts))
         ]
-        for one in self.encode(given):
+
+    def _windows(self, texts: Sequence[Text]) -> list[Window]:
+        settings, longest, windows = self.folder.windows, self.folder.max_length, []
+        for number, one in enumerate(self.encode(texts)):
             ids, types = np.asarray(one.ids, np.int32), np.asarray(one.type_ids, np.int32)
-            own = [slice(None)] if windows is None else windows.cut(one.special_tokens_mask, longest)[0]
-            parts += [Window(ids[tokens], types[tokens]) for tokens in own]
-            counts.append(len(own))
-        return parts, counts
+            own = [slice(None)] if settings is None else settings.cut(one.special_tokens_mask, longest)[0]
+            windows += [Window(ids[tokens], types[tokens], number) for tokens in own]
+        return windows
 
     def to_predictions(self, logits: np.ndarray) -> list[Prediction]:
         """Turn logits into labels and calibrated probabilities.

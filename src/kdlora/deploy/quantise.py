@@ -1,4 +1,7 @@
-"""Dynamic int8: weights per output channel, embeddings per row, and the remedies for a model that it harms."""
+"""Dynamic int8: weights per output channel, embeddings per row, and the remedies for a model that it harms.
+
+OpenVINO has static int8: the scales of activations from texts of the task, and their outliers moved into the weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.deploy.tagger import Tagger
-from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
 """Quantised operators. Pooler and head (Gemm) stay in fp32: under 1% of the weights, and the last to round. The head of
@@ -39,6 +41,8 @@ class Recipe:
 
 
 BASE = Recipe("int8 weights per channel, embeddings per row")
+STATIC = "static int8 with smoothed activations"
+"""The one recipe for OpenVINO."""
 
 
 def recipes(rank: Callable[[], Sequence[str]]) -> Iterator[Recipe]:
@@ -130,12 +134,11 @@ def _add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def rank_products(model: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> list[str]:
+def rank_products(file: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> list[str]:
     """Order the products of a graph by what rounding each one's input does to the logits."""
-    copy = model.with_name("switched.onnx")
-    names = _add_rounding_switches(model, copy)
-    session = open_session(copy, optimised=True)
-    remove(copy)
+    model = ir.load(file)
+    names = _add_rounding_switches(model.graph)
+    session = open_session(ir.to_proto(model).SerializeToString(), f"{file} with switches", optimised=True)
     batches = [arrays for _, arrays in served.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
@@ -147,10 +150,9 @@ def rank_products(model: Path, served: Classifier | Tagger, texts: Sequence[Text
     return [names[number] for number in np.argsort(harm)[::-1]]
 
 
-def _add_rounding_switches(source: Path, to: Path) -> list[str]:
-    """Write a copy in which a switch rounds the input of each product, so that one session tells what each costs."""
-    model = ir.load(source)
-    graph, nodes = model.graph, _products(model.graph)
+def _add_rounding_switches(graph: ir.Graph) -> list[str]:
+    """Let a switch round the input of each product, so that one session tells what each costs; name the products."""
+    nodes = _products(graph)
     switches = ir.val("rounded", ir.DataType.BOOL, [len(nodes)])
     graph.inputs.append(switches)
     for number, node in enumerate(nodes):
@@ -162,5 +164,16 @@ def _add_rounding_switches(source: Path, to: Path) -> list[str]:
         chosen = ir.node("Where", [switch.outputs[0], rounded.outputs[0], value])
         graph.insert_before(node, [levels, rounded, switch, chosen])
         node.replace_input_with(0, chosen.outputs[0])
-    ir.save(model, to)
     return [str(node.name) for node in nodes]
+
+
+def quantise_statically(source: Path, to: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> None:
+    """Write a graph in int8 for OpenVINO."""
+    from kdlora.deploy.openvino_backend import import_untracked, openvino
+
+    nncf = import_untracked("nncf")
+    rows = [arrays for text in texts for _, arrays in served.batches([text])]
+    model, kind = openvino.Core().read_model(source), nncf.ModelType.TRANSFORMER
+    with quiet("nncf"):
+        found = nncf.quantize(model, nncf.Dataset(rows), model_type=kind, subset_size=len(rows))
+    openvino.save_model(found, to, compress_to_fp16=False)

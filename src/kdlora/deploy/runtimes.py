@@ -25,6 +25,7 @@ from kdlora.deploy.folder import (
     OPENVINO_INT8,
     Precision,
     Way,
+    read_model_folder,
 )
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.foreign import read_json
@@ -65,7 +66,7 @@ def ways_to_run(folder: Path) -> list[Way]:
     found = []
     for way in (way for name, way in ways if (folder / name).is_file()):
         with contextlib.suppress(ModelError):  # where thresholds or a promise are of another way
-            read_decisions(way.describe())
+            read_decisions(read_model_folder(way))
             found.append(way)
     return found
 

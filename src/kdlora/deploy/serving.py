@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
 from kdlora.deploy import Runtime
-from kdlora.deploy.folder import Way
+from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.hub import locate_export
 from kdlora.deploy.network import find_way
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
@@ -287,7 +287,7 @@ def serve(
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
     ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
     many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
-    at_once = {name: 1 if way.describe().backend == "openvino" else many for name, way in ways.items()}
+    at_once = {name: 1 if read_model_folder(way).backend == "openvino" else many for name, way in ways.items()}
     loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
     settings = uvicorn.Config(
         make_app(loaded, limits, at_once),

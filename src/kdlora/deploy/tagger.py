@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -11,9 +11,9 @@ import numpy as np
 
 from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
 from kdlora.data.windows import hide_symbols, read_windows
-from kdlora.deploy.decisions import Decisions, Which, read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, OPENVINO_INT8, ModelFolder, Way
-from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_network
+from kdlora.deploy.decisions import Decisions, Which
+from kdlora.deploy.folder import CONFIG_FILE, OPENVINO_INT8, ModelFolder, Way, read_model_folder
+from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, find_way
 from kdlora.deploy.predict import Classifier, check_one, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
@@ -91,7 +91,7 @@ class Tagger(Network):
         """
         if isinstance(texts, str):
             return self.predict([texts], batch_size=batch_size)[0]
-        given = _check_all(texts)
+        given = self._check(texts)
         values, offsets = self._run_on(given, batch_size)[:, self._columns], word_offsets(given)
         tags, table = decode(values, offsets), probabilities(values, "single-label", self.folder.temperature)
         found: list[list[Entity]] = [[] for _ in given]
@@ -109,7 +109,7 @@ class Tagger(Network):
         The words of a plain text are its runs of letters and digits, and single other characters. In a script without
         spaces, such as Chinese, each character is a word.
         """
-        return self._run_on(_check_all(texts), batch_size)
+        return self._run_on(self._check(texts), batch_size)
 
     def _run_on(self, given: Sequence[Words], batch_size: int) -> np.ndarray:
         windows, offsets = self._windows(given), word_offsets(given)
@@ -126,15 +126,14 @@ class Tagger(Network):
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
         return logits
 
-    def batches(self, texts: Sequence[str | Words]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Give the arrays that the model takes, windows of like length together, and which windows these are."""
-        return self.pack(self._windows(_check_all(texts)))
+    def _check(self, texts: Any) -> list[Words]:
+        return [check_words(text, f"text {row}") for row, text in enumerate(iterate_texts(texts))]
 
-    def _windows(self, given: Sequence[Words]) -> list[Window]:
+    def _windows(self, texts: Sequence[Words]) -> list[Window]:
         """Cut texts into the windows in which a word is read."""
         found: list[Window] = []
-        encodings = self.encode([text for text, _, _ in given])
-        for encoding, (text, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
+        encodings, offsets = self.encode([text for text, _, _ in texts]), word_offsets(texts)
+        for number, (encoding, (text, starts, ends)) in enumerate(zip(encodings, texts, strict=True)):
             read = read_windows(encoding.offsets, encoding.special_tokens_mask, starts, ends, self.folder.max_length)
             hide_symbols(text, starts, read, encoding.ids, self._tokenizer)
             ids, types = np.asarray(encoding.ids), np.asarray(encoding.type_ids)
@@ -143,7 +142,7 @@ class Tagger(Network):
             for tokens, first, after in zip(read.tokens, edges, edges[1:], strict=False):
                 if first < after:
                     words = seen[first:after]
-                    found.append(Window(ids[tokens], types[tokens], words + before, read.place[words]))
+                    found.append(Window(ids[tokens], types[tokens], number, words + offsets[number], read.place[words]))
         return found
 
 
@@ -151,9 +150,15 @@ def load_model(
     folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None, decisions: Which = "all"
 ) -> Classifier | Tagger:
     """Load a classifier or a tagger, as the folder says."""
-    way = folder if isinstance(folder, Way) else Way(Path(folder))
-    described, backend = open_network(way, threads=threads, max_length=max_length)
-    return join_network(described, backend, read_decisions(described, decisions))
+    way = find_way(Way.of(folder))
+    return model_type(read_model_folder(way)).load(
+        way.folder,
+        precision=way.precision,
+        runtime=way.runtime,
+        threads=threads,
+        max_length=max_length,
+        decisions=decisions,
+    )
 
 
 def load_for_many(folder: str | Path, load: Callable[..., Loaded]) -> Loaded:
@@ -163,23 +168,19 @@ def load_for_many(folder: str | Path, load: Callable[..., Loaded]) -> Loaded:
     path = locate_export(folder)
     if (path / OPENVINO_INT8).is_file() and not any(path.glob("*.onnx")):  # an experiment's, for OpenVINO alone
         path = locate_model(folder)
-    many = default_threads() if Way(path).describe().backend == "onnx" else 1
+    many = default_threads() if read_model_folder(path).backend == "onnx" else 1
     model = load(path, threads=1 if many > 1 else None)  # in one batch for all threads, they wait for each other
     model.at_once = many
     return model
 
 
-def join_network(folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> Classifier | Tagger:
-    return (Tagger if folder.kind == "tokens" else Classifier)(folder, backend, decisions)
+def model_type(folder: ModelFolder) -> type[Classifier] | type[Tagger]:
+    return Tagger if folder.kind == "tokens" else Classifier
 
 
 def word_offsets(texts: Sequence[Words]) -> np.ndarray:
     """Say where the words of each text begin among those of all, and where the last one ends."""
     return np.cumsum([0, *(len(words.starts) for words in texts)], dtype=np.int64)
-
-
-def _check_all(texts: Sequence[Any]) -> list[Words]:
-    return [check_words(text, f"text {row}") for row, text in enumerate(iterate_texts(texts))]
 
 
 def check_words(text: Any, where: str) -> Words:

@@ -19,12 +19,12 @@ from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Conf
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import KdLoraError
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
-from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused, run_identity
+from kdlora.experiment.plan import identity, reset_unused, run_identity
 from kdlora.experiment.study import (
     ask,
-    check_effect,
     check_space,
     counted_trials,
     inspect_rows,
@@ -73,11 +73,11 @@ class Search:
         return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
     @contextmanager
-    def hold(self, kind: str, config: Config, arm: Arm) -> Iterator[ConfigurationLayout]:
+    def hold(self, kind: str, config: Config, arm: Arm) -> Iterator[ExperimentLayout]:
         """Give the folder of a training, named by what decides its figures; another process that needs it waits."""
         values = self._identity(config) | {"arm": arm, "rows": self.rows}
         values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
-        layout = ConfigurationLayout(self.folder / kind / hash_json(values)[:12], shared_folder=self.folder)
+        layout = ExperimentLayout(self.folder / kind / hash_json(values)[:12], shared_folder=self.folder)
         layout.root.mkdir(parents=True, exist_ok=True)
         with FileLock(layout.root / ".lock"):
             yield layout
@@ -160,11 +160,10 @@ def run_search(
 
 def begin_search(config: Config, settings: SearchConfig, out: str | Path | None) -> Search:
     check_installed("a search", "search")
-    check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
     arm = settings.arm or [*students, config.teacher_arm][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
-    check_effect(config, settings, arm)
+    check_space(config, settings, arm)
     folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)

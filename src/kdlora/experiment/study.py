@@ -181,8 +181,17 @@ def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "
     return build_config(config.model_dump(mode="json"), settings.items(), where=where)
 
 
-def check_space(config: Config, search: SearchConfig) -> None:
-    """Check that every key exists, and that every value, or both ends of a range, fit the config."""
+def check_space(config: Config, search: SearchConfig, arm: Arm) -> None:
+    """Check that every key exists, that its values, or both ends of a range, fit, and that they change the training."""
+
+    def trained(key: str, value: Any) -> list[Any]:
+        """Say what is trained with a value of a key, by the arm and by its teacher."""
+        one, found = with_settings(config, {key: value}, where="search.space"), []
+        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS else (arm,):
+            found.append(identity(reset_unused(one, each)))
+            found[-1]["student"]["train"] = settings_for(one, each).model_dump(mode="json")
+        return found
+
     if not search.space:
         raise ConfigError(
             "there is nothing to search: set search.space in the config, or give --space FILE, such as\n"
@@ -197,28 +206,17 @@ def check_space(config: Config, search: SearchConfig) -> None:
                 "data.window_stride; the rest is the same"
             )
             continue
+        made = []
         for value in one.values:
             try:
-                with_settings(config, {key: value}, where="search.space")
+                made.append(trained(key, value))
             except ConfigError as fault:
                 faults.append(str(fault).split("\n  - ", 1)[-1])
+        differ = any(value != one.values[0] for value in one.values)
+        if differ and len(made) == len(one.values) and all(each == made[0] for each in made):
+            faults.append(f"{key} changes nothing of the arm {arm}; leave it out, or set search.arm")
     if faults:
         raise ConfigError("\n".join(["search.space:", *(f"  - {fault}" for fault in dict.fromkeys(faults))]))
-
-
-def check_effect(config: Config, search: SearchConfig, arm: Arm) -> None:
-    """Refuse a key that changes nothing of the arm or its teacher: all trials would be the same training."""
-
-    def trained(value: Any) -> str:
-        one, found = with_settings(config, {key: value}), []
-        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS else (arm,):
-            found.append(identity(reset_unused(one, each)))
-            found[-1]["student"]["train"] = settings_for(one, each).model_dump(mode="json")
-        return json.dumps(found)
-
-    for key, one in search.space.items():
-        if any(value != one.values[0] for value in one.values) and len(set(map(trained, one.values))) == 1:
-            raise ConfigError(f"search.space: {key} changes nothing of the arm {arm}; leave it out, or set search.arm")
 
 
 def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
@@ -319,7 +317,7 @@ def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout,
     if not config.given_teacher and not layout.teacher.exists():
         encoder = load_base(config, config.teacher_arm, seed, splits.task)
         trained = train_splits(config, layout, splits, encoder, config.teacher_arm, seed, send)
-        keep_weights(config, layout, splits.task, trained, config.teacher_arm, seed)
+        keep_weights(config, layout, trained, config.teacher_arm, seed)
     label_splits(config, layout, splits, send)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.folder import MEASURED
-from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.evidence.defer import (
     POINTS,
@@ -57,44 +57,40 @@ from kdlora.system.storage import hold_lock, write_json_atomic, write_text_atomi
 class _Judged:
     """One model's outputs on rows that fix the order of thresholds, and on those that test them."""
 
-    logits: tuple[np.ndarray, np.ndarray]
-    wrong: tuple[np.ndarray, np.ndarray]
+    logits: list[np.ndarray]
+    wrong: list[np.ndarray]
     temperature: float
+    error: float  # that is to be promised
+    confidence: float
 
     @classmethod
-    def of(cls, model: Classifier, task: Task, parts: tuple[Dataset, Dataset]) -> _Judged:
-        outputs = [model.predict_logits(texts_of(rows)) for rows in parts]
-        names = np.array(task.label_names)
+    def of(cls, model: Classifier, task: Task, parts: Sequence[Dataset], error: float, confidence: float) -> _Judged:
+        outputs, names = [model.predict_logits(texts_of(rows)) for rows in parts], np.array(task.label_names)
         wrong = [
             np.array(model.decide(one)) != names[label_array(rows)] for one, rows in zip(outputs, parts, strict=True)
         ]
-        return cls((outputs[0], outputs[1]), (wrong[0], wrong[1]), model.folder.temperature)
+        return cls(outputs, wrong, model.folder.temperature, error, confidence)
 
     def sure(self, logits: np.ndarray, how: Sureness) -> np.ndarray:
         return measure_sureness(logits, how, self.temperature)
 
-    def promise(self, how: Sureness, error: float, confidence: float) -> Promise:
+    def promise(self, how: Sureness) -> Promise:
         other, tested = (self.sure(logits, how) for logits in self.logits)
         return promise_error(
-            tested, self.wrong[1], other=(other, self.wrong[0]), error=error, confidence=confidence, how=how
+            tested, self.wrong[1], other=(other, self.wrong[0]), error=self.error, confidence=self.confidence, how=how
         )
 
-    def describe(self, name: str, how: Sureness, error: float, confidence: float) -> Deferring:
-        """Give the model's curve, and what may be promised for it or why nothing may."""
-        found = _describe(name, [(self.sure(self.logits[1], how), self.wrong[1])])
-        try:
-            return replace(found, promise=self.promise(how, error, confidence))
-        except NoPromiseError as refusal:
-            return replace(found, reason=str(refusal))
+    def curve(self, name: str, how: Sureness) -> Deferring:
+        return _describe(name, [(self.sure(self.logits[1], how), self.wrong[1])])
 
-    def meet(self, unknown: np.ndarray, error: float, confidence: float) -> tuple[Unknown, ...]:
+    def meet(self, unknown: np.ndarray) -> tuple[Unknown, ...]:
         """Say what each kind of sureness, at the threshold that it may promise, does with unknown texts."""
         found = []
         for how in SURENESS:
             known, strange = self.sure(self.logits[1], how), self.sure(unknown, how)
             met = Unknown(how, tell_apart(known, strange))
             with suppress(NoPromiseError):
-                promise = self.promise(how, error, confidence)
+                promise = self.promise(how)
                 met = replace(met, coverage=promise.coverage, deferred=float(np.mean(strange < promise.threshold)))
             found.append(met)
         return tuple(found)
@@ -134,7 +130,7 @@ def defer_experiment(
         >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
     with _locked(experiment) as layout:
-        return _defer(layout, data=data, unknown=unknown, error=error, confidence=confidence, sureness=sureness)
+        return _defer(layout, error, confidence, sureness, data, unknown)
 
 
 @contextmanager
@@ -147,7 +143,6 @@ def _locked(experiment: str | Path) -> Iterator[ExperimentLayout]:
 
 def _defer(
     layout: ExperimentLayout,
-    *,
     error: float,
     confidence: float,
     sureness: Sureness,
@@ -161,19 +156,26 @@ def _defer(
     rows, source = _test_rows(config, task, splits, data)
     rows, known = unseen_rows(splits, rows, source)
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
-    models, decided = [], []
+    parts, models, decided = (splits.validation, rows), list[Deferring](), []
     for name, model in shipped_models(layout):
-        judged = _Judged.of(model, task, (splits.validation, rows))
-        found = judged.describe(name, sureness, error, confidence)
+        judged = _Judged.of(model, task, parts, error, confidence)
+        found = judged.curve(name, sureness)
+        try:
+            found = replace(found, promise=judged.promise(sureness))
+        except NoPromiseError as refusal:
+            found = replace(found, reason=str(refusal))
         decided.append((model.folder, replace(model.decisions, promise=found.promise)))
-        met = judged.meet(model.predict_logits(strange), error, confidence) if strange else ()
-        models.append(replace(found, unknown=met))
+        models.append(replace(found, unknown=judged.meet(model.predict_logits(strange)) if strange else ()))
     reasons = [model.reason for model in models]
     if data is None:
         models += _arms(layout, set(rows["id"]), sureness)
-    deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and not config.given_teacher and layout.teacher.exists():
-        deferral = _with_teacher(deferral, config.teacher_arm, layout.teacher, task, (splits.validation, rows), strange)
+        arm, model = config.teacher_arm, Classifier.load(layout.teacher, decisions="thresholds")
+        judged = _Judged.of(model, task, parts, error, confidence)
+        known_as = next((one for one in models if one.name == arm), None) or judged.curve(arm, sureness)
+        models = [one for one in models if one.name != arm]
+        models.append(replace(known_as, unknown=judged.meet(model.predict_logits(strange))))
+    deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     earlier = getattr(read_part(layout.deferral, Deferral, "")[0], "models", ())
     had_promise = any(one.promise is not None for one in earlier)
     for folder, decisions in decided:
@@ -203,19 +205,6 @@ def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]
     for name, file in ({"student": layout.student} | exported_files(layout)).items():
         if file.exists():
             yield name, Classifier.load(file, decisions="thresholds")
-
-
-def _with_teacher(
-    found: Deferral, arm: str, folder: Path, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
-) -> Deferral:
-    """Say how the teacher that was trained here, by that arm, meets unknown texts."""
-    model = Classifier.load(folder, decisions="thresholds")
-    judged = _Judged.of(model, task, parts)
-    alone = _describe(arm, [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
-    known = next((one for one in found.models if one.name == arm), alone)
-    met = judged.meet(model.predict_logits(strange), found.error, found.confidence)
-    others = [one for one in found.models if one.name != arm]
-    return replace(found, models=(*others, replace(known, unknown=met)))
 
 
 def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[Deferring]:
@@ -276,7 +265,7 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
     judged, source = splits.validation, "validation"
     earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
-    found, notes, able = [], [], []
+    models, decided, notes, able = [], [], list[str](), []
     try:
         if splits.test is not None:
             judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
@@ -285,19 +274,20 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     for name, model in shipped_models(layout):
         fitted, reasons = _fit(model, task, goals, splits.validation)
         notes += [reason for reason in reasons if reason not in notes]
-        kept = model.decisions.thresholds if task.kind == "multi-label" else {}
-        told = {label.label: label.goal for one in earlier if one.name == name for label in one.labels}
-        found.append((name, model, {**kept, **fitted}, told | {label: goals[label] for label in fitted}))
         able.append(bool(fitted))
-    if not found or not all(able):
+        thresholds = {**(model.decisions.thresholds if task.kind == "multi-label" else {}), **fitted}
+        told = {label.label: label.goal for one in earlier if one.name == name for label in one.labels}
+        told |= {label: goals[label] for label in fitted}
+        models.append(_judge(name, model, thresholds, told, task, judged))
+        decided.append((model.folder, Decisions(thresholds=thresholds)))
+    if not able or not all(able):
         raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
-    models = tuple(_judge(*one, task=task, rows=judged) for one in found)
     gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
     passing = [gone] if layout.deferral.exists() else []
     remove(layout.deferral)
-    for _, model, thresholds, _ in found:
-        write_decisions(model.folder, Decisions(thresholds=thresholds))
-    result = Thresholds(len(splits.validation), len(judged), source, models, tuple(notes))
+    for folder, decisions in decided:
+        write_decisions(folder, decisions)
+    result = Thresholds(len(splits.validation), len(judged), source, tuple(models), tuple(notes))
     write_json_atomic(layout.thresholds, asdict(result))
     write_card(config, layout)
     return replace(result, notes=(*notes, *passing))
@@ -327,16 +317,9 @@ def _binary(
 
 
 def _judge(
-    name: str,
-    model: Classifier,
-    thresholds: Mapping[str, float],
-    goals: Mapping[str, Goal],
-    *,
-    task: Task,
-    rows: Dataset,
+    name: str, model: Classifier, thresholds: Mapping[str, float], goals: Mapping[str, Goal], task: Task, rows: Dataset
 ) -> FittedModel:
-    logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature
-    given = labelled(rows, task)
+    logits, temperature, given = model.predict_logits(texts_of(rows)), model.folder.temperature, labelled(rows, task)
     told = [
         judge_threshold(
             label, goals.get(label, "an earlier call"), at, *_binary(task, label, logits, rows, temperature)

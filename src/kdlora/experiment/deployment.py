@@ -67,8 +67,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         if data is None:
             splits = load_without_copies(config, layout)
             return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
-        task = recorded_task(layout)
-        rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+        rows = load_examples(data, recorded_task(layout), id_column=config.data.id_column, labelled=True)
         return _export_rows(config, layout, to, rows, formats=wanted)
     if data is None and formats != "onnx":
         raise DataError(
@@ -83,10 +82,8 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
     places = _locate(models)
     named: dict[str, Path | Way] = {}
     for place in places:
-        ways = ways_to_run(place)
-        named.update({f"{place} ({way.runtime} {way.precision})": way for way in ways})
-        if not ways:
-            named[str(place)] = place
+        ways = {f"{place} ({way.runtime} {way.precision})": way for way in ways_to_run(place)}
+        named.update(ways or {str(place): place})
     texts = () if data is None else _read_labelled(places, data)
     result = benchmark(named, texts, threads=threads)
     _store_speeds(named, result)

@@ -299,19 +299,18 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
 
 def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
     """Name the classes, or types of entities, of which a teacher gets nothing in the validation rows right."""
-    seen = predictions.only("validation")
-    if task.kind == "tokens":
-        counts = counts_from_logits(task.label_names, seen.logits, seen.labels, seen.offsets).sum(axis=0)
-        found = zip(task.label_types, counts.tolist(), strict=True)
-        return [name for name, (right, _, wanted) in found if wanted >= _FEWEST_ROWS and not right]
     if task.kind == "regression":
         return []
-    labels, said = np.asarray(seen.labels, dtype=np.int64), predict_labels(task, seen.logits)
-    if task.kind == "multi-label":
+    seen = predictions.only("validation")
+    labels, said = np.asarray(seen.labels, dtype=np.int64), predict_labels(task, seen.logits, seen.offsets)
+    if task.kind == "tokens":
+        known, _, rows = counts_from_logits(task.label_names, seen.logits, labels, seen.offsets).sum(axis=0).T
+    elif task.kind == "multi-label":
         rows, known = labels.sum(axis=0), (labels & said).sum(axis=0)
     else:
         rows, known = (np.bincount(part, minlength=task.num_labels) for part in (labels, labels[said == labels]))
-    return [name for place, name in enumerate(task.label_names) if rows[place] >= _FEWEST_ROWS and not known[place]]
+    names = task.label_types or task.label_names
+    return [name for place, name in enumerate(names) if rows[place] >= _FEWEST_ROWS and not known[place]]
 
 
 def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:

@@ -18,7 +18,7 @@ from kdlora.experiment.jobs import Job, Queue, carry_out, finished_runs, inspect
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.preview import RUN_SECONDS, training_seconds
 from kdlora.experiment.recording import TaskFacts
-from kdlora.experiment.settle import Looks, decide
+from kdlora.experiment.settle import Chosen, Looks
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.children import run_in_child
@@ -115,15 +115,10 @@ def run_suite(
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
             if not queue.reused and (others := list(root.glob("runs/*/*/runs/*/run.json"))):
-                told = (
-                    "none of the %d runs in %s is of this suite: settings differ, or paths of files; all is done anew"
-                )
-                logger.warning(told, len(others), root)
-            work = (
-                carry_out
-                if on is not None
-                else functools.partial(carry_out, check=lock.check, notes=shared_machine(gpus))
-            )
+                told = "of this suite: settings differ, or paths of files; all is done anew"
+                logger.warning("none of the %d runs in %s is %s", len(others), root, told)
+            own = functools.partial(carry_out, check=lock.check, notes=shared_machine(gpus))
+            work: Work = own if on is None else carry_out
             try:
                 _carry_out(queue, engine, work, listen)
             finally:  # also after Ctrl-C: what there is can be read
@@ -158,19 +153,16 @@ def settle_plan(
     """Look at the data of every task and its models, and lay out the runs with what they decide."""
     suite = plan.suite
     configs = {task: {name: whole_config(suite, task, name) for name in suite.families} for task in suite.tasks}
-    read = [(run.task, run.config.data) for run in plan.runs()]
-    read += [(task, config.data) for task, own in configs.items() for config in own.values()]
-    questions = [
-        (task, own, [data for one, data in read if one == task], copies_in, timed) for task, own in configs.items()
-    ]
-    answers = {
-        piece[0]: answer for piece, answer in engine.results(_inspect, functools.partial(next, iter(questions), None))
-    }
+    read = {task: [config.data for config in own.values()] for task, own in configs.items()}
+    for run in plan.runs():
+        read[run.task].append(run.config.data)
+    questions = iter([(task, own, read[task], copies_in, timed) for task, own in configs.items()])
+    answers = {piece[0]: answer for piece, answer in engine.results(_inspect, lambda: next(questions, None))}
     _check_answers({task: answers[task] for task in configs})
     facts = {task: answers[task][0] for task in configs}
     looks = {(task, family): one for task in configs for family, one in answers[task][1].items()}
     chosen = {
-        (task, family): decide(one, facts[task].rows[configs[task][family].data.row_settings], facts[task].task)
+        (task, family): Chosen(one, facts[task].rows[configs[task][family].data.row_settings], facts[task].task)
         for (task, family), one in looks.items()
     }
     return make_plan(suite, chosen), facts, looks

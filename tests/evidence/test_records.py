@@ -57,14 +57,12 @@ def test_odd_numbers_and_truncated_records(tmp_path):
             read_record(path)
 
 
-@pytest.mark.parametrize(
-    ("version", "remedy"), [(0, "older kdlora: delete"), (None, "older"), (99, "newer kdlora: upgrade")]
-)
-def test_a_record_of_another_version_names_the_remedy(tmp_path, version, remedy):
+@pytest.mark.parametrize("version", [None, 99])
+def test_a_record_of_another_version_names_the_remedy(tmp_path, version):
     """A field that changed its meaning would be read with the new one."""
     write_record(tmp_path / "run.json", make_record())
     edit_json(tmp_path / "run.json", schema_version=version)
-    with pytest.raises(ArtifactError, match=rf"run\.json.*schema_version.*{remedy}"):
+    with pytest.raises(ArtifactError, match=r"run\.json.*schema_version.*newer kdlora.*upgrade.*delete the run's"):
         read_record(tmp_path / "run.json")
 
 

@@ -77,17 +77,14 @@ def score(task: Task, metrics: dict[str, float]) -> float:
 
 def metric_names(task: Task) -> tuple[str, ...]:
     """List the metrics that are computed for a task: its score metrics, then those of its kind."""
-    always: tuple[str, ...]
-    if task.kind == "regression":
-        always = ("pearson", "spearman", "mse", "mae")
-    elif task.kind == "multi-label":
-        always = ("micro_f1", "macro_f1", "subset_accuracy")
-    elif task.kind == "tokens":
-        of_types = (f"{what}:{kind}" for kind in task.label_types for what in ("precision", "recall", "f1"))
-        always = ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *of_types)
-    else:
-        always = ("accuracy", "f1" if len(task.label_names) == 2 else "macro_f1")
-    return tuple(dict.fromkeys((*task.metrics, *always)))
+    of_types = (f"{what}:{kind}" for kind in task.label_types for what in ("precision", "recall", "f1"))
+    always: dict[str, tuple[str, ...]] = {
+        "single-label": ("accuracy", "f1" if len(task.label_names) == 2 else "macro_f1"),
+        "multi-label": ("micro_f1", "macro_f1", "subset_accuracy"),
+        "regression": ("pearson", "spearman", "mse", "mae"),
+        "tokens": ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *of_types),
+    }
+    return tuple(dict.fromkeys((*task.metrics, *always[task.kind])))
 
 
 def predict_labels(task: Task, logits: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
@@ -219,9 +216,8 @@ def _mean_ratio(above: Weighted, below: Weighted, *, occurring_only: bool) -> We
 
 def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
     if base == "f1":
-        decided = predict_labels(task, outputs)
-        said = decided == column if task.kind == "single-label" else decided[:, column]
-        wanted = targets == column if task.kind == "single-label" else targets[:, column]
+        both = (predict_labels(task, outputs), targets)
+        said, wanted = (one == column if task.kind == "single-label" else one[:, column] for one in both)
         return _pooled_f1(said[:, None].astype(np.int64), wanted[:, None].astype(np.int64))
     curve = curve_of(task, column, outputs, targets)
     if base == "average_precision":

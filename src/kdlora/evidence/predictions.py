@@ -33,11 +33,9 @@ class Predictions:
     offsets: np.ndarray | None = None  # int64 (rows + 1,): where the words of each row begin, in a task of tokens
 
     def only(self, split: str, group: str = "") -> Predictions:
-        groups = self.groups if group else None
-        rows = [
-            row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
-        ]
-        return self.take(rows)
+        groups = self.groups if group and self.groups is not None else (group,) * len(self.split)
+        keys = zip(self.split, groups, strict=True)
+        return self.take([row for row, key in enumerate(keys) if key == (split, group)])
 
     def take(self, rows: Sequence[int]) -> Predictions:
         """Take rows in a given order, and their words with them."""
@@ -46,12 +44,10 @@ class Predictions:
             lengths = np.diff(self.offsets)[chosen]
             offsets = as_offsets(lengths)
             chosen = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
-        ids, split, groups = (
-            None if values is None else tuple(values[row] for row in rows)
-            for values in (self.ids, self.split, self.groups)
-        )
+        ids, split = (tuple(values[row] for row in rows) for values in (self.ids, self.split))
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
         logits, labels = self.logits[chosen], self.labels[chosen]
-        return Predictions(ids or (), split or (), logits, self.label_names, labels, groups, offsets)
+        return Predictions(ids, split, logits, self.label_names, labels, groups, offsets)
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,8 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())
     given = predictions.labels
-    if given.ndim == 2:
-        labels = pa.array([row.tolist() for row in given], pa.list_(pa.float32()))
-    elif np.issubdtype(given.dtype, np.integer):
-        labels = pa.array(given, pa.int64())
-    else:
-        labels = pa.array(given.astype(np.float32), pa.float32())
+    kind = pa.int64() if np.issubdtype(given.dtype, np.integer) else pa.float32()
+    labels = pa.array(given.tolist(), pa.list_(pa.float32()) if given.ndim == 2 else kind)
     columns["label"] = labels if offsets is None else as_lists(labels, offsets)
     logits = np.asarray(predictions.logits, dtype=np.float32)
     write_table(Path(path), columns | logit_columns(predictions.label_names, logits, offsets))

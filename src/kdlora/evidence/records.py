@@ -152,9 +152,12 @@ class RunLayout:
 
 @dataclass(frozen=True)
 class ExperimentLayout:
-    """The names inside an experiment folder."""
+    """The names inside an experiment folder, or in that of a suite's configuration."""
 
     root: Path
+    shared_folder: Path | None = None  # of what a suite's configurations have in common
+    shared_teacher: Path | None = None  # that another configuration trained
+    texts: str = ""  # which texts the teacher labels; students of other texts share it
 
     config = _Inside("config.yaml")  # the resolved configuration, which reruns the experiment
     plan = _Inside("plan.json")  # what was said before the last trainings began
@@ -182,17 +185,17 @@ class ExperimentLayout:
 
     @property
     def shared(self) -> Path:
-        """The folder of what all runs have in common; a suite's configurations share one."""
-        return self.root
+        """The folder of what all runs have in common."""
+        return self.shared_folder or self.root
 
     @property
     def teacher(self) -> Path:
-        """The one teacher and its logits; a suite's configurations share one."""
-        return self.root / "teacher"
+        """The one teacher and its logits."""
+        return self.shared_teacher or self.root / "teacher"
 
     @property
     def unlabelled_logits(self) -> Path:
-        return self.teacher / "logits-unlabelled"
+        return self.teacher / (f"logits-unlabelled-{self.texts}" if self.texts else "logits-unlabelled")
 
     def run(self, arm: str, seed: int) -> RunLayout:
         return RunLayout(self.runs / f"{arm}-seed{seed}")
@@ -228,12 +231,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _parse_record(content: Any, where: str) -> RunRecord:
     if not isinstance(content, dict):
         raise ArtifactError(f"{where}: expected a JSON object, found {type(content).__name__}. {_RERUN}")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        remedy = f"It was written by an older kdlora: {_RERUN[0].lower()}{_RERUN[1:]}"
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            remedy = "It was written by a newer kdlora: upgrade with `pip install --upgrade kdlora`."
-        raise ArtifactError(f"{where}: expected schema_version {SCHEMA_VERSION}, found {version!r}. {remedy}")
+    if (version := content.get("schema_version")) != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where}: expected schema_version {SCHEMA_VERSION}, found {version!r}. If a newer kdlora wrote it, "
+            f"upgrade (`pip install --upgrade kdlora`); else {_RERUN[0].lower()}{_RERUN[1:]}"
+        )
     try:
         record = RunRecord.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as fault:

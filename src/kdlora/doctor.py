@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from kdlora.errors import harmless
-from kdlora.system.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine, read_proc
 
 HUB = "https://huggingface.co"
 
@@ -61,12 +61,13 @@ def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
         problems.append(f"PyTorch cannot be used: {error}")
     cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
     there = next(place for place in (cache, *cache.parents) if place.exists())
+    memory = read_proc("meminfo").get("MemAvailable")
     return Diagnosis(
         versions=collect_versions(),
         machine=describe_machine(),
         device=device,
         threads=threads,
-        free_memory=_free_memory(),
+        free_memory=round(int(memory.split()[0]) / 2**20, 1) if memory else None,
         free_disk=round(shutil.disk_usage(there).free / 2**30, 1),
         hub=harmless(_ask_hub(hub_seconds)),  # a mirror's address may hold a password
         extras=extras,
@@ -112,14 +113,6 @@ def _device() -> tuple[str, int | None]:
         more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
         return f"cuda: {traits.name}, {traits.total_memory / 2**30:.1f} GiB{more}", threads
     return "cpu (Apple's mps is not used)" if torch.backends.mps.is_available() else "cpu", threads
-
-
-def _free_memory() -> float | None:
-    try:
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return round(int(facts["MemAvailable"].split()[0]) / 2**20, 1)
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _ask_hub(seconds: float) -> str:

@@ -137,11 +137,15 @@ class Server:
 
     def __init__(self, owner: Children, preload: str = "") -> None:
         """Start it; it imports while this process goes on."""
-        self.scratch, self.was_asked, self._owner = _make_scratch(), False, owner
+        # Children end without tidying up: their temporary files have a folder, which goes with the server.
+        parent = Path(tempfile.gettempdir())
+        remove_abandoned(parent, deep=False)
+        self.scratch, self.was_asked, self._owner = parent / f"{SCRATCH}-{owned_name()}", False, owner
+        self.scratch.mkdir(mode=0o700)
         forks = "forks" if sys.platform == "linux" and hasattr(os, "fork") else ""
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the child. On Windows a group is that.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, json.dumps(sys.path), self.scratch, preload, forks],
+            [sys.executable, "-P", "-c", _START, json.dumps(sys.path), str(self.scratch), preload, forks],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -211,7 +215,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        remove(Path(self.scratch))
+        remove(self.scratch)
 
 
 _shared = Children()
@@ -225,15 +229,6 @@ def _write(number: int, content: bytes) -> None:
     rest = memoryview(pickle.dumps(content))  # no buffered file, which refuses a signal's handler that sends meanwhile
     while rest:
         rest = rest[os.write(number, rest) :]
-
-
-def _make_scratch() -> str:
-    """Make the folder for the temporary files of children, which end without tidying up; remove abandoned ones."""
-    parent = Path(tempfile.gettempdir())
-    remove_abandoned(parent, deep=False)
-    scratch = parent / f"{SCRATCH}-{owned_name()}"
-    scratch.mkdir(mode=0o700)
-    return str(scratch)
 
 
 def _describe_death(status: int) -> str:

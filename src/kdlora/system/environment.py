@@ -57,7 +57,7 @@ def describe_machine() -> dict[str, str]:
     with contextlib.suppress(AttributeError, ValueError, OSError):
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     return {
-        "cpu": _processor_name(),
+        "cpu": read_proc("cpuinfo").get("model name") or platform.processor() or platform.machine(),
         "cores": str(usable_cores()),
         "memory": memory,
         "os": f"{platform.system()} {platform.release()}",
@@ -65,40 +65,30 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def _processor_name() -> str:
-    """Read the model name where Linux gives one."""
+def read_proc(name: str) -> dict[str, str]:
+    """Read a file below /proc by its keys; empty where there is none."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        lines = Path("/proc", name).read_text(encoding="utf-8", errors="replace").splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
 
 
 def git_state(folder: str | Path | None = None) -> dict[str, str]:
     """Read commit and cleanliness of the working tree around a folder."""
-    place = Path(folder) if folder is not None else Path.cwd()
     asked = ("--path-format=absolute", "--git-common-dir", "--git-dir", "--show-toplevel", "HEAD")
-    *places, commit = (_git(place, "rev-parse", *asked) or "").splitlines() or [""]
+    *places, commit = (_git(Path(folder or Path.cwd()), "rev-parse", *asked) or "").splitlines() or [""]
     if len(places) != 3:
         return {}
-    changes = _changes(commit, *map(Path, places))
-    return {} if changes is None else {"commit": commit, "dirty": "yes" if changes else "no"}
-
-
-def _changes(commit: str, common: Path, own: Path, tree: Path) -> str | None:
-    """Compare a working tree with its commit by an empty repository, as its own settings may name programs to run."""
-    with tempfile.TemporaryDirectory() as place:
-        bare = Path(place)
+    common, own, tree = map(Path, places)
+    with tempfile.TemporaryDirectory() as empty:  # compared by a repository whose settings name no programs to run
         for name in ("objects", "refs"):
-            (bare / name).mkdir()
-        (bare / "HEAD").write_text(f"{commit}\n", encoding="ascii")
-        borrowed = {
-            "GIT_DIR": place,
-            "GIT_OBJECT_DIRECTORY": str(common / "objects"),
-            "GIT_INDEX_FILE": str(own / "index"),
-            "GIT_WORK_TREE": str(tree),
-        }
-        return _git(tree, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all", **borrowed)
+            Path(empty, name).mkdir()
+        Path(empty, "HEAD").write_text(f"{commit}\n", encoding="ascii")
+        borrowed = {"GIT_DIR": empty, "GIT_OBJECT_DIRECTORY": str(common / "objects")}
+        borrowed |= {"GIT_INDEX_FILE": str(own / "index"), "GIT_WORK_TREE": str(tree)}
+        about = ("--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+        changes = _git(tree, "status", *about, **borrowed)
+    return {} if changes is None else {"commit": commit, "dirty": "yes" if changes else "no"}
 
 
 def _git(folder: Path, *arguments: str, **environment: str) -> str | None:
@@ -125,9 +115,8 @@ class MemoryLevel:
 
 
 def read_memory() -> MemoryLevel | None:
-    with contextlib.suppress(OSError, KeyError):
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = read_proc("self/status")
+    with contextlib.suppress(KeyError):
         return MemoryLevel(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile", "VmHWM")))
     return None
 

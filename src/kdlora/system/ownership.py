@@ -55,11 +55,10 @@ def check_folder(folder: Path, kind: str) -> None:
 def refuse_foreign(folder: Path, manifest: str, what: str) -> Path:
     """Give a folder that is new, has hidden files alone, or holds a manifest of this name; nothing is changed."""
     _refuse_file(folder)
-    if not (folder / manifest).is_file():
-        if any(not entry.name.startswith(".") for entry in folder.glob("*")):
-            raise ArtifactError(f"{folder} is not empty and holds no {what}; name another with --to")
-        return folder
-    refuse_links(folder)
+    if (folder / manifest).is_file():
+        refuse_links(folder)
+    elif any(not entry.name.startswith(".") for entry in folder.glob("*")):
+        raise ArtifactError(f"{folder} is not empty and holds no {what}; name another with --to")
     return folder
 
 
@@ -161,14 +160,13 @@ def _place() -> str:
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
 
 
-def is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
     """Say whether this user's process that made a file or folder is gone, so that nobody will finish it."""
-    found = _OWNED.fullmatch(path.name)
     try:
         state = path.lstat()
     except OSError:
         return False
-    if found is None or (hasattr(os, "getuid") and state.st_uid != os.getuid()):
+    if hasattr(os, "getuid") and state.st_uid != os.getuid():
         return False
     if found["place"] == _place() and (alive := _is_alive(int(found["process"]), int(found["start"]))) is not None:
         return not alive
@@ -203,19 +201,15 @@ def _start_of(process: int) -> int | None:
 
 def remove_abandoned(folder: Path, *, deep: bool = True, of: str = "") -> None:
     """Remove what killed processes were writing in a folder, and put back what they had not replaced yet."""
-    begins = (f".{of}.tmp-", f".{of}.old-") if of else (".", SCRATCH)
     for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in [*folders, *files] if name.startswith(begins)):
-            if is_abandoned(path):
-                _clear_away(path)
+        for path in (Path(place, name) for name in [*folders, *files]):
+            found = _OWNED.fullmatch(path.name)
+            if not found or (of and found["target"] != of) or not _is_abandoned(path, found):
+                continue
+            if found["old"] and not os.path.lexists(target := path.with_name(found["target"])):
+                logger.info("putting back %s, which a process that was killed had not replaced yet", target)
+                path.rename(target)
+            else:
+                logger.info("removing %s, left by a process that was killed", path)
+                remove(path)
         folders[:] = [name for name in folders if deep and not is_ours_by_name(Path(name))]
-
-
-def _clear_away(path: Path) -> None:
-    found = _OWNED.fullmatch(path.name)
-    if found and found["old"] and not os.path.lexists(target := path.with_name(found["target"])):
-        logger.info("putting back %s, which a process that was killed had not replaced yet", target)
-        path.rename(target)
-        return
-    logger.info("removing %s, left by a process that was killed", path)
-    remove(path)

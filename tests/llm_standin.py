@@ -47,6 +47,7 @@ class StandIn:
     keep: bool = True
     number: int = 0
     port: int = 0
+    end: Callable[[], object] = lambda: None
 
     @property
     def url(self) -> str:
@@ -54,16 +55,18 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}/v1"
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Serve until cancelled."""
+        """Serve until `end` is called."""
         server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=256)
         self.port = server.sockets[0].getsockname()[1]
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        self.end = lambda: loop.call_soon_threadsafe(ended.set)
         ready()
-        async with server:
-            await server.serve_forever()
+        await ended.wait()
+        server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while await self._exchange(reader, writer):
                     pass
         finally:
@@ -145,32 +148,15 @@ def likely(prompt: str, sureness: float) -> dict[str, float]:
 @contextlib.contextmanager
 def running(model: StandIn | None = None) -> Iterator[StandIn]:
     """Serve in a thread."""
-    model = model or StandIn()
-    loop, started = asyncio.new_event_loop(), threading.Event()
-    task = loop.create_task(model.serve(started.set))
-
-    def work() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-
-    thread = threading.Thread(target=work, daemon=True)
+    model, started = model or StandIn(), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(model.serve(started.set)), daemon=True)
     thread.start()
     assert started.wait(10)
     try:
         yield model
     finally:
-        loop.call_soon_threadsafe(task.cancel)
+        model.end()
         thread.join(10)
-        loop.run_until_complete(_end())
-        loop.close()
-
-
-async def _end() -> None:
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for one in left:
-        one.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
-    await asyncio.sleep(0.01)  # connections say good-bye
 
 
 def main() -> None:

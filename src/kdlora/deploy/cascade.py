@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kdlora.deploy.predict import Classifier, Text, check_text, iterate_texts
+from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness
-from kdlora.evidence.metrics import probabilities
 
 if TYPE_CHECKING:
     from kdlora.deploy.gates import LabelledTexts
@@ -149,9 +148,8 @@ class Cascade:
 
 def _read(model: Classifier, logits: np.ndarray) -> list[tuple[str, dict[str, float]]]:
     """Give label and probabilities of each text, whether or not the model is sure of them."""
-    table = probabilities(logits, "single-label", model.folder.temperature)
-    said = zip(model.decide(logits), table.tolist(), strict=True)
-    return [(str(name), dict(zip(model.label_names, row, strict=True))) for name, row in said]
+    said = zip(model.decide(logits), model.to_predictions(logits), strict=True)
+    return [(str(label), one.probabilities) for label, one in said]
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,8 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         raise DataError("a cascade is scored on labelled rows; give a labelled file.")
     if set(given.task.label_names) != set(student.label_names):
         raise DataError("the labelled rows have other labels than the models; give rows of their task.")
-    texts, outputs, seconds = [check_text(text, f"text {row}") for row, text in enumerate(given.texts)], [], []
+    texts: list[Any] = list(given.texts)
+    outputs, seconds = [], []
     for model in (student, teacher):
         model.predict_logits(texts[:32])
         start = perf_counter()

@@ -146,7 +146,7 @@ def export_onnx(
         what = "thresholds and the promised error rate are of other files than those of"
         logger.warning("%s: %s %s, which answer without them", decided, what, target)
     files: dict[str, Path] = {name: target / _FILES[name][0] for name in kept}
-    sizes = {name: sum((target / file).stat().st_size for file in _FILES[name]) for name in kept}
+    sizes: dict[str, int] = {name: sum((target / file).stat().st_size for file in _FILES[name]) for name in kept}
     result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
     if how.failure:
         raise ParityError(f"{target}: {how.failure}. Kept: {', '.join(files)}.", result)

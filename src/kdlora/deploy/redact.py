@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
-from kdlora.deploy.predict import MOST_CHARACTERS
-from kdlora.deploy.rows import Row, RowReader, cut_windows
-from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing, standard_output, text_columns
+from kdlora.deploy.rows import Row, RowReader
+from kdlora.deploy.stream import Progress, csv_bytes, read_answers, refuse_replacing, standard_output, text_columns
 from kdlora.deploy.tagger import Entity, Tagger, load_for_many
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
 from kdlora.system.storage import atomic_file
+
+_REFUSAL = ". Nothing is passed on unread: correct the row, or remove it."
+"""Of a row that cannot be read, for it may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,16 @@ def redact_file(
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
     if reader.form in ("parquet", "conll"):
         raise DataError(f"{source}: a {reader.form} file is not redacted; write the rows as JSON Lines or CSV first.")
-    with _open(source, to) as file, contextlib.closing(iter(reader)) as given:
-        for window in chain(cut_windows(given, MOST_CHARACTERS), [[]]):  # the last one for a header alone
+    answered = read_answers(tagger, reader, batch_size, refusal=_REFUSAL)
+    with _open(source, to) as file, contextlib.closing(answered):
+        for answers in chain(answered, [[]]):  # the last one for a header alone
             if not rows:
                 file.write(_header(reader))
-            found = tagger.predict([_text_of(row, reader) for row in window], batch_size=batch_size)
-            for row, entities in zip(window, found, strict=True):
+            for row, found in answers:
+                entities = cast("list[Entity]", found)
                 file.write(_encode(reader, row, redact(str(row.text), entities, wanted)))
                 counts.update(entity.label for entity in entities if entity.label in wanted)
-            rows += len(window)
+            rows += len(answers)
             file.flush()
             if progress is not None:
                 progress(rows, reader.fraction())
@@ -136,14 +139,6 @@ def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
     refuse_replacing(source, Path(to))
     with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:
         yield file
-
-
-def _text_of(row: Row, reader: RowReader) -> str:
-    """Give the text of a row; what cannot be read may hold anything."""
-    if not isinstance(row.text, str):
-        fault = str(row.error).rstrip(".")
-        raise DataError(f"{reader.name}: {fault}. Nothing is passed on unread: correct the row, or remove it.")
-    return row.text
 
 
 def _header(reader: RowReader) -> bytes:

@@ -86,10 +86,10 @@ class RowReader:
             self.header, self.text_columns = columns, self._find_columns(columns) if columns else ()
             # As in training: by sentences, and without empty lines.
             for number, (_, values) in enumerate(rows):
+                if not self.text_columns and not isinstance(values, str):  # of a run that goes on, as it began
+                    self.text_columns = self._find_columns(list(values))
                 if number >= self.start:
                     yield number, values
-                elif not self.text_columns and not isinstance(values, str):  # as the interrupted run chose them
-                    self.text_columns = self._find_columns(list(values))
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -114,7 +114,6 @@ class RowReader:
                     number += 1
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
-        self.text_columns = self.text_columns or self._find_columns(list(values))
         given = values.get(self._columns.id) if self.form != "text" else None
         name = str(number) if given is None else str(given)
         try:
@@ -224,8 +223,6 @@ def _parquet_rows(batch: Any) -> list[Mapping[str, Any] | str]:
         found = ["not valid UTF-8"]
     except (ValueError, OverflowError) as error:  # a time that Python cannot express
         found = [f"not readable: {error}"]
-    return (
-        found
-        if batch.num_rows <= 1 or len(found) == batch.num_rows
-        else [row for place in range(batch.num_rows) for row in _parquet_rows(batch.slice(place, 1))]
-    )
+    if len(found) == batch.num_rows:
+        return found
+    return [row for place in range(batch.num_rows) for row in _parquet_rows(batch.slice(place, 1))]

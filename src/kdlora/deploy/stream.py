@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.tagger import Entity, Tagger, load_for_many, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
+from kdlora.system.integrity import compare
 from kdlora.system.ownership import MANIFEST, check_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, hold_lock, mark_folder, temporary_name
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
 Answer = Prediction | list[Entity]
+Answers = list[tuple[Row, Answer | None]]
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
@@ -110,35 +112,31 @@ def predict_file(
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
-    with contextlib.closing(output):
-        _predict(classifier, reader, output, batch_size, strict, progress)
+    answered = read_answers(classifier, reader, batch_size, refusal="." if strict else "")
+    with contextlib.closing(output), contextlib.closing(answered):
+        try:
+            for answers in answered:
+                output.add(answers)
+                if progress is not None:
+                    progress(output.rows, reader.fraction())
+        except DataError:
+            output.discard()  # the input must change before this can succeed, and parts of the old one are of no use
+            raise
+        output.finish()
     return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
-def _predict(
-    classifier: Classifier | Tagger,
-    reader: RowReader,
-    output: _Output,
-    batch_size: int,
-    strict: bool,
-    progress: Progress | None,
-) -> None:
-    try:
-        with contextlib.closing(iter(reader)) as given:
-            reads_whole = isinstance(classifier, Tagger) or classifier.folder.windows is not None
-            for window in cut_windows(given, MOST_CHARACTERS if reads_whole else None):
-                bad = [row for row in window if row.text is None]
-                if bad and strict:
-                    raise DataError(f"{reader.name}: {bad[0].error}")
-                texts = [row.text for row in window if row.text is not None]
-                found: Iterator[Answer] = iter(classifier.predict(texts, batch_size=batch_size))  # type: ignore[arg-type]
-                output.add([(row, None if row.text is None else next(found)) for row in window], len(bad))
-                if progress is not None:
-                    progress(output.rows, reader.fraction())
-    except DataError:
-        output.discard()  # the input must change before this can succeed, and parts of the old one are of no use then
-        raise
-    output.finish()
+def read_answers(model: Classifier | Tagger, reader: RowReader, batch_size: int, *, refusal: str) -> Generator[Answers]:
+    """Give rows with their answers, window by window; a bad row has none, or ends it where a `refusal` follows."""
+    reads_whole = isinstance(model, Tagger) or model.folder.windows is not None
+    with contextlib.closing(iter(reader)) as rows:
+        for window in cut_windows(rows, MOST_CHARACTERS if reads_whole else None):
+            texts = [row.text for row in window if row.text is not None]
+            if refusal and len(texts) < len(window):
+                fault = next(row.error for row in window if row.text is None)
+                raise DataError(f"{reader.name}: {fault.rstrip('.')}{refusal}")
+            found: Iterator[Answer] = iter(model.predict(texts, batch_size=batch_size))  # type: ignore[arg-type]
+            yield [(row, None if row.text is None else next(found)) for row in window]
 
 
 def text_columns(classifier: Network, text: Sequence[str] | str | None, id_column: str = "id") -> Columns:
@@ -197,7 +195,7 @@ class _Form:
         labels = () if folder.kind == "regression" else folder.label_names
         self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]
 
-    def encode(self, answers: Sequence[tuple[Row, Answer | None]]) -> bytes:
+    def encode(self, answers: Answers) -> bytes:
         """Write rows; one without prediction gets its error."""
         if self.name == "jsonl":
             return "".join(f"{_to_json(_as_object(*one))}\n" for one in answers).encode()
@@ -207,9 +205,8 @@ class _Form:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema, buffer = self._schema(), io.BytesIO()
-        columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), schema.types, strict=True)]
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer)
+        columns, buffer = dict(zip(self._columns, zip(*rows, strict=True), strict=True)), io.BytesIO()
+        pq.write_table(pa.Table.from_pydict(columns, self._schema()), buffer)
         return buffer.getvalue()
 
     def join(self, parts: Iterable[Path], to: Path) -> None:
@@ -230,8 +227,7 @@ class _Form:
         if not isinstance(prediction, Prediction):
             return [row.id, *([None] * (len(self._columns) - 2)), row.error]
         label: Any = prediction.label
-        if isinstance(label, tuple):
-            label = "|".join(label) if self.name == "csv" else list(label)
+        label = "|".join(label) if self.name == "csv" and isinstance(label, tuple) else label
         return [row.id, label, *prediction.probabilities.values(), None]
 
     def _schema(self) -> pa.Schema:
@@ -285,7 +281,8 @@ class _Output:
         self.form = form
         self.rows = self.errors = self.resumed = 0
 
-    def add(self, answers: Sequence[tuple[Row, Answer | None]], errors: int) -> None:
+    def add(self, answers: Answers) -> None:
+        errors = sum(answer is None for _, answer in answers)
         self.write(self.form.encode(answers), len(answers), errors)
         self.rows, self.errors = self.rows + len(answers), self.errors + errors
 
@@ -315,18 +312,15 @@ class PartialResult(_Output):
         check_folder(self.folder, "prediction")
         with contextlib.suppress(FileNotFoundError):  # too long a name is told before the work, not at its end
             temporary_name(to).lstat()
-        self._lock = contextlib.ExitStack()
         what, remedy = f"writes predictions into {to}", ", or name another file with --to"
-        try:
-            self._lock.enter_context(hold_lock(self.folder / ".lock", what, remedy=remedy))
-        except (OSError, NotImplementedError) as fault:  # a disk that knows no locks is written all the same
-            if getattr(fault, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold_lock(self.folder / ".lock", what, remedy=remedy))
+            except (OSError, NotImplementedError) as fault:  # a disk that knows no locks is written all the same
+                if getattr(fault, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
             self._take_over(made_of | {"output_format": form.name}, resume=resume)
-        except BaseException:
-            self.close()
-            raise
+            self._lock = stack.pop_all()
         counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
         self.rows = self.resumed = sum(rows for rows, _ in counts)
         self.errors = sum(errors for _, errors in counts)
@@ -334,7 +328,7 @@ class PartialResult(_Output):
     def _take_over(self, made_of: dict[str, Any], *, resume: bool) -> None:
         parts, found = self._parts(), read_manifest(self.folder)
         if resume and found is not None:
-            for key in sorted(key for key, value in made_of.items() if found.get(key) != value):
+            for key in compare(found, made_of):
                 raise ArtifactError(
                     f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
                     f"is {made_of[key]!r}). Delete the folder."

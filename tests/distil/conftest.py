@@ -19,8 +19,8 @@ from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import word_offsets
 from kdlora.distil.logits import TeacherLogits, join_unlabelled
-from kdlora.distil.train import TrainOutcome, train_model
-from kdlora.distil.trainer import TrainingOptions
+from kdlora.distil.train import train_model
+from kdlora.distil.trainer import TrainingOptions, TrainOutcome
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from sentences import tagged_rows

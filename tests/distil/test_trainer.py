@@ -19,7 +19,7 @@ from kdlora.distil.logits import labelled_values
 from kdlora.distil.losses import distillation_loss, start_at_shares
 from kdlora.distil.train import class_weights
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ConfigError, DataError
+from kdlora.errors import ConfigError
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -153,14 +153,6 @@ def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):
     with torch.no_grad():
         exact = copy.deepcopy(setup.model).double()(**tokens).logits
         torch.testing.assert_close(setup.model(**tokens).logits.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def test_a_missing_teacher(make_setup, tmp_path):
-    """Distillation without teacher logits must not quietly become plain fine-tuning."""
-    setup = make_setup()
-    setup.train = replace(setup.train, dataset=setup.train.dataset.remove_columns("teacher_logits"))
-    with pytest.raises(DataError, match="no teacher_logits"):
-        setup.run(tmp_path)
 
 
 def test_balanced_weights_are_those_of_scikit_learn():

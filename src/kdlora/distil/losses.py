@@ -181,7 +181,10 @@ class LossSums:
     def __init__(self, device: torch.device) -> None:
         device = torch.device("cpu") if device.type == "mps" else device  # Apple's has no float64
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self.bad_loss, self.bad_gradient = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
+        self.first_bad = {
+            what: torch.full((), -1, dtype=torch.int64, device=device)
+            for what in ("loss is not a finite number", "gradients are not finite numbers")
+        }
 
     @torch.no_grad()
     def add(self, terms: LossTerms, step: int) -> None:
@@ -192,19 +195,17 @@ class LossSums:
         added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows, hard_rows])
         added = added.to(self.sums.device).to(self.sums.dtype)
         self.sums += added
-        total = added[0]
-        self.bad_loss = torch.where(~torch.isfinite(total) & (self.bad_loss < 0), step, self.bad_loss)
+        self.note("loss is not a finite number", added[0], step)
 
     @torch.no_grad()
-    def note_gradient(self, norm: Tensor | float, step: int) -> None:
-        """Note a gradient that is not finite; the weights are not either once the step is taken."""
-        bad = ~torch.isfinite(torch.as_tensor(norm, device=self.sums.device)) & (self.bad_gradient < 0)
-        self.bad_gradient = torch.where(bad, step, self.bad_gradient)
+    def note(self, what: str, value: Tensor | float, step: int) -> None:
+        """Note the first step at which a value is not finite."""
+        bad = ~torch.isfinite(torch.as_tensor(value, device=self.sums.device)) & (self.first_bad[what] < 0)
+        self.first_bad[what] = torch.where(bad, step, self.first_bad[what])
 
     def check(self, learning_rate: float) -> None:
         """Stop a training that has diverged. Waits for the device."""
-        found = {"loss is not a finite number": self.bad_loss, "gradients are not finite numbers": self.bad_gradient}
-        for what, first in found.items():
+        for what, first in self.first_bad.items():
             if (step := int(first)) >= 0:
                 raise DivergedError(diverged(f"the {what} at step {step}", learning_rate), step)
 

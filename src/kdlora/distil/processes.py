@@ -92,10 +92,6 @@ def join_processes(launch: Launch, prefix: str, *, cuda: bool) -> Processes:
     return current_processes()
 
 
-class TrainingStoppedError(KeyboardInterrupt):
-    """A training was asked to stop, and has saved; the same call continues it."""
-
-
 class StopSignals:
     """Notes Ctrl-C and SIGTERM while a training runs, where nobody else has asked for them; a second one interrupts."""
 
@@ -120,7 +116,7 @@ class StopSignals:
     def heed(self, where: str) -> None:
         if self.received is not None:
             name = signal.Signals(self.received).name
-            raise TrainingStoppedError(f"the training stopped {where} ({name}); the same call continues it")
+            raise KeyboardInterrupt(f"the training stopped {where} ({name}); the same call continues it")
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

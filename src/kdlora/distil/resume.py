@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kdlora.config import ROUNDING_KEYS
 from kdlora.errors import ArtifactError
@@ -25,7 +26,7 @@ from kdlora.system.storage import atomic_file, atomic_folder, mark_folder
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-[0-9]{9}")
 _BEST = "best.safetensors"
@@ -164,41 +165,38 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         current[name].copy_(value)
 
 
-def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the state of an optimiser, which holds tensors alone, into these and the JSON of its groups."""
-    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
-    return tensors, {"param_groups": state["param_groups"]}
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Name what an optimiser remembers of its parameters; of its groups only the rate changes, by the schedule."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
 
 
-def unpack_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], rates: Iterable[float]) -> None:
+    state = optimizer.state_dict()
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    return {
-        "state": state,
-        "param_groups": [{**group, "betas": tuple(group["betas"])} for group in rest["param_groups"]],
-    }
+        number, _, name = key.partition(".")
+        state["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
-def pack_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_state() -> dict[str, Any]:
     """Take the state of every global random generator; of GPUs, of the one in use, for another day may see fewer."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
-    if torch.cuda.is_initialized():  # a training on the CPU does not begin with CUDA here
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    numbers = [str(name), int(position), int(has_gauss), float(cached)]
-    return tensors, {"python": random.getstate(), "numpy": numbers}
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy = [name, np.asarray(keys).tolist(), *rest]
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state().tolist()}
+    # A training on the CPU does not begin with CUDA here.
+    return state | ({"cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_initialized() else {})
 
 
-def unpack_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    version, words, gauss = rest["python"]
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, position, has_gauss, cached = rest["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def _read_manifest(folder: Path, *, whole: bool = False) -> dict[str, Any] | None:

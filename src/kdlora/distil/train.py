@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -35,8 +35,8 @@ from kdlora.distil.precision import (
     settle_precision,
 )
 from kdlora.distil.processes import TIMEOUT_SECONDS, current_processes
-from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
-from kdlora.distil.trainer import ArmTrainer, Surroundings, TrainingOptions
+from kdlora.distil.resume import CheckpointFolder
+from kdlora.distil.trainer import ArmTrainer, TrainingOptions, TrainOutcome
 from kdlora.errors import KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.models.adapters import ParameterCounts
@@ -45,25 +45,6 @@ from kdlora.section import OpenClassWeights, without_later_keys
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What a training left besides the weights."""
-
-    history: list[dict[str, Any]]
-    """Per epoch: `epoch`, `step`, means over the epoch's rows of `loss`, `hard_loss` and, where a teacher taught,
-    `soft_loss` (of a regression on the standardised scale), `learning_rate`, validation metrics, `score`."""
-    train_seconds: float  # data included; evaluation and saving excluded
-    evaluation_seconds: float
-    examples: int  # rows trained on, repeats included
-    steps: int
-    best_epoch: float  # whose weights the model holds
-    resumed: bool  # this process saw a part of it, or none
-
-    @property
-    def examples_per_second(self) -> float:
-        return self.examples / max(self.train_seconds, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -105,17 +86,11 @@ def train_model(
     processes, device = current_processes(), resolve_device(options.device)
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
-    scale, weights = _fit_to_labels(model, labelled_values(train.dataset), task, settings, options)
-
-    def validate() -> dict[str, float]:
-        logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
-        if len(faulty_rows(logits, validation)):
-            raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
-        rows = validation.dataset
-        groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
-        outputs = logits if scale is None else scale.restore(logits)
-        metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
-        return metrics | {"score": score(task, metrics)}
+    labels = labelled_values(train.dataset)
+    weights = class_weights(task, settings.class_weights, labels)
+    if task.kind in ("tokens", "multi-label") and options.fresh:
+        start_at_shares(model, task, labels, weights)
+    scale = TargetScale.of(labels) if task.kind == "regression" else None
 
     sampler = LengthBucketSampler(
         read_column(train.dataset, "length").to_numpy(),
@@ -125,15 +100,17 @@ def train_model(
         beside=options.copies,
     )
     ingredients = _ingredients(model, train, validation, task, settings, options)
-    ingredients |= {"device": device.type, "processes": processes.count}
     names = [name for name in (*READ, *_columns(options.distil)) if name in train.dataset.column_names]
     collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), settings.micro_batch_tokens)
-    checkpoints = CheckpointFolder(options.folder, ingredients, options.keep_checkpoints)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(
             model,
             _arguments(settings, options, device, len(sampler)),
-            Surroundings(settings, options, sampler, checkpoints, processes, validate),
+            settings,
+            options,
+            sampler=sampler,
+            checkpoints=CheckpointFolder(options.folder, ingredients, options.keep_checkpoints),
+            validate=partial(_validate, model, tokenizer, validation, task, settings, options, scale),
             kind=task.kind,
             target_scale=scale,
             class_weights=weights,
@@ -142,21 +119,32 @@ def train_model(
             data_collator=collator,
         )
         try:
-            trainer.run()
+            outcome = trainer.run()
         except DivergedError as fault:
             raise _explain(fault, trainer, train.dataset) from None
-        processes.first_says(None)  # its best weights lie on the disk now
-    return _finish(model, trainer, scale)
+    model.eval()
+    if scale is not None:
+        fold_into_head(model, scale)
+    return outcome
 
 
-def _fit_to_labels(
-    model: nn.Module, labels: np.ndarray, task: Task, settings: SettledTraining, options: TrainingOptions
-) -> tuple[TargetScale | None, torch.Tensor | None]:
-    """Give the scale of targets and the weights of classes; let a fresh head of rare labels begin at their shares."""
-    weights = class_weights(task, settings.class_weights, labels)
-    if task.kind in ("tokens", "multi-label") and options.fresh:
-        start_at_shares(model, task, labels, weights)
-    return TargetScale.of(labels) if task.kind == "regression" else None, weights
+def _validate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Tokenised,
+    task: Task,
+    settings: SettledTraining,
+    options: TrainingOptions,
+    scale: TargetScale | None,
+) -> dict[str, float]:
+    logits = predict_logits(model, tokenizer, data, precision=options.precision, processes=current_processes())
+    if len(faulty_rows(logits, data)):
+        raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
+    rows = data.dataset
+    groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
+    outputs = logits if scale is None else scale.restore(logits)
+    metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
+    return metrics | {"score": score(task, metrics)}
 
 
 @contextmanager
@@ -200,25 +188,6 @@ def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLora
     return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
-def _finish(model: nn.Module, trainer: ArmTrainer, scale: TargetScale | None) -> TrainOutcome:
-    chosen = trainer.history[-1]
-    if trainer.around.settings.select == "best":
-        chosen = trainer.best or chosen
-        load_trained_tensors(model, load_file(trainer.checkpoints.best))
-    model.eval()
-    if scale is not None:
-        fold_into_head(model, scale)
-    return TrainOutcome(
-        history=trainer.history,
-        train_seconds=trainer.train_seconds,
-        evaluation_seconds=trainer.evaluation_seconds,
-        examples=trainer.examples,
-        steps=int(trainer.history[-1]["step"]),
-        best_epoch=float(chosen["epoch"]),
-        resumed=trainer.resumed is not None,
-    )
-
-
 def _columns(distil: DistilConfig | None) -> list[str]:
     """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
     return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
@@ -240,6 +209,8 @@ def _ingredients(
         "train": hash_columns(train.dataset, ["id", *_columns(options.distil), *words]),
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group", *words]),
         "task": task.to_dict(),
+        "device": resolve_device(options.device).type,
+        "processes": current_processes().count,
         **{name: recipe and without_later_keys(recipe.model_dump(mode="json")) for name, recipe in recipes.items()},
         **{name: getattr(options, name) for name in ("seed", "precision", "rows_per_epoch", "copies")},
     }

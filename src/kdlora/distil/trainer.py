@@ -10,11 +10,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,16 +25,16 @@ from kdlora.config import DistilConfig, LoraSettings, SettledTraining
 from kdlora.data.batches import MICRO_BATCHES, LengthBucketSampler, SharedSampler
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.losses import LossSums, LossTerms, term_means
-from kdlora.distil.processes import Processes, StopSignals
+from kdlora.distil.processes import StopSignals, current_processes
 from kdlora.distil.resume import (
     Checkpoint,
     CheckpointFolder,
+    load_optimizer,
     load_trained_tensors,
-    pack_optimizer,
-    pack_random_state,
+    optimizer_tensors,
+    random_state,
+    restore_random_state,
     trained_tensors,
-    unpack_optimizer,
-    unpack_random_state,
 )
 from kdlora.errors import ConfigError
 
@@ -51,11 +52,11 @@ class ProgressEvent:
     epochs: float
     step: int
     steps: int
-    loss: float | None
-    hard_loss: float | None
-    soft_loss: float | None
     examples_per_second: float  # without evaluation
-    score: float | None  # the newest
+    score: float | None = None  # the newest
+    loss: float | None = None
+    hard_loss: float | None = None
+    soft_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,49 +78,77 @@ class TrainingOptions:
     progress: Callable[[ProgressEvent], None] | None = None  # told every half second, and after every epoch
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What an arm is trained with, besides what Trainer takes: its rows' order, its checkpoints, its evaluation."""
+@dataclass
+class TrainOutcome:
+    """What a training leaves besides the weights, as far as it has come."""
 
-    settings: SettledTraining
-    options: TrainingOptions
-    sampler: LengthBucketSampler
-    checkpoints: CheckpointFolder
-    processes: Processes
-    validate: Callable[[], dict[str, float]]  # gives the validation metrics and `score`
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Per epoch: `epoch`, `step`, means over the epoch's rows of `loss`, `hard_loss` and, where a teacher taught,
+    `soft_loss` (of a regression on the standardised scale), `learning_rate`, validation metrics, `score`."""
+    train_seconds: float = 0.0  # data included; evaluation and saving excluded
+    evaluation_seconds: float = 0.0
+    examples: int = 0  # rows trained on, repeats included
+    finished: bool = False  # no step is left
+    resumed: bool = False  # this process saw a part of it, or none
+    best_epoch: float = 0.0  # whose weights the model holds
+
+    @property
+    def steps(self) -> int:
+        return int(self.history[-1]["step"])
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The history's entry with the best score, the earliest of equals."""
+        return max(self.history, key=lambda entry: float(entry["score"]))
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.examples / max(self.train_seconds, 1e-9)
 
 
 class ArmTrainer(DistillationTrainer, TrainerCallback):
     """Trains one arm, and is the last of its own callbacks; one batch of the loader is one optimiser step."""
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, around: Surroundings, **trainer: Any) -> None:
-        self.around, self.options, self.processes = around, around.options, around.processes
-        self.sampler, self.checkpoints = around.sampler, around.checkpoints
-        self.history: list[dict[str, Any]] = []
-        self.train_seconds = self.evaluation_seconds = 0.0
-        self.examples = 0
-        self.finished = self.saved = self.postponed = False
-        self.stop = StopSignals()
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        settings: SettledTraining,
+        options: TrainingOptions,
+        *,
+        sampler: LengthBucketSampler,
+        checkpoints: CheckpointFolder,
+        validate: Callable[[], dict[str, float]],
+        **trainer: Any,
+    ) -> None:
+        """Prepare a training; `validate` gives the validation metrics and `score`."""
+        self.settings, self.options, self.processes = settings, options, current_processes()
+        self.sampler, self.checkpoints, self.validate = sampler, checkpoints, validate
+        self.outcome, self.stop = TrainOutcome(), StopSignals()
+        self.saved = self.postponed = False
         self.began = self.saved_at = self.told_at = self.rate = 0.0
         self.resumed: Checkpoint | None = None
-        super().__init__(model, args, distil=self.options.distil, callbacks=[*self.options.callbacks, self], **trainer)
+        super().__init__(model, args, distil=options.distil, callbacks=[*options.callbacks, self], **trainer)
         self.remove_callback(PrinterCallback)  # it prints to the standard output
         self.epoch_sums = LossSums(args.device)
 
-    def run(self) -> None:
+    def run(self) -> TrainOutcome:
+        """Train, or go on from the last checkpoint, and leave the model with the weights of the epoch that counts."""
         if self.processes.count > 1:  # each draws its own dropout; the weights are those of the first
             torch.manual_seed(self.options.seed * self.processes.count + self.processes.rank)
         checkpoint = self.checkpoints.latest()
         if checkpoint is not None:
             self._restore(checkpoint)
-        if not self.finished:
+        outcome = self.outcome
+        if not outcome.finished:
             with self.stop.taken():
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The history's entry with the best score, the earliest of equals."""
-        return max(self.history, key=lambda entry: float(entry["score"]), default=None)
+            outcome.train_seconds = self.seconds()
+        self.processes.first_says(None)  # its best weights lie on the disk now
+        if is_best := self.settings.select == "best":
+            load_trained_tensors(self.model, load_file(self.checkpoints.best))
+        outcome.best_epoch = float((outcome.best if is_best else outcome.history[-1])["epoch"])
+        return outcome
 
     def seconds(self) -> float:
         """Seconds of training so far, of this process and those before it, without the pauses."""
@@ -137,7 +166,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saved_at = time.monotonic()
-        self.began = self.saved_at - self.train_seconds
+        self.began = self.saved_at - self.outcome.train_seconds
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the rows. A resumed epoch keeps the losses that it has summed."""
@@ -145,12 +174,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.sampler.set_epoch(epoch)
         if done == 0:
             self.epoch_sums.sums.zero_()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Note the learning rate of this step, before the schedule moves on."""
-        self.rate = float(self.optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save when it is time; at the end of an epoch only after the evaluation, which a resumed one would miss."""
@@ -162,45 +185,39 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
             self._tell()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        settings, means = self.around.settings, self._epoch_means(everywhere=True)
+        settings, outcome, means = self.settings, self.outcome, self._epoch_means(everywhere=True)
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self.rate}
         with self._paused():
             start = time.monotonic()
-            metrics = self.around.validate()
-            self.evaluation_seconds += time.monotonic() - start
+            metrics = self.validate()
+            outcome.evaluation_seconds += time.monotonic() - start
             entry |= metrics
-            self.history.append(entry)
+            outcome.history.append(entry)
             self.log({f"eval_{name}": value for name, value in metrics.items()})
-            if settings.select == "best" and self.best is entry and self.processes.is_first:
+            if settings.select == "best" and outcome.best is entry and self.processes.is_first:
                 self.checkpoints.save_best(trained_tensors(self.model))
         logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
-        since_best = next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
+        since_best = next(age for age, entry in enumerate(reversed(outcome.history)) if entry is outcome.best)
         if settings.early_stopping_patience is not None and since_best >= settings.early_stopping_patience:
             control.should_training_stop = True
-        self.finished = control.should_training_stop
+        outcome.finished = control.should_training_stop
         # A finished training that had been worth a checkpoint must not lose its last minute to a crash afterwards.
-        control.should_save = self._is_due() or self.postponed or (self.finished and self.saved)
+        control.should_save = self._is_due() or self.postponed or (outcome.finished and self.saved)
         self._tell()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.train_seconds = self.seconds()
 
     def _tell(self) -> None:
         self.told_at = seconds = self.seconds()
         if self.options.progress is None:
             return
-        means, step, steps = self._epoch_means(), self.state.global_step, self.state.max_steps
         self.options.progress(
             ProgressEvent(
                 epoch=float(self.state.epoch or 0.0),
-                epochs=self.around.settings.epochs,
-                step=step,
-                steps=steps,
-                loss=means.get("loss"),
-                hard_loss=means.get("hard_loss"),
-                soft_loss=means.get("soft_loss"),
-                examples_per_second=self.examples / max(seconds, 1e-9),
-                score=self.history[-1]["score"] if self.history else None,
+                epochs=self.settings.epochs,
+                step=self.state.global_step,
+                steps=self.state.max_steps,
+                examples_per_second=self.outcome.examples / max(seconds, 1e-9),
+                score=self.outcome.history[-1]["score"] if self.outcome.history else None,
+                **self._epoch_means(),
             )
         )
 
@@ -227,12 +244,10 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make Trainer's optimiser; fresh modules with a rate of their own leave its groups for others like them."""
-        made, rate = self.optimizer is None, self.around.settings.head_learning_rate
-        optimizer = super().create_optimizer(model)
-        if rate is None or not made:
+        optimizer, rate = super().create_optimizer(model), self.settings.head_learning_rate
+        if rate is None:
             return optimizer
-        fresh = tuple(f"{name}." for name in self.options.fresh)
-        named = (model or self.model).named_parameters()
+        fresh, named = tuple(f"{name}." for name in self.options.fresh), self.model.named_parameters()
         head = {id(value) for name, value in named if name.removeprefix(_ADAPTED).startswith(fresh)}
         if not head:
             raise ConfigError("head_learning_rate is set, but no fresh module is trained; leave it at null")
@@ -247,7 +262,8 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         rows = self._rows_of_step()
-        self.examples += rows
+        self.outcome.examples += rows
+        self.rate = float(self.optimizer.param_groups[0]["lr"])  # of this step: the schedule moves on after it
         own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
         # With fewer rows than processes, a spare process has a row of another's; here it weighs nothing.
         divisor = num_items_in_batch if self.processes.rank < rows else torch.tensor(math.inf)
@@ -292,7 +308,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
         norm = super()._clip_grad_norm(model)
         if not self.args.fp16:
-            self.epoch_sums.note_gradient(norm, self.state.global_step + 1)
+            self.epoch_sums.note("gradients are not finite numbers", norm, self.state.global_step + 1)
             if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
                 self.epoch_sums.check(self.args.learning_rate)
         return norm
@@ -300,23 +316,19 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     # Checkpoints, in place of Trainer's own, which are pickled and hold neither loss sums nor a checksum.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        own = {"history": self.history, "seconds": self.seconds(), "evaluation_seconds": self.evaluation_seconds}
+        self.outcome.train_seconds = self.seconds()
         with self._paused():
             self.epoch_sums.check(self.args.learning_rate)
-            optimizer, optimizer_rest = pack_optimizer(self.optimizer.state_dict())
-            generators = self.processes.gather(pack_random_state())
             scaler = getattr(self.accelerator, "scaler", None)
+            sums = torch.stack([self.window.sums, self.epoch_sums.sums])
             state = {
-                "session": own | {"examples": self.examples, "finished": self.finished},
-                "optimizer": optimizer_rest,
+                "outcome": dataclasses.asdict(self.outcome),
                 "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "random": [rest for _, rest in generators],
+                "losses": self.processes.total(sums).tolist(),
+                "random": self.processes.gather(random_state()),
             }
-            sums = {"window": self.window.sums, "epoch": self.epoch_sums.sums}
-            losses = {name: self.processes.total(values) for name, values in sums.items()}
-            tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
-            tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
+            tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer_tensors(self.optimizer)}
             documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
             if self.processes.is_first:
                 self.checkpoints.write(self.state.global_step, documents, tensors)
@@ -326,9 +338,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over what Trainer does not load itself, below."""
-        own = checkpoint.state["session"]
-        self.history, self.examples, self.finished = list(own["history"]), int(own["examples"]), bool(own["finished"])
-        self.train_seconds, self.evaluation_seconds = float(own["seconds"]), float(own["evaluation_seconds"])
+        self.outcome = TrainOutcome(**checkpoint.state["outcome"] | {"resumed": True})
         self.resumed, self.saved = checkpoint, True
         if self.processes.is_first:  # the others wait for it before they read the file
             self.checkpoints.restore_best(checkpoint)
@@ -342,18 +352,14 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         if self.resumed is None:
             return
         state = self.resumed.state
-        self.optimizer.load_state_dict(unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        load_optimizer(self.optimizer, self.resumed.tensors("optimizer"), self.lr_scheduler.get_last_lr())
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.processes.is_first:  # the sums are those of all processes
-            losses = self.resumed.tensors("losses")
-            self.window.sums.copy_(losses["window"])
-            self.epoch_sums.sums.copy_(losses["epoch"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.resumed is not None and self.resumed.state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(self.resumed.state["scaler"])
+            for sums, values in zip((self.window.sums, self.epoch_sums.sums), state["losses"], strict=True):
+                sums.copy_(torch.tensor(values, dtype=sums.dtype))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.resumed is not None:
-            rank = self.processes.rank
-            unpack_random_state(self.resumed.tensors(f"random-{rank}"), self.resumed.state["random"][rank])
+            restore_random_state(self.resumed.state["random"][self.processes.rank])

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
 _LARGEST_THRESHOLD = 32 * 2**20
+
+_ABSENT = object()
 
 _users: list[object] = []
 
@@ -72,25 +75,16 @@ def settle_precision(precision: str, device: str, file: Path) -> tuple[str, str]
     """Choose the number format, and `auto` once for all that share a file: a second timing may come out otherwise."""
     if precision != "auto":
         return resolve_precision(precision, device)
-    kind = resolve_device(device).type
-    if (known := _read_answers(file).get(kind)) is not None:
-        return known
+    kind, answers = resolve_device(device).type, dict[str, tuple[str, str]]()
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):
-        answers = _read_answers(file)
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+            found = json.loads(file.read_text(encoding="utf-8"))
+            answers = {one: (name, str(reason)) for one, (name, reason) in found.items() if name in DTYPES}
         if kind not in answers:
             answers[kind] = resolve_precision(precision, device)
             write_json_atomic(file, answers)
     return answers[kind]
-
-
-def _read_answers(file: Path) -> dict[str, tuple[str, str]]:
-    """Read what was settled; nothing where the file is missing or damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {kind: (name, str(reason)) for kind, (name, reason) in found.items() if name in DTYPES}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def _best_on_cuda() -> tuple[str, str]:
@@ -141,13 +135,11 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 @contextmanager
 def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
     """Hold frozen linear layers in half precision, as autocast would cast them in every step; all is back on exit."""
-    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+    layers = [] if precision == "fp32" else _frozen_linear_layers(model)
+    originals = [(parameter, parameter.data) for layer in layers for parameter in layer.parameters()]
     try:
-        layers = [] if precision == "fp32" else _frozen_linear_layers(model)
-        for layer in layers:
-            for parameter in layer.parameters(recurse=False):
-                originals.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(DTYPES[precision])
+        for parameter, original in originals:
+            parameter.data = original.to(DTYPES[precision])
         yield len(layers)
     finally:
         for parameter, original in originals:
@@ -155,10 +147,7 @@ def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
 
 
 def _frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     # DoRA takes the norm of the base weight.
     dora = {name for name, module in model.named_modules() if any(getattr(module, "use_dora", {}).values())}
     return [
@@ -197,42 +186,37 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put every module back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
+    """Switch dropout off, and put the model back into the mode that it was in."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        model.train(training)
 
 
 @contextmanager
 def dropout_set(model: nn.Module, rate: float | None) -> Iterator[int]:
     """Train with another dropout than the model's config asks for, which stays as it is; its own comes back on exit."""
     places = [] if rate is None else _places(model)
-    originals = [getattr(module, name) for module, name in places]
     try:
-        for module, name in places:
+        for module, name, _ in places:
             setattr(module, name, rate)
         yield len(places)
     finally:
-        for (module, name), original in zip(places, originals, strict=True):
-            setattr(module, name, original)
+        for module, name, own in places:
+            setattr(module, name, own)
 
 
-def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Find dropout modules, and the numbers that attention functions read in place of one (ModernBERT)."""
-    found: list[tuple[nn.Module, str]] = []
-    for path, module in model.named_modules():
-        if "lora_dropout" in path.split("."):
-            continue
-        if isinstance(module, nn.Dropout):
-            found.append((module, "p"))
-        else:
-            numbers = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
-            found += [(module, name) for name in numbers]
-    return found
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Find the rates of dropout modules, and those that attention functions read in place of one (ModernBERT)."""
+    return [
+        (module, name, value)
+        for path, module in model.named_modules()
+        if "lora_dropout" not in path.split(".")
+        for name, value in vars(module).items()
+        if (name == "p" if isinstance(module, nn.Dropout) else "dropout" in name and isinstance(value, float))
+    ]
 
 
 @contextmanager
@@ -247,28 +231,24 @@ def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
             f"train.gradient_checkpointing: {type(base).__name__} cannot compute its layers again; lower "
             "micro_batch_tokens in teacher.train or student.train to save memory"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of new names, which older releases do not have
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # older releases lack the new names
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             base.gradient_checkpointing_disable()
 
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Take back what Trainer and Accelerate leave on a model: a forward under autocast for ever, and a config entry."""
-    config = vars(model.config)
-    noted = {name: value for name, value in config.items() if name == "use_cache"}
-    own = {name: value for name, value in vars(model).items() if name == "forward"}
+    places = [(vars(model), "_original_forward"), (vars(model), "forward"), (vars(model.config), "use_cache")]
+    own = [values.get(name, _ABSENT) for values, name in places]
     try:
         yield
     finally:
-        vars(model).pop("_original_forward", None)
-        vars(model).pop("forward", None)
-        vars(model).update(own)
-        config.pop("use_cache", None)
-        config.update(noted)
+        for (values, name), value in zip(places, own, strict=True):
+            values.pop(name, None)
+            if value is not _ABSENT:
+                values[name] = value

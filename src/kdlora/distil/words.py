@@ -101,8 +101,7 @@ def _classifier(features: sparse.csr_matrix, labels: np.ndarray, start: Any, str
     """Fit a logistic regression; where all rows have one label, that label stands for it."""
     if np.ptp(labels) == 0:
         return float(labels[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         return copy.deepcopy(start).set_params(C=strength).fit(features, labels)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj", "c_attn")
 
 LINEAR = (nn.Linear, Conv1D)
 """What takes an adapter; the second is GPT-2's, a linear layer whose weight lies transposed."""
+
+_quietly = functools.partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
+"""PEFT reads a property that transformers renamed."""
 
 ADAPTER_PART = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
 TRAINED_COPY = ".modules_to_save."
@@ -95,7 +98,7 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
     embeddings: Any = encoder.model.get_input_embeddings()
     _check_ranks(encoder.model, lora, embeddings)
     words = [name for name, module in encoder.model.named_modules() if module is embeddings and lora.embedding_rank]
-    with _quiet_peft(), torch.random.fork_rng(devices=[]):
+    with _quietly(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config = PeftLoraConfig(
             task_type=TaskType.TOKEN_CLS if encoder.reads_words else TaskType.SEQ_CLS,
@@ -120,16 +123,16 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save adapter and fresh modules so that `PeftModel.from_pretrained` restores them on the *original* base."""
-    weights, config = _weights(model), copy.deepcopy(model.peft_config["default"])
+    # No embeddings: PEFT's default would ask the Hub about them.
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config = copy.deepcopy(model.peft_config["default"])
     config.init_lora_weights = True
     config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)
     config.modules_to_save = sorted(set(config.modules_to_save) & _holding(model, ModulesToSaveWrapper))
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    _write_card(folder, config, model.config)
+    _describe(folder, config, model.config)
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
@@ -141,16 +144,8 @@ def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
             f"{kind!r:.60} and the files {', '.join(sorted(path.name for path in folder.iterdir())):.200}. Delete the "
             "run's folder, and the same command trains it again"
         )
-    with _quiet_peft():
+    with _quietly():
         return PeftModel.from_pretrained(encoder.model, folder, torch_device="cpu")  # else on any GPU in sight
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Leave out a warning of a property that transformers renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        yield
 
 
 def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
@@ -158,9 +153,7 @@ def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
     save_encoder(encoder, folder / "base")
     config = PeftLoraConfig.from_pretrained(folder)
     config.base_model_name_or_path, config.revision = str(address.resolve() / "base"), None
-    config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(folder)
-    _write_card(folder, config, encoder.model.config)
+    _describe(folder, config, encoder.model.config)
 
 
 def merge_student(model: PeftModel) -> PreTrainedModel:
@@ -214,10 +207,10 @@ def _linear_layers(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
 
 
 def _query_value(model: PreTrainedModel, linear: Sequence[str]) -> tuple[str, ...]:
-    for query, value in QUERY_VALUE:
-        counts = [sum(_ends_with(layer, name) for layer in linear) for name in (query, value)]
-        if counts[0] and counts[0] == counts[1]:
-            return (query, value)
+    for names in QUERY_VALUE:
+        query, value = (sum(_ends_with(layer, name) for layer in linear) for name in names)
+        if query == value > 0:
+            return names
     for fused in FUSED:
         if any(_ends_with(layer, fused) for layer in linear):
             logger.info("%s makes query, key and value in one projection: the adapter is on all three", fused)
@@ -278,13 +271,10 @@ def _holding(model: PeftModel, kind: type[nn.Module]) -> set[str]:
     }
 
 
-def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """What an adapter file holds. No embeddings: PEFT's default would ask the Hub about them."""
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def _write_card(folder: Path, adapter: Any, config: PretrainedConfig) -> None:
-    """Write how the adapter is loaded; PEFT's own card is a form to be filled in."""
+def _describe(folder: Path, adapter: Any, config: PretrainedConfig) -> None:
+    """Write an adapter's settings, and how it is loaded; PEFT's own card is a form to be filled in."""
+    adapter.target_modules = sorted(adapter.target_modules)
+    adapter.save_pretrained(folder)
     labels, base = config.id2label, adapter.base_model_name_or_path or "base"
     pin = f", revision={adapter.revision!r}" if adapter.revision else ""
     pin += f", pad_token_id={config.pad_token_id}" if is_decoder(config) else ""

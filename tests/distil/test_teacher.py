@@ -124,9 +124,8 @@ def test_ids_and_texts_are_looked_at_before_the_teacher_reads(label, rows, forwa
     assert not (tmp_path / "logits").exists()
 
 
-def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forwards, monkeypatch):
+def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forwards):
     """Arms and seeds that each label anew cost more than all their training; counted again, rows run past the end."""
-    monkeypatch.setattr(teacher_module, "BATCH_TOKENS", 64)
     told = [], []
     first, second = (label(progress=lambda *counts, own=own: own.append(counts)) for own in told)
     assert forwards == [10, 10, 3]

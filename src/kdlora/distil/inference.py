@@ -78,19 +78,20 @@ def predict_logits(
 ) -> np.ndarray:
     """Run a model over token ids; where examples have words it gives a row a word, NaN for one that it cannot see."""
     words, counts = word_offsets(data.dataset), window_counts(data.dataset)
-    seen = None if words is None else words_seen(data.dataset)
-    parts = words if counts is None else as_offsets(counts)  # what has an answer of its own: words, or windows
+    lengths, done = read_column(data.dataset, "length").to_numpy(), 0
+    # Where the answers of each row begin among all: a word or a window has one of its own.
+    edges = as_offsets(np.ones(len(lengths)) if counts is None else counts) if words is None else words
+    answered = np.ones(edges[-1], bool) if words is None else words_seen(data.dataset)
     collator = Collator.of(tokenizer, "single-label" if words is None else "tokens", data.max_length)
     inputs = data.dataset.select_columns([name for name in (*INPUTS, *READ) if name in data.dataset.column_names])
     device = next(model.parameters()).device
-    order: list[int] = []
+    order: list[np.ndarray] = []
     outputs: list[torch.Tensor] = []
-    lengths, done = read_column(data.dataset, "length").to_numpy(), 0
 
     def read(rows: list[int]) -> Iterator[torch.Tensor]:
         columns = inputs[rows]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if parts is not None:
+        if "windows" in columns:
             split = split_windows if words is None else split_row
             examples = [window for example in examples for window in split(example)]
         at_once = max(1, batch_tokens // max(len(one["input_ids"]) for one in examples))
@@ -105,32 +106,25 @@ def predict_logits(
         # The batches are those of a single process, so that the figures are the same to the bit.
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
-            if parts is None:
-                order.extend(rows)
-            else:
-                places = (part for row in rows for part in range(*parts[row : row + 2]))
-                order.extend(part for part in places if seen is None or seen[part])
+            places = np.concatenate([np.arange(*edges[row : row + 2]) for row in rows])
+            order.append(places[answered[places]])
             done += len(rows)
             if progress is not None:
                 progress(min(done * processes.count, len(lengths)))
     # One copy from the device at the end, so that no batch waits for it.
-    own = (order, torch.cat(outputs).cpu().numpy()) if outputs else None
+    own = (np.concatenate(order), torch.cat(outputs).cpu().numpy()) if outputs else None
     found = [part for part in processes.gather(own) if part is not None]
     if not found:
         return np.zeros((0, 0), dtype=np.float32)
-    size = len(lengths) if parts is None else int(parts[-1])
-    logits = np.full((size, found[0][1].shape[1]), np.nan, dtype=np.float32)
+    logits = np.full((edges[-1], found[0][1].shape[1]), np.nan, dtype=np.float32)
     for numbers, values in found:
         logits[numbers] = values
     del own, found
     if words is not None:
-        go_on(logits, _output_names(model.config), words_joined(data.dataset))
+        config: Any = model.config  # whose names need not be in the order of the outputs
+        names = [config.id2label[place] for place in range(config.num_labels)]
+        go_on(logits, names, words_joined(data.dataset))
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
-
-
-def _output_names(config: Any) -> list[str]:
-    """Name a model's outputs in their order, which need not be that of its config.json."""
-    return [config.id2label[place] for place in range(config.num_labels)]
 
 
 def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:
@@ -158,9 +152,9 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         vocabulary = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
         return hash_json({**vocabulary, "special": tokenizer.special_tokens_map})
-    content = {
-        key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
-    }
+    content = json.loads(backend.to_str())
+    content.pop("truncation")
+    content.pop("padding")
     names = tokenizer.model_input_names
     if names[-1] == "token_type_ids" and names[-1] not in type(tokenizer).model_input_names:
         content["inputs"] = names  # `load_tokenizer` gave them back: a pair has another answer
@@ -227,12 +221,10 @@ def teacher_logits(
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens)
     ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
-    with contextlib.ExitStack() as held:
-        store = None
-        if processes.is_first:
-            held.enter_context(hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True))
-            store = begin_store(teacher.new_store(Path(folder) / LOGITS_MANIFEST, ingredients, rows_per_shard))
-        store = processes.first_says(store)
+    wanted = teacher.new_store(Path(folder) / LOGITS_MANIFEST, ingredients, rows_per_shard)
+    held = hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True)
+    with held if processes.is_first else contextlib.nullcontext():
+        store = processes.first_says(begin_store(wanted) if processes.is_first else None)
         finished = _fill(store, teacher, dataset, resolve_device(device), progress, processes)
         return TeacherLogits.of(finished, task.label_names, task)
 
@@ -249,7 +241,7 @@ def _fill(
     step, total = store.rows_per_shard, len(dataset)
     starts = range(0, total, step)
     parts = {f"logits-{start // step:05d}.parquet": range(start, min(start + step, total)) for start in starts}
-    found = processes.first_says({name: find_shard(store.folder, name, store.shards) for name in parts})
+    found = processes.first_says({name: find_shard(store.folder, name) for name in parts})
     wanting = [name for name, shard in found.items() if shard is None]
     logger.info("%d of %d shards of teacher logits are to be computed", len(wanting), len(parts))
     if wanting:

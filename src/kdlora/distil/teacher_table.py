@@ -68,10 +68,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     given = values == "probabilities" and task.kind != "regression"
     cells, offsets = _by_word(table, columns, file) if task.kind == "tokens" else (table, None)
     logits = _smoothed(cells, task, file) if is_named else _matrix(cells, columns, file, given)
-    if given and offsets is None:
-        logits = _as_logits(logits, task, table.column("id"), file)
-    elif given:  # words that are not answered stay without
-        seen = ~np.isnan(logits).all(axis=1)
+    if given:  # words that are not answered stay without
+        seen = ~np.isnan(logits).all(axis=1) | (offsets is None)
         logits[seen] = _as_logits(logits[seen], task, cells.column("id").filter(pa.array(seen)), file)
     ingredients = {"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}
     return TeacherLogits(

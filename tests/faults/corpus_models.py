@@ -73,7 +73,7 @@ MODELS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
     (_config(n_layers=-1), ("-1 layers",)),
     (_config(n_layers=3), ("tensors are missing", "layer.1")),
     (lambda f: (f / "model.safetensors").unlink(), ("no weights", "tokenizer.json")),
-    (lambda f: (f / "model.safetensors").rename(f / "model.onnx"), ("only weights that PyTorch does not read",)),
+    (lambda f: (f / "model.safetensors").rename(f / "model.onnx"), ("no weights that PyTorch reads",)),
     (lambda f: (f / "model.safetensors").rename(f / "x.safetensors"), ("no file named model.safetensors",)),
     (lambda f: _cut(f / "model.safetensors", 5000), ("the weights in", "cannot be read")),
     (_endless_header, ("weights",)),

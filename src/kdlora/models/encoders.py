@@ -89,10 +89,9 @@ def load_encoder(
             "standardised targets cannot be brought back to their scale. Choose an encoder for a regression"
         )
     config.id2label, config.label2id = task.id2label, task.label2id
-    config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     loaded = read_weights(place, config)
     _start_afresh(loaded, seed)
-    return _encoder(place, loaded)
+    return _encoder(place, loaded, task)
 
 
 def load_fine_tuned(
@@ -133,28 +132,22 @@ def load_fine_tuned(
             "teacher.model, and kdlora fine-tunes it"
         )
     columns = _match_columns(place, config, task, label_names)
-    config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     loaded = read_weights(place, config)
     if absent := sorted(loaded.missing | loaded.mismatched):
         raise ModelError(
             f"{source} is not fine-tuned: it has no weights for {', '.join(absent)}. Give it as teacher.model, and "
             "kdlora fine-tunes it; or give a model with a trained classification head"
         )
-    return _encoder(place, loaded), columns
+    return _encoder(place, loaded, task), columns
 
 
 def student_from_layers(whole: Encoder, layers: Sequence[int]) -> Encoder:
     """Make a student from some layers of a pretrained encoder (arXiv 2305.15032), its embeddings and pooler."""
     stack, depth = find_layers(whole.model)
-    if outside := [layer for layer in layers if not 0 <= layer < depth]:
+    if list(layers) != (fitting := sorted(set(layers) & set(range(depth)))):
         raise ModelError(
-            f"student.from_teacher_layers names layer {outside[0]}, but {whole.source} has {depth} layers: "
-            f"0 to {depth - 1}"
-        )
-    if list(layers) != sorted(set(layers)):
-        raise ModelError(
-            f"student.from_teacher_layers is {list(layers)}; expected increasing indices without repetition, "
-            f"such as {sorted(set(layers))}"
+            f"student.from_teacher_layers is {list(layers)}, but {whole.source} has the layers 0 to {depth - 1}; "
+            f"expected increasing indices without repetition, such as {fitting or [0]}"
         )
     # From a config, so that what is saved loads again as itself: ModernBERT's first layer lacks a norm of the others.
     config = copy.deepcopy(whole.model.config)
@@ -229,8 +222,9 @@ def _start_afresh(loaded: Loaded, seed: int) -> None:
         model.initialize_weights()
 
 
-def _encoder(place: Source, loaded: Loaded) -> Encoder:
+def _encoder(place: Source, loaded: Loaded, task: Task) -> Encoder:
     model, fresh = loaded.model, fresh_modules(loaded)
+    model.config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     tokenizer = read_tokenizer(place, model)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))) not in ([], _OF_IMAGES):
@@ -276,29 +270,31 @@ def _check_pooling(model: PreTrainedModel, place: Source) -> None:
         )
 
 
-def _label_names(place: Source, config: PretrainedConfig) -> list[str]:
+def _label_names(place: Source, config: PretrainedConfig, given: Sequence[str] | None) -> list[str]:
+    """Name a model's outputs, as the user does or else its config."""
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise ModelError(
             f"{place.name}: id2label in its config.json names the outputs {list(config.id2label)!s:.80}; number them "
             f"0 to {config.num_labels - 1}"
         )
-    return [str(config.id2label[column]) for column in range(config.num_labels)]
+    found = [str(config.id2label[column]) for column in range(config.num_labels)]
+    if given and len(given) != len(found):
+        raise ModelError(
+            f"label_names has {len(given)} names ({', '.join(given)}), but {place.name} has {len(found)} outputs "
+            f"({', '.join(found)})"
+        )
+    return list(given or found)
 
 
 def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_names: Sequence[str] | None) -> list[int]:
-    found = _label_names(place, config)
     if task.kind == "regression":
+        found = _label_names(place, config, None)
         if len(found) != 1:
             raise ModelError(
                 f"{place.name} has {len(found)} outputs ({', '.join(found)}); a regression needs a teacher with one"
             )
         return [0]
-    names = found if label_names is None else list(label_names)
-    if len(names) != len(found):
-        raise ModelError(
-            f"teacher.label_names has {len(names)} names ({', '.join(names)}), but {place.name} has "
-            f"{len(found)} outputs ({', '.join(found)})"
-        )
+    names = _label_names(place, config, label_names)
     where = place.name if label_names is None else "teacher.label_names"
     remedy = (
         "Set teacher.label_names to the task's names in the order of the model's outputs, which its card gives, if "
@@ -326,14 +322,13 @@ def read_task(
     noted = getattr(config, "kdlora_task", None)
     if noted is not None and label_names is None:
         return Task.from_dict(noted)
-    found = _label_names(place, config)
-    names = tuple(label_names or found)
+    names = tuple(_label_names(place, config, label_names))
     if classifies_words(place, config):
         types = sorted({name[2:] for name in names if name.startswith(("B-", "I-"))})
         remedy = "Label with a model whose tags are in IOB2: `O`, and `B-TYPE` and `I-TYPE` of each type"
         match_labels(names, tag_names(types), source, remedy, ModelError)
         return Task("tokens", tuple(text), ("tags",), tag_names(types), DEFAULT_METRICS["tokens"])
-    problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
+    problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
     kind = next((kind for kind, name in PROBLEM_TYPES.items() if name == problem), None)
     if kind is None:
         raise ModelError(
@@ -346,6 +341,4 @@ def read_task(
         )
     if len(set(names)) < len(names):
         raise ModelError(f"{source} has two labels of one name ({', '.join(names):.200}); name them with --label-name")
-    if len(names) != len(found):
-        raise ModelError(f"{source} has {len(found)} outputs ({', '.join(found)}), but {len(names)} names were given")
     return Task(kind, tuple(text), ("label",), names, DEFAULT_METRICS[kind])

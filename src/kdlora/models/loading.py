@@ -53,12 +53,16 @@ from kdlora.models.settings import (
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 SAFE = (".safetensors", ".safetensors.index.json")
-FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".tflite")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FEWEST_PIECES = 10
 """A vocabulary with fewer pieces beside the special tokens is no vocabulary: transformers builds an empty
 tokenizer, without a word, where the files are missing."""
 
+_CLASSES: dict[bool, tuple[Any, Any]] = {
+    False: (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    True: (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+}
+"""What classifies texts, and what words."""
 _loading = threading.RLock()
 
 
@@ -108,9 +112,7 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool, words:
                 "file, write safetensors beside it once, with the transformers class that config.json names under "
                 "architectures: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        foreign = [file for file in names if file.endswith(FOREIGN)]
-        kind = f"only weights that PyTorch does not read ({', '.join(foreign)})" if foreign else "no weights"
-        raise ModelError(f"{path} has {kind}: expected model.safetensors, it holds {held}")
+        raise ModelError(f"{path} has no weights that PyTorch reads: expected model.safetensors, it holds {held}")
     if path.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, or the id of a Hub model")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -128,11 +130,9 @@ def read_config(source: Source) -> PretrainedConfig:
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
     words = classifies_words(source, config)
-    wanted = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
-    has_own_code = wanted.__name__ in (getattr(config, "auto_map", None) or {})
-    if source.trust_remote_code and has_own_code:
+    wanted, known = _CLASSES[words]
+    if source.trust_remote_code and wanted.__name__ in (getattr(config, "auto_map", None) or {}):
         return config
-    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING if words else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) not in known:
         raise ModelError(
             f"{source.name} is a {config.model_type!r} model, for which transformers has no "
@@ -243,10 +243,10 @@ def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
         names, types = list(tokenizer.model_input_names), "token_type_ids"
         told = types in names or "model_input_names" in tokenizer.init_kwargs or not tokenizer.is_fast
-        # Transformers 5 lost the name for ALBERT, RemBERT and others. BigBird had none, nor what kdlora 0.2 trained.
-        without = model.config.model_type == "big_bird" or hasattr(model.config, "kdlora_task")
+        # Transformers 5 lost the name for ALBERT, RemBERT and others. BigBird had none, nor what was tuned by that one.
         tuned = any(name.endswith("Classification") for name in model.config.architectures or ())
-        without |= tuned and str(model.config.transformers_version).startswith("5.")  # nor what was tuned by that one
+        tuned &= str(model.config.transformers_version).startswith("5.")
+        without = tuned or model.config.model_type == "big_bird"
         if not takes_types(model):
             names = [name for name in names if name != types]
         elif not (told or without) and 1 in tokenizer.backend_tokenizer.encode("", "").type_ids:
@@ -261,8 +261,7 @@ def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
 def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
     """Load weights for classification in fp32, never pickled ones; what the checkpoint lacks is random."""
     with _loading_of("weights", source), torch.random.fork_rng(devices=[]):
-        words = classifies_words(source, config)
-        made = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
+        made, _ = _CLASSES[classifies_words(source, config)]
         model, report = made.from_pretrained(
             source.name,
             config=config,

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
@@ -19,7 +18,6 @@ from kdlora.data.spool import (
     hash_columns,
     label_array,
     make_dataset,
-    read_column,
     slice_rows,
     spool,
     text_columns,
@@ -92,18 +90,13 @@ def stored_copies(
     ]
     file = folder / f"{hash_json(made_of)[:16]}.arrow"
     digest = file.with_suffix(".sha256")
-    if not _is_whole(file, digest):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not _is_whole(file, digest):
-                _write(keep_unscored(augment_texts(rows, copies, seed=seed), scored), file)
-                write_text_atomic(digest, hash_file(file))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)):
+            _write(keep_unscored(augment_texts(rows, copies, seed=seed), scored), file)
+            write_text_atomic(digest, hash_file(file))
     stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     return make_dataset(stored, rows.select_columns(stored.column_names).features)
-
-
-def _is_whole(file: Path, digest: Path) -> bool:
-    return file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)
 
 
 def _write(made: Dataset, file: Path) -> None:
@@ -199,23 +192,14 @@ def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """Leave out the rows whose text, or pair of texts, a score is measured on: it must stay one on new texts."""
     names = text_columns(rows)
-    known = {texts for part in scored for texts in _tuples(part, names)}
-    first = pa.array({texts[0] for texts in known}, pa.string())
-    candidates = np.flatnonzero(pa.chunked_array((pc.is_in(one, first) for one in _texts(rows, names[0])), pa.bool_()))
-    found = _tuples(rows.select(candidates), names)  # of a pair, each text may be known from another pair
-    seen = [row for row, texts in zip(candidates, found, strict=True) if texts in known]
-    return rows.select(np.delete(np.arange(len(rows)), seen)) if seen else rows
+    known = {texts for part in scored for texts in _beginnings(part, names)}
+    is_new = np.fromiter((texts not in known for texts in _beginnings(rows, names)), bool, len(rows))
+    return rows if is_new.all() else rows.select(np.flatnonzero(is_new))
 
 
-def _tuples(rows: Dataset, names: Sequence[str]) -> list[tuple[str, ...]]:
-    columns = ([text for part in _texts(rows, name) for text in part.to_pylist()] for name in names)
-    return list(zip(*columns, strict=True))
-
-
-def _texts(rows: Dataset, name: str) -> Iterator[pa.Array]:
+def _beginnings(rows: Dataset, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Give how texts begin; those of words whole and without spaces, which joined words have where a text has none."""
-    for texts in read_column(rows, name).chunks:
-        if "starts" in rows.column_names:
-            yield pc.replace_substring_regex(texts, r"[\s\pZ]+", "")
-        else:
-            yield pc.utf8_slice_codeunits(texts, 0, BEGINNING)
+    has_words = "starts" in rows.column_names
+    for part in slice_rows(rows, names):
+        for texts in zip(*(column.to_pylist() for column in part.columns), strict=True):
+            yield tuple("".join(text.split()) if has_words else text[:BEGINNING] for text in texts)

@@ -39,9 +39,7 @@ class WindowSettings:
                 f"data.window_stride is {stride}, but a window of max_length {max_length} holds {frame.room} tokens of "
                 f"a text: set it to {frame.room - 1} at most, or a greater max_length"
             )
-        if frame.count <= frame.room:
-            return [np.arange(frame.size)], False
-        begins = _window_starts(frame.count, frame.room, stride)
+        begins = frame.begins(stride)
         return frame.windows(begins[:MOST_WINDOWS]), len(begins) > MOST_WINDOWS
 
     def count_tokens(self, lengths: npt.ArrayLike, max_length: int) -> npt.NDArray[np.float64]:
@@ -89,14 +87,12 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
     Begin and end of the text are no edges. `offsets` (tokens, 2) and `special` are what a tokenizer says of the text.
     """
     frame = _Frame.of(special, max_length)
-    lead, room = frame.lead, frame.room
-    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[lead : lead + frame.count], starts, ends)
-    if frame.count <= room:  # as nearly every text
-        return Windows([np.arange(frame.size)], np.zeros(len(first), np.int64), np.where(first < 0, -1, first + lead))
-    begins = _window_starts(frame.count, room, room // OVERLAP)
-    middles = (begins[1:] + begins[:-1] + room - 1) / 2  # from there on the next window's edge is farther
+    own = slice(frame.lead, frame.lead + frame.count)
+    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[own], starts, ends)
+    begins = frame.begins(frame.room // OVERLAP)
+    middles = (begins[1:] + begins[:-1] + frame.room - 1) / 2  # from there on the next window's edge is farther
     window = np.maximum.accumulate(np.where(first < 0, 0, np.searchsorted(middles, first)))
-    return Windows(frame.windows(begins), window, np.where(first < 0, -1, first - begins[window] + lead))
+    return Windows(frame.windows(begins), window, np.where(first < 0, -1, first - begins[window] + frame.lead))
 
 
 def hide_symbols(text: str, starts: Sequence[int], read: Windows, tokens: Sequence[int], tokenizer: Any) -> None:
@@ -129,22 +125,21 @@ class _Frame:
         lead, trail = (int(own[0]), size - 1 - int(own[-1])) if len(own) else (size, 0)
         return cls(size, lead, size - lead - trail, max(1, max_length - lead - trail))
 
+    def begins(self, stride: int) -> Ints:
+        """Give the first token of each window, of which neighbours share so many; the last one ends with the text."""
+        step = self.room - stride
+        starts = np.arange(0, max(1, self.count - stride), step)
+        starts[-1] = max(0, min(starts[-1], self.count - self.room))
+        return starts
+
     def windows(self, begins: Ints) -> list[Ints]:
         """Give the tokens of windows by the first one of each, with the special ones at both ends."""
         outer, end = np.arange(self.size), self.lead + self.count
         last = self.lead + np.minimum(begins + self.room, self.count)
         return [
-            np.r_[outer[: self.lead], outer[self.lead + begin : stop], outer[end:]]
+            np.concatenate((outer[: self.lead], outer[self.lead + begin : stop], outer[end:]))
             for begin, stop in zip(begins, last, strict=True)
         ]
-
-
-def _window_starts(tokens: int, room: int, stride: int) -> Ints:
-    """Give the first token of each window; the last one ends with the text."""
-    step = room - stride
-    starts = np.arange(0, max(1, tokens - room + step), step)
-    starts[-1] = max(0, min(starts[-1], tokens - room))
-    return starts
 
 
 def _first_tokens(offsets: Ints, starts: Any, ends: Any) -> Ints:

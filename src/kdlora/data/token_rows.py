@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import NoReturn
 
@@ -249,26 +249,20 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
     ):
         raise DataError(f"{raw.source}: the column {label!r} holds {kind!s:.80} beside texts; {_EXPECTED}")
     wanted, numbers = [name for name in (text, label) if name is not None], count()
-    kinds = {"starts": pa.int32(), "ends": pa.int32()} | ({} if label is None else {"tags": pa.string()})
+    kinds = {"starts": pa.list_(pa.int32()), "ends": pa.list_(pa.int32()), "tags": pa.list_(pa.string())}
     for batch in raw.table.select(wanted).to_batches(_ROWS):
-        rows = [_words_of(raw, next(numbers), values, text, label, cut) for values in batch.to_pylist()]
-        parts = {
-            name: pa.array([row[place] for row in rows], pa.list_(kind))
-            for place, (name, kind) in enumerate(kinds.items())
-        }
+        rows = []
+        for values in batch.to_pylist():
+            where, given, spans = raw.where(next(numbers)), values[text], [] if label is None else values[label]
+            if not isinstance(given, str) or not given.strip():
+                raise DataError(f"{where}: the text {text!r} is empty; remove the row or fill it in")
+            if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
+                raise DataError(
+                    f"{where}: no list of spans in column {label!r}; an empty list says that there are none"
+                )
+            checked = check_spans(spans, len(given), where)
+            cut += [cuts_word(given, span) for span in checked]
+            rows.append(tags_from_spans(given, checked, where))
+        lists = zip(kinds.items(), zip(*rows, strict=True), strict=True)
+        parts = {name: pa.array(part, kind) for (name, kind), part in lists if name != "tags" or label is not None}
         yield pa.record_batch({"text": batch.column(0).cast(pa.string()), **parts})
-
-
-def _words_of(
-    raw: RawTable, row: int, values: dict[str, object], text: str, label: str | None, cut: list[bool]
-) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
-    given, spans = values[text], values[label] if label is not None else []
-    if not isinstance(given, str) or not given.strip():
-        raise DataError(f"{raw.where(row)}: the text {text!r} is empty; remove the row or fill it in")
-    if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
-        raise DataError(
-            f"{raw.where(row)}: no list of spans in column {label!r}; an empty list says that there are none"
-        )
-    checked = check_spans(spans, len(given), raw.where(row))
-    cut += [cuts_word(given, span) for span in checked]
-    return tags_from_spans(given, checked, raw.where(row))

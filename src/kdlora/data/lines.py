@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, compress, count, islice
 from typing import Any, Literal, TextIO
 
-from kdlora.data.tags import OUTSIDE, parse_tags
+from kdlora.data.tags import parse_tags
 from kdlora.errors import DataError
 
 MOST_CHARACTERS = 64 << 20
@@ -61,7 +61,7 @@ class _Lines(Iterator[str]):
         self._stream, self.number = stream, 0
         self.ended = False
         self.first = ""
-        """The first line of a row of CSV, whose values may hold line breaks."""
+        """The first line of a row of CSV that is not blank; its values may hold line breaks."""
 
     def __next__(self) -> str:
         line = self._stream.readline(MOST_CHARACTERS + 1)
@@ -69,7 +69,7 @@ class _Lines(Iterator[str]):
             self.ended = True
             raise StopIteration
         self.number += 1
-        self.first = self.first or line
+        self.first = self.first if self.first.strip() else line
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
         while (rest := self._stream.readline(_CHUNK)) and not rest.endswith(("\n", "\r")):
@@ -109,24 +109,22 @@ def _read_delimited(
             strict=True,
         )
         columns = header or next(reader)
-        lines.first = first if header else ""
     except (csv.Error, RowError) as error:
         raise DataError(f"{name}: {error}; expected a header line.") from None
     if not columns:
         raise DataError(f"{name}: expected a header line with the column names, got an empty file or blank lines.")
-    return columns, _delimited_rows(reader, lines, columns, form, delimiter)
+    return columns, _delimited_rows(filter(None, reader), lines, columns, form, delimiter)
 
 
 def _delimited_rows(
-    reader: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str
+    rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str
 ) -> Iterator[Numbered]:
     width = len(columns)
     advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
     for number in count():
-        lines.first = lines.first if number == 0 else ""
+        lines.first = ""
         try:
-            while not (values := next(reader)):  # a blank line
-                lines.first = ""
+            values = next(rows)
         except StopIteration:
             return
         except RowError as error:
@@ -201,7 +199,7 @@ def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
     last = line.split()[-1]
     if width and line[1] == "\t":
         return False
-    return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
+    return last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
 
 def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:

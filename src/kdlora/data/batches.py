@@ -74,8 +74,8 @@ def tokenise(
         bar.update(part.num_rows)
         return pa.RecordBatch.from_pydict(columns)
 
-    hidden = quiet or not sys.stderr.isatty()  # no bar in log files
-    with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
+    # A bar that is neither on nor off is off in log files.
+    with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=quiet or None) as bar:
         parts = slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS)
         table = spool(map(encode, parts), "the data set to tokenise")
     truncated = pc.sum(table["truncated"]).as_py()

@@ -111,8 +111,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
         train = _cut_words(reading, train)
     for note in reading.notes:
         logger.info(note)
-    splits_read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
-    return add_copies(splits_read, data.augment, seed=data.split_seed, keep_in=copies_in)
+    read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
+    return add_copies(read, data.augment, seed=data.split_seed, keep_in=copies_in)
 
 
 def add_copies(splits: Splits, copies: int | None, *, seed: int, keep_in: Path | None = None) -> Splits:

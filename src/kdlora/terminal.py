@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from kdlora.experiment.run import ExperimentResult, Listener
     from kdlora.experiment.stages import Stage
 
-Show = Callable[[str, int | None, float | None, str], None]
-"""Takes a bar's name, what is done, of how many (None: not known) and how that reads."""
+Show = Callable[..., None]
+"""Takes a bar's name, what is done, of how many (None: not known), how that reads, and a line for a log, if any."""
 
 
 class SafeConsole(Console):
@@ -45,21 +45,21 @@ class SafeConsole(Console):
 
 
 @contextlib.contextmanager
-def draw_bars() -> Iterator[Show | None]:
-    """Give what draws bars, in a terminal or below a notebook's cell; None where standard error is neither."""
+def draw_bars() -> Iterator[Show]:
+    """Give what draws bars, in a terminal or below a notebook's cell; elsewhere it prints the lines for a log."""
     console = SafeConsole(stderr=True)
     if console.is_jupyter:
         yield NotebookBars().show
         return
     if not console.is_terminal:  # no log shall fill with bars
-        yield None
+        yield lambda name, done, total, status, line="": console.tell(line) if line else None
         return
     texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}")]
     columns = (texts[0], BarColumn(), texts[1])
     bars: dict[str, TaskID] = {}
     progress = Progress(*columns, TimeRemainingColumn(), console=console)
 
-    def show(name: str, done: int | None, total: float | None, status: str) -> None:
+    def show(name: str, done: int | None, total: float | None, status: str, line: str = "") -> None:
         if name not in bars:
             progress.start()  # not before: a question may be asked first
             bars[name] = progress.add_task(name, total=None, status="")
@@ -79,7 +79,7 @@ class NotebookBars:
         self._shown: Any = None
         self._drawn_at = 0.0
 
-    def show(self, name: str, done: int | None, total: float | None, status: str) -> None:
+    def show(self, name: str, done: int | None, total: float | None, status: str, line: str = "") -> None:
         """Take the state of a bar; all are drawn anew at most five times a second, and at a bar's beginning and end."""
         from IPython.display import HTML, display
 
@@ -107,14 +107,14 @@ def live_progress() -> Iterator[Listener | None]:
         >>> with live_progress() as listen:
         ...     result = run_experiment(config, "runs/reviews", listen=listen)
     """
+    titles = {"label": "the teacher reads the training rows", "deploy": "the student is exported and measured"}
+    console = SafeConsole(stderr=True)
     with draw_bars() as show:
-        titles = {"label": "the teacher reads the training rows", "deploy": "the student is exported and measured"}
 
         def listen(stage: Stage, event: Any) -> None:
-            if show is not None:
-                show(titles.get(stage.name, f"{stage.arm}, seed {stage.seed}"), *_state(event))
+            show(titles.get(stage.name, f"{stage.arm}, seed {stage.seed}"), *_state(event))
 
-        yield None if show is None else listen
+        yield listen if console.is_terminal or console.is_jupyter else None
 
 
 def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, int | None, str]:

@@ -104,6 +104,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder. Default: runs/<name>.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Set a config key. Values are YAML.", **_SET)]
 Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column. Give it twice for a pair.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="CPU threads of each model. Default: one per core, or as many as a container's CPU limit allows."
+    ),
+]
 IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column with the ids of the rows.")]
 
 

@@ -86,8 +86,7 @@ def ask(options: Any) -> None:
     with draw_bars() as show:
 
         def advance(done: int, total: int) -> None:
-            if show is not None:
-                show("rows", done, total, f"{done:,} of {total:,}")
+            show("rows", done, total, f"{done:,} of {total:,}")
 
         summary = ask_model(options.data, options.to, settings, progress=advance)
     print_json(asdict(summary)) if options.as_json else _print_summary(summary)
@@ -112,14 +111,11 @@ def _print_summary(summary: AskSummary) -> None:
     said = [f"{summary.rows:,} rows in {summary.table}; {summary.requests:,} requests, {tokens}{cost} in all"]
     if (asked := summary.asked).per_second is not None:
         price = "" if asked.cost_per_million is None else f" and {asked.cost_per_million:,.2f}"
-        hours = 1e6 / asked.per_second / 3600
-        said.append(
-            f"{asked.per_second:.3g} a second, {asked.concurrency} at a time; a million take {hours:,.1f} h{price}"
-        )
+        speed = f"{asked.per_second:.3g} a second, {asked.concurrency} at a time"
+        said.append(f"{speed}; a million take {1e6 / asked.per_second / 3600:,.1f} h{price}")
     if summary.unanswered:
-        said.append(
-            f"{summary.unanswered:,} without an answer; where the chosen prompt has none, the table has no row:"
-        )
+        left = "where the chosen prompt has none, the table has no row"
+        said.append(f"{summary.unanswered:,} without an answer; {left}:")
         said += [f"  {one['split']} {one['id']}: {one['unanswered']}" for one in summary.examples]
     if summary.left:
         said.append(f"{summary.left:,} rows are left: the budget is used up; raise it, and run the command again")
@@ -153,15 +149,9 @@ def _print_audit(audit: Audit) -> None:
     if audit.untempered:
         print(f"temperature 1, not fitted: {audit.untempered}")
     elif audit.ece_before is not None:
-        print(
-            f"temperature {audit.temperature:.2f}; calibration error {audit.ece_before:.3f} before, "
-            f"{audit.ece_after:.3f} after"
-        )
+        error = f"{audit.ece_before:.3f} before, {audit.ece_after:.3f} after"
+        print(f"temperature {audit.temperature:.2f}; calibration error {error}")
     if audit.bias:
         bias = ", ".join(f"{name} {value:+.2f}" for name, value in zip(audit.label_names, audit.bias, strict=True))
-        before = audit.prompts[audit.chosen].accuracy
-        print(
-            harmless(
-                f"bias of the labels: {bias}; accuracy {before:.1f} without it, {audit.accuracy_after:.1f} with it"
-            )
-        )
+        without = f"{audit.prompts[audit.chosen].accuracy:.1f} without it"
+        print(harmless(f"bias of the labels: {bias}; accuracy {without}, {audit.accuracy_after:.1f} with it"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from kdlora.cli.app import IdColumn, Json, Set, Text, app, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Set, Text, Threads, app, print_json, print_table, verb
 from kdlora.deploy import Runtime
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
@@ -60,21 +60,16 @@ def suite(
     raise Exit(1 if result.failed else 0)
 
 
-@dataclass(frozen=True)
-class Search:
-    """What `kdlora search` is told."""
-
-    config: Annotated[Path, Argument(help="Config file (YAML) with a section `search`, or with --space.")]
-    space: Annotated[Path | None, Option(help="YAML file with the values or range of each config key.")] = None
-    trials: Annotated[int | None, Option(help="Number of trainings, over all processes.")] = None
-    out: Annotated[Path | None, Option("--out", help="Folder of the search. Default: runs/<name>-search.")] = None
-    overrides: Set = None
-    on: On = None
-    as_json: Json = False
-
-
-@verb(Search)
-def search(options: Search) -> None:
+@app.command()
+def search(
+    config: Annotated[Path, Argument(help="Config file (YAML) with a section `search`, or with --space.")],
+    space: Annotated[Path | None, Option(help="YAML file with the values or range of each config key.")] = None,
+    trials: Annotated[int | None, Option(help="Number of trainings, over all processes.")] = None,
+    out: Annotated[Path | None, Option("--out", help="Folder of the search. Default: runs/<name>-search.")] = None,
+    overrides: Set = None,
+    on: On = None,
+    as_json: Json = False,
+) -> None:
     """Search the values of config keys that score best on held-out training rows.
 
     The same command continues. Several processes at once share the trials.
@@ -88,14 +83,14 @@ def search(options: Search) -> None:
     from kdlora.system.launch import check_alone
 
     check_alone("search")
-    if options.on is None:
+    if on is None:
         prepare_children("kdlora.experiment.study")
     from kdlora.experiment.search import run_search
 
-    wanted = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)
+    wanted = load_search(config, overrides or [], space=space, trials=trials)
     with draw_bars() as show:
-        result = run_search(*wanted, options.out, on=options.on, listen=lambda event: _show_search(event, show))
-    if options.as_json:
+        result = run_search(*wanted, out, on=on, listen=lambda event: _show_search(event, show))
+    if as_json:
         print_json(asdict(result))
     else:
         console = SafeConsole()
@@ -107,24 +102,22 @@ def search(options: Search) -> None:
     raise Exit(0 if result.score is not None else 1)
 
 
-def _show_suite(event: SuiteEvent, show: Show | None) -> None:
-    """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
+def _show_suite(event: SuiteEvent, show: Show) -> None:
+    """Draw one bar for the suite; a log has a line for each run that ends."""
     from kdlora.experiment.jobs import Outcome
 
-    job, detail = event.job, event.detail
-    if show is None and isinstance(detail, Outcome):
+    job, detail, line = event.job, event.detail, ""
+    if isinstance(detail, Outcome):
         result = f"failed: {detail.error}" if detail.error else "labelled"
         if detail.record is not None and detail.record.score is not None:
             result = f"score {detail.record.score:.2f}"
         line = f"{event.done}/{event.total}  {detail.job.key}  {result}  {detail.seconds:.1f} s"
-        SafeConsole(stderr=True).tell(line)
-    elif show is not None:
-        parts = [f"{event.done}/{event.total}", f"{event.failed} failed" if event.failed else ""]
-        if job is not None:
-            epoch, score = (getattr(detail, name, None) for name in ("epoch", "score"))
-            parts += ["/".join(job.key.split("/")[1:3]), "" if epoch is None else f"epoch {epoch:.1f}"]
-            parts += [f"score {score:.1f}" if score else ""]
-        show("runs", event.done, event.total, "  ".join(filter(None, parts)))
+    parts = [f"{event.done}/{event.total}", f"{event.failed} failed" if event.failed else ""]
+    if job is not None:
+        epoch, score = (getattr(detail, name, None) for name in ("epoch", "score"))
+        parts += ["/".join(job.key.split("/")[1:3]), "" if epoch is None else f"epoch {epoch:.1f}"]
+        parts += [f"score {score:.1f}" if score else ""]
+    show("runs", event.done, event.total, "  ".join(filter(None, parts)), line)
 
 
 def _print_overview(overview: dict[str, Any]) -> None:
@@ -155,16 +148,14 @@ def _print_suite(result: SuiteResult) -> None:
         console.tell(str(path))
 
 
-def _show_search(event: SearchEvent, show: Show | None) -> None:
-    """Draw one bar for the search; where standard error is no terminal, a line for each trial that ends."""
-    count = f"{event.done}/{event.trials}  "
-    if show is None and isinstance(event.detail, str):
-        SafeConsole(stderr=True).tell(f"{count}trial {event.number}  {event.detail}")
-    elif show is not None:
-        best = "" if event.best is None else f"best {event.best:.2f}  "
-        epoch = getattr(event.detail, "epoch", None)
-        now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
-        show("trials", event.done, event.trials, count + best + now)
+def _show_search(event: SearchEvent, show: Show) -> None:
+    """Draw one bar for the search; a log has a line for each trial that ends."""
+    count, now = f"{event.done}/{event.trials}  ", f"trial {event.number}"
+    best = "" if event.best is None else f"best {event.best:.2f}  "
+    epoch = getattr(event.detail, "epoch", None)
+    status = count + best + now + (f", epoch {epoch:.1f}" if epoch is not None else "")
+    line = f"{count}{now}  {event.detail}" if isinstance(event.detail, str) else ""
+    show("trials", event.done, event.trials, status, line)
 
 
 @dataclass(frozen=True)
@@ -210,8 +201,7 @@ def label(options: Label) -> None:
     with draw_bars() as show:
 
         def advance(done: int, total: int | None) -> None:
-            if show is not None:
-                show("rows", done, total, f"{done:,}")
+            show("rows", done, total, f"{done:,}")
 
         summary = label_collection(
             options.model, options.data, options.to, LabelSettings(**given), on=options.on, progress=advance
@@ -224,29 +214,21 @@ def label(options: Label) -> None:
     print(f"{summary.rows:,} rows{bad}{cut} in {summary.folder}; files: {summary.shards:,}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Serve:
-    """What `kdlora serve` is told; the fields after `runtime` but the last are those of `Limits`."""
-
-    models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")]
-    host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1"
-    port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000
-    threads: Annotated[
-        int | None,
-        Option(help="CPU threads of each model. Default: one per core, or as many as a container's CPU limit allows."),
-    ] = None
-    runtime: Annotated[Runtime, Option(help="auto: the fastest when kdlora benchmark measured it here.")] = (
-        "onnxruntime"
-    )
-    waiting: Annotated[int, Option(help="Texts that may wait for a model. Beyond, the answer is 503.")] = 1024
-    texts: Annotated[int, Option(help="Largest number of texts in one request.")] = 256
-    characters: Annotated[int, Option(help="Largest number of characters in one text.")] = 20_000
-    body_bytes: Annotated[int, Option(help="Largest request, in bytes.")] = 1_000_000
-    as_json: Json = False
-
-
-@verb(Serve)
-def serve(options: Serve) -> None:
+@app.command()
+def serve(
+    models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")],
+    host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000,
+    threads: Threads = None,
+    runtime: Annotated[
+        Runtime, Option(help="auto: the fastest when kdlora benchmark measured it here.")
+    ] = "onnxruntime",
+    waiting: Annotated[int, Option(help="Texts that may wait for a model. Beyond, the answer is 503.")] = 1024,
+    texts: Annotated[int, Option(help="Largest number of texts in one request.")] = 256,
+    characters: Annotated[int, Option(help="Largest number of characters in one text.")] = 20_000,
+    body_bytes: Annotated[int, Option(help="Largest request, in bytes.")] = 1_000_000,
+    as_json: Json = False,
+) -> None:
     """Serve models over HTTP: /predict, /health and /metrics. SIGTERM ends it when what has begun is answered.
 
     Example: kdlora serve runs/reviews --port 8000
@@ -257,20 +239,12 @@ def serve(options: Serve) -> None:
     from kdlora.deploy.serving import serve as serve_models
 
     def ready(address: str, models: Mapping[str, Model]) -> None:
-        if options.as_json:
+        if as_json:
             print_json({"address": address, "models": {name: describe(one) for name, one in models.items()}})
         else:
             print("\n".join(f"{name}: {model!r}" for name, model in models.items()))
             print(f"listening at {address}")
         sys.stdout.flush()
 
-    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
-    serve_models(
-        options.models,
-        host=options.host,
-        port=options.port,
-        threads=options.threads,
-        runtime=options.runtime,
-        limits=limits,
-        ready=ready,
-    )
+    limits = Limits(waiting=waiting, texts=texts, characters=characters, body_bytes=body_bytes)
+    serve_models(models, host=host, port=port, threads=threads, runtime=runtime, limits=limits, ready=ready)

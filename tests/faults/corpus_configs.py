@@ -46,7 +46,7 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
     "data.train": [("~nobody-here/a.csv", "does not exist")],
     "recipe": [("paper-tunde", "'default', 'paper' or 'paper-tuned'", "Did you mean 'paper-tuned'?"), (["paper"],)],
     "lora.targets": [(["qery"], "qery")],
-    "student": [({"model": None, "from_teacher_layers": [1, 2]}, "student.from_teacher_layers", "layer 2", "0 to 1")],
+    "student": [({"model": None, "from_teacher_layers": [1, 2]}, "student.from_teacher_layers is [1, 2]", "0 to 1")],
 }
 """Values of a key, each with parts of the message, which names the key."""
 

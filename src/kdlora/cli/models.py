@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from typer import Argument, Option
 
-from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Text, Threads, app, completing, print_json, print_table
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import draw_bars
 
@@ -30,25 +30,20 @@ InputFormat = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Predict:
-    """What `kdlora predict` is told."""
-
+@app.command()
+def predict(
     model: Annotated[
         Path, Argument(help="Model folder, experiment (its export), or Hub id such as USER/REPO/onnx@REVISION.")
-    ]
-    source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, or - for standard input.")]
-    to: Annotated[str, Option("--to", help="Output file, or - for JSON Lines on standard output.")] = "-"
-    text: Text = None
-    id_column: IdColumn = "id"
-    input_format: InputFormat = None
-    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32
-    strict: Annotated[bool, Option(help="Stop at the first bad row.")] = False
-    as_json: Json = False
-
-
-@verb(Predict)
-def predict(options: Predict) -> None:
+    ],
+    source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, or - for standard input.")],
+    to: Annotated[str, Option("--to", help="Output file, or - for JSON Lines on standard output.")] = "-",
+    text: Text = None,
+    id_column: IdColumn = "id",
+    input_format: InputFormat = None,
+    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32,
+    strict: Annotated[bool, Option(help="Stop at the first bad row.")] = False,
+    as_json: Json = False,
+) -> None:
     """Predict the label of every row of a file, or its entities, in constant memory.
 
     After an interruption, the same command continues. Entities are written as JSON Lines.
@@ -59,52 +54,48 @@ def predict(options: Predict) -> None:
     """
     from kdlora.deploy.stream import predict_file
 
-    to_stdout = options.to == "-"  # as JSON, a line for each row
+    to_stdout = to == "-"  # as JSON, a line for each row
     with draw_bars() as show:
 
         def advance(done: int, share: float | None) -> None:
-            if show is not None and not to_stdout:
-                show("rows", done, done / share if share else None, f"{done:,}")
+            show("rows", done, done / share if share else None, f"{done:,}")
 
         summary = predict_file(
-            options.model,
-            options.source,
-            options.to,
-            text=options.text,
-            id_column=options.id_column,
-            input_format=cast("Format | None", options.input_format),
-            batch_size=options.batch_size,
-            strict=options.strict,
-            progress=advance,
+            model,
+            source,
+            to,
+            text=text,
+            id_column=id_column,
+            input_format=cast("Format | None", input_format),
+            batch_size=batch_size,
+            strict=strict,
+            progress=None if to_stdout else advance,
         )
-    if options.as_json and not to_stdout:
+    if as_json and not to_stdout:
         print_json(asdict(summary))
     elif not to_stdout:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Redact:
-    """What `kdlora redact` is told."""
-
-    model: Annotated[Path, Argument(help="Folder of a model that marks entities, experiment (its export), or Hub id.")]
-    source: Annotated[str, Argument(help="Text file (a text per line), CSV, TSV, JSON Lines, or - for standard input.")]
-    to: Annotated[str, Option("--to", help="Output file, or - for standard output.")] = "-"
-    text: Annotated[str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")] = (
-        None
-    )
-    input_format: InputFormat = None
-    types: Annotated[str | None, Option(metavar="TYPE,...", help="Only these types. Default: all.")] = None
+@app.command()
+def redact(
+    model: Annotated[Path, Argument(help="Folder of a model that marks entities, experiment (its export), or Hub id.")],
+    source: Annotated[
+        str, Argument(help="Text file (a text per line), CSV, TSV, JSON Lines, or - for standard input.")
+    ],
+    to: Annotated[str, Option("--to", help="Output file, or - for standard output.")] = "-",
+    text: Annotated[
+        str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")
+    ] = None,
+    input_format: InputFormat = None,
+    types: Annotated[str | None, Option(metavar="TYPE,...", help="Only these types. Default: all.")] = None,
     replacements: Annotated[
         list[str] | None,
         Option("--with", metavar="TEXT | TYPE=TEXT", help="What stands for them. Default: the type, in brackets."),
-    ] = None
-    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32
-    as_json: Json = False
-
-
-@verb(Redact)
-def redact(options: Redact) -> None:
+    ] = None,
+    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32,
+    as_json: Json = False,
+) -> None:
     """Replace names or other entities in every row of a file, in constant memory. Other columns stay as they are.
 
     It stops at a row that it cannot read. The output file appears when it is whole.
@@ -116,19 +107,18 @@ def redact(options: Redact) -> None:
     from kdlora.deploy.redact import redact_file
     from kdlora.deploy.tagger import Tagger, load_for_many
 
-    model = load_for_many(options.model, Tagger.load)
-    types = [name.strip() for name in options.types.split(",")] if options.types else list(model.types)
-    placeholders = _placeholders(types, options.replacements or ())
+    tagger = load_for_many(model, Tagger.load)
+    replaced = [name.strip() for name in types.split(",")] if types else list(tagger.types)
     summary = redact_file(
-        model,
-        options.source,
-        options.to,
-        text=options.text,
-        placeholders=placeholders,
-        input_format=cast("Format | None", options.input_format),
-        batch_size=options.batch_size,
+        tagger,
+        source,
+        to,
+        text=text,
+        placeholders=_placeholders(replaced, replacements or ()),
+        input_format=cast("Format | None", input_format),
+        batch_size=batch_size,
     )
-    if options.as_json and options.to != "-":
+    if as_json and to != "-":
         print_json(asdict(summary))
     else:
         counts = ", ".join(f"{count:,} {name}" for name, count in summary.replaced.items())
@@ -205,10 +195,7 @@ def benchmark(
         ),
     ],
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
-    threads: Annotated[
-        int | None,
-        Option(help="CPU threads of each model. Default: one per core, or as many as a container's CPU limit allows."),
-    ] = None,
+    threads: Threads = None,
     plot: Annotated[Path | None, Option(help="With --cascade: image file to draw.")] = None,
     cascade: Annotated[
         bool, Option("--cascade", help="Let the second model answer what the first is unsure about: score and cost.")

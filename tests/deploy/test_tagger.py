@@ -252,8 +252,8 @@ def test_predict_writes_entities(tagger, tmp_path):
         assert set(row) == {"id", "entities"}
     with pytest.raises(DataError, match=r"any number of entities; name a \.jsonl file"):
         predict_file(tagger, source, tmp_path / "out.csv")
-    with pytest.raises(ConfigError, match="entities are marked in one text column, got a, b"):
-        predict_file(tagger, source, tmp_path / "out.jsonl", text=("a", "b"))
+    with pytest.raises(DataError, match="trained on single texts, got the text 'text' and 'id'"):
+        predict_file(tagger, source, tmp_path / "out.jsonl", text=("text", "id"))
 
 
 @pytest.mark.parametrize("suffix", [".conll", ".jsonl"])
@@ -359,7 +359,7 @@ def test_a_notebook_shows_what_is_written(tagger, tmp_path, monkeypatch):
         ("in.jsonl", b'{"text": ["a", "b"]}\n', "row 0: expected a text, got list"),
         ("in.txt", b"fine\ncaf\xe9\n", "row 1: the text is not valid UTF-8"),
         ("in.csv", b"text,text\na,b\n", "two columns 'text'"),
-        ("in.csv", b"text,a,a\nb,c,d\n", "two columns have one name"),
+        ("in.csv", b"text,a,a\nb,c,d\n", "two columns 'a'"),
         ("in.csv", b"text,a\nb\n", "1 columns where 2 are expected"),
         ("in.csv", b"body,a\nb,c\n", "Name the text column"),
         ("in.parquet", b"PAR1", "a parquet file is not redacted"),

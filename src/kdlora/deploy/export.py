@@ -32,7 +32,7 @@ from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.report.shipped import Export
 from kdlora.system.environment import collect_versions
 from kdlora.system.integrity import hash_file, seal
-from kdlora.system.ownership import remove
+from kdlora.system.ownership import refuse_foreign, remove
 from kdlora.system.storage import atomic_folder, plain_json, write_json_atomic
 
 if TYPE_CHECKING:
@@ -265,12 +265,7 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ArtifactError(f"{to}: the export would replace the model {folder.path}; give another folder.")
     if target.is_symlink():
         raise ArtifactError(f"{to} is a link, and kdlora replaces none; name the folder that is meant.")
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(f"{to}: expected a folder to write, got a file.")
-    entries = [*target.iterdir()] if target.exists() else []
-    if entries and not (target / EXPORT_RECORD).is_file():
-        raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
-    for entry in entries:
+    for entry in refuse_foreign(target, EXPORT_RECORD, "earlier export").glob("*"):
         is_exported = is_model_file(entry) and not entry.name.startswith(_NOT_EXPORTED)
         if not is_exported and entry.name != MEASURED:
             raise ArtifactError(f"{to}: {entry.name} is no file of an export, and would be lost; give a new folder.")

@@ -195,19 +195,16 @@ class Network:
         """Compute float32 logits (rows, labels), or (rows, tokens, labels), of int64 token arrays (rows, tokens)."""
         place = self.folder.file or self.folder.path
         try:
-            logits = self._backend.run(inputs)
+            logits = np.asarray(self._backend.run(inputs))
         except Exception as error:  # a config or a graph decides what is computed, and it may be anybody's
             if self.folder.file is None and "memory" in str(error):
                 raise MemoryError(first_line(error)) from error
             raise ModelError(f"{place}: the model cannot run ({first_line(error):.200}).") from error
-        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
-            found = getattr(logits, "dtype", type(logits).__name__)
-            raise ModelError(f"{place}: the first output must be floating-point logits, got {found}.")
-        shape = inputs["input_ids"].shape
-        if logits.shape != (*shape[: 1 + self.marks_entities], len(self.label_names)):
+        shape = (*inputs["input_ids"].shape[: 1 + self.marks_entities], len(self.label_names))
+        if not np.issubdtype(logits.dtype, np.floating) or logits.shape != shape:
             raise ModelError(
-                f"{self.folder.path}: config.json names {len(self.label_names)} labels, but the model gives an "
-                f"output of shape {logits.shape} for {shape[0]} texts."
+                f"{place}: config.json names {len(self.label_names)} labels, so the first output must be "
+                f"floating-point logits of shape {shape}; got {logits.dtype} of shape {logits.shape}."
             )
         return logits
 

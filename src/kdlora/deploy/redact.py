@@ -105,8 +105,8 @@ def redact_file(
     answered = read_answers(tagger, reader, batch_size, refusal=_REFUSAL)
     with _open(source, to) as file, contextlib.closing(answered):
         for answers in chain(answered, [[]]):  # the last one for a header alone
-            if not rows:
-                file.write(_header(reader))
+            if not rows and reader.form in ("csv", "tsv"):
+                file.write(_delimited(reader.header, reader.form))
             for row, found in answers:
                 entities = cast("list[Entity]", found)
                 file.write(_encode(reader, row, redact(str(row.text), entities, wanted)))
@@ -139,16 +139,6 @@ def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
     refuse_replacing(source, Path(to))
     with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:
         yield file
-
-
-def _header(reader: RowReader) -> bytes:
-    if reader.form not in ("csv", "tsv"):
-        return b""
-    if len(set(reader.header)) < len(reader.header):
-        raise DataError(
-            f"{reader.name}: two columns have one name, and the values of the first would be lost; rename it."
-        )
-    return _delimited(reader.header, reader.form)
 
 
 def _encode(reader: RowReader, row: Row, text: str) -> bytes:

@@ -142,7 +142,7 @@ class RowReader:
 
     def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
         found = self._choose_columns(available)
-        for column in (*found, self._columns.id):
+        for column in available if self._columns.keep else (*found, self._columns.id):
             if list(available).count(column) > 1:
                 raise DataError(f"{self.name}: there are two columns {column!r}; rename one.")
         if (expected := self._columns.texts) is not None and len(found) != expected:

@@ -7,7 +7,6 @@ import csv
 import errno
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -146,10 +145,8 @@ def text_columns(classifier: Network, text: Sequence[str] | str | None, id_colum
     folder = classifier.folder
     recorded = tuple((folder.task or {}).get("text") or ()) or None
     is_tagger = folder.kind == "tokens"
-    if is_tagger and names is not None and len(names) > 1:
-        raise ConfigError(f"entities are marked in one text column, got {', '.join(names)}.")
     most = None if is_tagger else most_characters(folder.max_length, folder.windows)
-    return Columns(names, recorded, id_column, most, words=is_tagger, texts=folder.texts)
+    return Columns(names, recorded, id_column, most, words=is_tagger, texts=1 if is_tagger else folder.texts)
 
 
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
@@ -362,16 +359,10 @@ class PartialResult(_Output):
         return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))
 
     def _refuse_foreign(self) -> None:
-        if not os.path.lexists(self.folder):
-            return
-        is_folder = self.folder.is_dir() and not self.folder.is_symlink()
-        is_new = is_folder and all(one.name == ".lock" or is_ours_by_name(one) for one in self.folder.iterdir())
-        if not is_folder or (read_manifest(self.folder) is None and not is_new):
-            raise ArtifactError(
-                f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "
-                "away, or name another file with --to"
-            )
-        for entry in self.folder.iterdir():
+        """See that nothing of others is lost with the folder of parts, and that it is no link to theirs."""
+        for entry in [self.folder] if self.folder.is_symlink() else self.folder.glob("*"):
             known = _PART.fullmatch(entry.name) or entry.name in (MANIFEST, ".lock") or is_ours_by_name(entry)
             if not known or entry.is_symlink():
-                raise ArtifactError(f"{entry} was not made by kdlora and would be lost; move it away")
+                raise ArtifactError(
+                    f"{entry} was not made by kdlora and would be lost; move it away, or name another file with --to"
+                )

@@ -92,7 +92,7 @@ class Tagger(Network):
         if isinstance(texts, str):
             return self.predict([texts], batch_size=batch_size)[0]
         given = self._check(texts)
-        values, offsets = self._run_on(given, batch_size)[:, self._columns], word_offsets(given)
+        values, offsets = self.predict_logits(given, batch_size=batch_size)[:, self._columns], word_offsets(given)
         tags, table = decode(values, offsets), probabilities(values, "single-label", self.folder.temperature)
         found: list[list[Entity]] = [[] for _ in given]
         for first, after in zip(*map(np.ndarray.tolist, entity_bounds(tags, offsets)), strict=True):
@@ -109,9 +109,7 @@ class Tagger(Network):
         The words of a plain text are its runs of letters and digits, and single other characters. In a script without
         spaces, such as Chinese, each character is a word.
         """
-        return self._run_on(self._check(texts), batch_size)
-
-    def _run_on(self, given: Sequence[Words], batch_size: int) -> np.ndarray:
+        given = self._check(texts)
         windows, offsets = self._windows(given), word_offsets(given)
         logits = np.full((int(offsets[-1]), len(self.label_names)), np.nan, dtype=np.float32)
         for rows, found in self.run_all(windows, batch_size):

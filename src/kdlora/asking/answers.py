@@ -133,15 +133,14 @@ class Answers:
                     names = {split: ids.to_pylist() for split, ids in self._ids.items()}
                     places = {split: dict(zip(ids, range(len(ids)), strict=True)) for split, ids in names.items()}
                 self._count(line, places.get(line.split, {}).get(line.id or ""))
-        binary = getattr(os, "O_BINARY", 0)  # Windows would write two characters for a line's end
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | binary)  # last, since a fault above leaves it closed
-        os.ftruncate(self._file, whole)
+        self._file = self.path.open("ab", buffering=0)  # last, since a fault above leaves it closed
+        self._file.truncate(whole)
         self.resumed = self.done
         return self
 
     def __exit__(self, *fault: object) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+        os.fsync(self._file.fileno())
+        self._file.close()
 
     def _read(self, text: bytes) -> _Line:
         try:
@@ -204,13 +203,13 @@ class Answers:
     def _append(self, line: _Line, place: int | None = None) -> None:
         """Write a line, in one piece: a killed process leaves it whole or cut, never mixed with another."""
         text = line.model_dump_json(exclude_unset=True).encode() + b"\n"
-        end = os.lseek(self._file, 0, os.SEEK_END)
-        if os.write(self._file, text) != len(text):
-            os.ftruncate(self._file, end)  # others write on, until they hear of it
+        end = self._file.seek(0, os.SEEK_END)
+        if self._file.write(text) != len(text):
+            self._file.truncate(end)  # others write on, until they hear of it
             raise OSError(errno.ENOSPC, "no space left for an answer", str(self.path))
         self._count(line, place)
         if (now := time.monotonic()) > self._synchronised + 1.0:
-            os.fsync(self._file)
+            os.fsync(self._file.fileno())
             self._synchronised = now
 
     async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:

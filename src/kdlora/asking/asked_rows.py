@@ -27,8 +27,6 @@ from kdlora.system.integrity import hash_file
 
 logger = logging.getLogger(__name__)
 
-_SLICE = 1000
-
 
 @dataclass(frozen=True)
 class AskedRows:
@@ -91,7 +89,7 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
 
 
 def each_row(rows: Dataset) -> Iterator[Row]:
-    for table in slice_rows(rows, rows.column_names, _SLICE):
+    for table in slice_rows(rows, rows.column_names):
         yield from table.to_pylist()
 
 
@@ -171,7 +169,7 @@ def _doubts(rows: Dataset, settings: AskSettings) -> np.ndarray:
     if model.folder.kind == "regression":
         raise ConfigError(f"{settings.select_by}: a regression doubts nothing; name a model that gives probabilities")
     margins: list[float] = []
-    for table in slice_rows(rows, text_columns(rows), _SLICE):
+    for table in slice_rows(rows, text_columns(rows)):
         columns = [column.to_pylist() for column in table.columns]
         texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
         ordered = np.sort([[*found.probabilities.values()] for found in model.predict(texts)])

@@ -17,13 +17,14 @@ Codes = Literal["letters", "names"]
 DEFAULT_URL = "https://api.openai.com/v1"
 LEAST_AUDIT_ROWS = 40
 """Half of them fit the temperature, which takes 20."""
-_LEAST = dict.fromkeys(("shots", "seed", "votes", "temperature", "price_in", "price_out"), 0) | {
-    "top_logprobs": 2,
-    "answer_tokens": 1,
-    "concurrency": 1,
-    "rows": 1,
-    "timeout": 0.001,
-    "audit": LEAST_AUDIT_ROWS,
+_BOUNDS = {
+    **dict.fromkeys(("shots", "votes", "temperature", "price_in", "price_out"), (0, math.inf)),
+    **dict.fromkeys(("answer_tokens", "concurrency", "rows", "max_requests", "max_tokens"), (1, math.inf)),
+    "seed": (0, 2**32 - 1),
+    "top_logprobs": (2, 20),  # what servers show
+    "audit": (LEAST_AUDIT_ROWS, math.inf),
+    "max_cost": (1e-6, math.inf),
+    "timeout": (0.001, math.inf),
 }
 
 
@@ -101,17 +102,11 @@ class AskSettings:
         labels: Any = self.labels
         if labels is not None and not isinstance(labels, Mapping):
             object.__setattr__(self, "labels", dict.fromkeys((labels,) if isinstance(labels, str) else labels, ""))
-        for name, least in _LEAST.items():
+        for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                raise ConfigError(f"{name} is at least {least}, got {value}")
-        if self.seed >= 2**32:
-            raise ConfigError(f"seed is below 2^32 ({2**32:,}), got {self.seed}")
-        if self.top_logprobs > 20:
-            raise ConfigError("top_logprobs is at most 20, which is what servers show")
-        limits = (self.max_requests, self.max_tokens, self.max_cost)
-        if any(limit is not None and not limit > 0 for limit in limits):
-            raise ConfigError("a budget of nothing asks nothing: max_requests, max_tokens and max_cost are above 0")
+            if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
+                above = "" if most == math.inf else f" and at most {most:,}"
+                raise ConfigError(f"{name} is at least {least}{above}, got {value}")
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError("max_cost needs price_in and price_out, the prices of a million tokens")
         if self.votes > 1 and self.heat == 0:

@@ -71,9 +71,8 @@ class Questions:
                     f"{file}: the prompt has an unknown field {name!r}; there are {', '.join(sorted(_FIELDS))}."
                     f"{did_you_mean(name, _FIELDS)}"
                 )
-            for name in ("text", "labels"):
-                if name not in found:
-                    raise ConfigError(f"{file}: the prompt never shows {{{{ {name} }}}}, so nobody could answer it")
+            if "text" not in found:
+                raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
             return self._environment.from_string(self.source)
         except TemplateSyntaxError as fault:
             raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None

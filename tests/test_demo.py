@@ -97,7 +97,7 @@ def test_the_demo_is_whole_fetched_once_and_always_the_same(registry, tmp_path):
     """A split that changes from call to call makes every figure of the demo incomparable."""
     config = demo.demo_config()
     assert config.title() == "demo"
-    assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "student-lora"}
+    assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "kd-fft", "student-lora"}
     assert sorted(path.name for path in Path(config.teacher.model).iterdir()) == sorted(demo._MODEL_FILES)
     assert not list(demo.cache_folder().parent.rglob("escape.txt"))
     assert demo.demo_config() == config

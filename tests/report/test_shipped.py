@@ -216,16 +216,18 @@ def test_single_runs_are_compared(tmp_path):
 
 
 def test_other_tasks_and_other_rows_are_not_paired(tmp_path):
-    """A difference between Pearson and accuracy, or between other examples, has no meaning."""
+    """A difference between Pearson and accuracy, or between other examples; F1 of spam was compared as F1 of ham."""
     make_experiment(tmp_path / "one", task=PAIRS, arms=("kd-lora",))
     make_experiment(tmp_path / "two", task=PAIRS, arms=("kd-lora",), rows=300)
     make_experiment(tmp_path / "three", task=SIMILARITY, arms=("kd-lora",))
     make_experiment(tmp_path / "four", task=PAIRS, arms=("kd-lora",), test_split=True)
-    names = ("one", "two", "three", "four")
+    make_experiment(tmp_path / "five", task=replace(PAIRS, label_names=PAIRS.label_names[::-1]), arms=("kd-lora",))
+    names = ("one", "two", "three", "four", "five")
     report = compare([tmp_path / name for name in names], draws=300)
     rows = _rows(report)
     assert rows["two: KD-LoRA"][3] == "not paired: the examples are not the same"
-    assert rows["three: KD-LoRA"][2:4] == ["–", "another task or order of labels"]
+    for other in ("three", "five"):
+        assert rows[f"{other}: KD-LoRA"][2:4] == ["–", "another task or order of labels"]
     assert rows["four: KD-LoRA"][2:4] == ["–", "scored on test"]
 
 

@@ -175,7 +175,7 @@ def export(
         print(f"serve it, for example: python -m http.server --bind 127.0.0.1 --directory {folder}")
         return
     from kdlora.experiment.deployment import export_model
-    from kdlora.report.shipped_tables import stage_table
+    from kdlora.report.shipped import stage_table
 
     result = export_model(model, to, formats=formats, data=data)
     if as_json:

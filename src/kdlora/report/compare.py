@@ -9,7 +9,7 @@ from pathlib import Path
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.configfile import expand_home
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import RunLayout, RunRecord
+from kdlora.evidence.records import RunLayout
 from kdlora.evidence.stats import MeanSd
 from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
 from kdlora.report.findings import Comparison, pair_runs
@@ -100,12 +100,11 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
     reference = next((one for one in candidates if one.arm in STUDENT_ARMS), candidates[0])
     paired = {one.name: _against(one, reference, draws) for one in candidates if one is not reference}
     states = [
-        f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}"
+        Paragraph(f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}", "warning")
         for one in experiments
         for run in one.unfinished
     ]
-    table = _table(candidates, reference, paired, Links(base, "rows"))
-    blocks = [*(Paragraph(state, "warning") for state in states), table, *_plots(candidates, paired)]
+    blocks = [*states, _table(candidates, reference, paired, Links(base)), *_plots(candidates, paired)]
     lead = _lead(candidates, reference, paired)
     return Page(f"Comparison with {reference.name}", "comparison", lead, (Section("All rows", "rows", blocks),))
 
@@ -158,34 +157,28 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
 
 def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
     """Draw the students' scores over the texts that they learnt from, where these differ."""
+    split = group[0].experiment.split
     curves: dict[tuple[str, bool, str, str], list[tuple[float, float]]] = {}
     for one in group:
-        for run in one.runs:
-            score, config = run.score(one.experiment.split), run.record.config
-            if one.arm in STUDENT_ARMS and score is not None:
-                distilled = one.arm in DISTILLED_ARMS
-                alone = distilled and (config.get("distil") or {}).get("alpha") == 0
-                table = (config.get("teacher") or {}).get("probabilities") or run.record.teacher_model
-                taught_by = "/".join(Path(str(table)).parts[-2:]) if distilled else ""
-                key = one.arm, alone, taught_by, model_title(run.record.model)
-                curves.setdefault(key, []).append((_texts_seen(run.record), score))
+        distilled = one.arm in DISTILLED_ARMS
+        for record, score in ((run.record, run.score(split)) for run in one.runs if one.arm in STUDENT_ARMS):
+            teacher, rows = record.config.get("teacher") or {}, record.rows
+            alone = distilled and (record.config.get("distil") or {}).get("alpha") == 0
+            source = Path(str(teacher.get("probabilities") or record.teacher_model))
+            key = one.arm, alone, "/".join(source.parts[-2:]) if distilled else "", model_title(record.model)
+            texts = rows.get("train", 0) + (rows.get("unlabelled", 0) if distilled else 0)  # copies are no texts
+            if score is not None:
+                curves.setdefault(key, []).append((texts, score))
     if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
-    many, drawn = len({taught_by for *_, taught_by, _ in curves} - {""}) > 1, []
-    models = len({model for *_, model in curves}) > 1
-    for (arm, alone, taught_by, model), points in curves.items():
-        name = arm_title(arm) + (", no labels" if alone else "") + (f", {taught_by}" if many and taught_by else "")
-        name += f", {model}" if models else ""
-        drawn.append(Series(name, replace(arm_style(arm), dashed=alone), tuple(points)))
-    value = f"score on {group[0].experiment.split}"
+    taught_by, models = ({key[place] for key in curves} - {""} for place in (2, 3))
+    drawn = []
+    for (arm, alone, source_of, model), points in curves.items():
+        parts = [arm_title(arm), "no labels" if alone else ""]
+        parts += [source_of if len(taught_by) > 1 else "", model if len(models) > 1 else ""]
+        drawn.append(Series(", ".join(filter(None, parts)), replace(arm_style(arm), dashed=alone), tuple(points)))
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
-    return learning_curves(drawn, title=title, value=value, identity=identity, across=across)
-
-
-def _texts_seen(record: RunRecord) -> int:
-    """Count the labelled texts of a run, and for a distilled arm those that the teacher alone labelled; no copies."""
-    more = record.rows.get("unlabelled", 0) if record.arm in DISTILLED_ARMS else 0
-    return record.rows.get("train", 0) + more
+    return learning_curves(drawn, title=title, value=f"score on {split}", identity=identity, across=across)
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:

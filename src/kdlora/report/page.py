@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kdlora.errors import ArtifactError
+from kdlora.system.environment import collect_versions
 from kdlora.system.ownership import is_ours
 from kdlora.system.storage import write_text_atomic
 
@@ -110,12 +110,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure with what it is and what it is compared with."""
+    """A key figure with what it is and what it is compared with; it leads to the table of runs, or elsewhere."""
 
     label: str
     value: str
     detail: str
-    href: str
+    href: str = "#runs"
 
 
 Pieces = tuple[tuple[str, str], ...]
@@ -189,13 +189,9 @@ def write_page(page: Page, markdown_path: Path, html_path: Path) -> Report:
 
 def render(page: Page, paths: tuple[Path, ...] = ()) -> Report:
     script = files("kdlora.report").joinpath("templates/report.js").read_text(encoding="utf-8")
-    try:
-        own = f"kdlora {version('kdlora')}"
-    except PackageNotFoundError:
-        own = "kdlora"
     facts = {
         "page": page,
-        "origin": f"{own} {page.kind}",
+        "origin": f"kdlora {collect_versions().get('kdlora', '')} {page.kind}",
         "written": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {_SIGN}.",
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -17,20 +17,9 @@ from kdlora.report.collect import Experiment, load_experiment
 from kdlora.report.deferred import deferral_blocks
 from kdlora.report.findings import CONTROLS, Comparison, compare_arms, find_gain, is_teacher_given, retention
 from kdlora.report.outputs import error_blocks, example_blocks
-from kdlora.report.page import (
-    Block,
-    Code,
-    Page,
-    Paragraph,
-    Prose,
-    Report,
-    Section,
-    Tile,
-    engine,
-    write_page,
-)
+from kdlora.report.page import Block, Code, Page, Paragraph, Prose, Report, Section, Tile, engine, write_page
 from kdlora.report.plots import Series, arm_style, learning_curves
-from kdlora.report.shipped_tables import shipped_blocks
+from kdlora.report.shipped import shipped_blocks
 from kdlora.report.tables import MEMORY, PARAMETERS, TIME, Links, cost_blocks, run_table, saving, score_blocks
 from kdlora.report.wording import (
     ARMS,
@@ -66,7 +55,7 @@ def make_report(experiment: Path | str, *, out: Path | str | None = None, draws:
         >>> report = make_report("runs/reviews")
     """
     layout = ExperimentLayout(expand_home(experiment if out is None else out))
-    page = _page(load_experiment(expand_home(experiment)), Links(layout.root, "runs"), draws)
+    page = _page(load_experiment(expand_home(experiment)), Links(layout.root), draws)
     return write_page(page, layout.report_md, layout.report_html)
 
 
@@ -74,34 +63,32 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
-    short: list[Block | None] = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
+    short: list[Block | None] = [_tiles(experiment, comparisons), *cautions]
     runs = {arm: experiment.finished(arm) for arm in experiment.arms}
     curves = [Series.of(arm_title(arm), arm_style(arm), [run.record for run in own]) for arm, own in runs.items()]
     training = learning_curves(curves, title="Validation score", value="score on validation", identity="curve")
     explained = tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS)
-    parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
-        ("In short", "short", short),
-        ("Score", "score", score_blocks(experiment, comparisons, links)),
-        ("Cost", "cost", cost_blocks(experiment, links)),
-        ("As shipped", "shipped", shipped_blocks(experiment, links)),
-        ("What may be acted on", "deferring", deferral_blocks(experiment)),
-        ("Training", "training", [training]),
-        ("What it gets wrong", "errors", error_blocks(experiment)),
-        ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
-        ("Runs", links.runs, [run_table(experiment, links), explained]),
-        ("How it was made", "made", _provenance(experiment)),
+    sections = (
+        Section("In short", "short", short),
+        Section("Score", "score", score_blocks(experiment, comparisons, links)),
+        Section("Cost", "cost", cost_blocks(experiment, links)),
+        Section("As shipped", "shipped", shipped_blocks(experiment, links)),
+        Section("What may be acted on", "deferring", deferral_blocks(experiment)),
+        Section("Training", "training", [training]),
+        Section("What it gets wrong", "errors", error_blocks(experiment)),
+        Section("Where teacher and student disagree most", "examples", example_blocks(experiment)),
+        Section("Runs", "runs", [run_table(experiment, links), explained]),
+        Section("How it was made", "made", _provenance(experiment)),
     )
-    sections = tuple(Section(*part) for part in parts if any(part[2]))
-    return Page(experiment.name, "report", answered, sections)
+    return Page(experiment.name, "report", answered, tuple(one for one in sections if any(one.blocks)))
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:
     records = [run.record for run in experiment.runs]
     first = records[0]
-    facts = [f"Score: {score_title(experiment.task)}."]
-    facts += [f"Rows: {_pairs(first.rows)}."] if first.rows else []
-    facts += [f"Teacher: {first.teacher_model}."] if first.teacher_model else []
-    facts += [f"Student: {first.student_model}."] if first.student_model else []
+    known = {"Score": score_title(experiment.task), "Rows": _pairs(first.rows)}
+    known |= {"Teacher": first.teacher_model or "", "Student": first.student_model or ""}
+    facts = [f"{title}: {value}." for title, value in known.items() if value]
     more = " and ".join(name for name in ("unlabelled", "copies") if name in first.rows) or "unlabelled"
     arms_of: dict[str, list[str]] = {}  # how many texts were cut, arms with the same counts together
     for arm in experiment.arms:
@@ -198,7 +185,7 @@ def _constant_seeds(experiment: Experiment) -> dict[str, list[str]]:
     return seeds
 
 
-def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> tuple[Tile, ...]:
+def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[Tile, ...]:
     """Collect the figures that decide, each beside what it is compared with; none without a student."""
     arm, taught_by = experiment.student_arm, experiment.teacher_arm
     if arm is None:
@@ -206,10 +193,10 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
     score, teacher = experiment.score(arm), experiment.score(taught_by)
     kept = retention(experiment, arm, taught_by)
     if kept is None or kept.mean > 100:  # there is nothing to keep of
-        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task), href)]
+        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task))]
     else:
         both = f"{plus_minus(score)} of {plus_minus(teacher)}"
-        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both, href)]
+        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both)]
     none = "no teacher to compare with" if teacher is None else "not known of the teacher"
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
         runs = [experiment.finished(name) for name in (arm, taught_by)]
@@ -219,8 +206,8 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
             if whole and not cost.is_alike(*runs):
                 detail = "the teacher was measured on another machine, or with another number of threads"
-            tiles.append(Tile(label, cost.write(one), detail or none, href))
+            tiles.append(Tile(label, cost.write(one), detail or none))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
-        tiles.append(Tile("Gain by distillation", signed(found.plain), detail, href))
+        tiles.append(Tile("Gain by distillation", signed(found.plain), detail))
     return tuple(tiles)

@@ -113,10 +113,9 @@ _CLAIMED = {"total": PARAMETERS, "trainable": TRAINABLE, "memory_mb": MEMORY, "s
 
 @dataclass(frozen=True)
 class Links:
-    """Makes links that work from the folder in which the report lies; `runs` is the anchor of the table of runs."""
+    """Makes links that work from the folder in which the report lies."""
 
     base: Path
-    runs: str
 
     def file(self, path: Path) -> str:
         try:
@@ -131,7 +130,7 @@ class Links:
 
     def derived(self, text: str) -> Cell:
         """Make a cell of a figure that comes from several arms; it leads to the table of runs."""
-        return Cell(text, (Link("runs", f"#{self.runs}"),) if text != "–" else ())
+        return Cell(text, (Link("runs", "#runs"),) if text != "–" else ())
 
 
 def published_row(title: str, values: Sequence[float | None]) -> Row:

@@ -8,15 +8,7 @@ from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
 from kdlora.report.page import escape
-from kdlora.report.plots import (
-    Series,
-    Style,
-    arm_style,
-    differences,
-    learning_curves,
-    score_against_cost,
-    shorten,
-)
+from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves, score_against_cost, shorten
 from kdlora.report.wording import (
     change,
     count,

@@ -15,7 +15,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
 from kdlora.foreign import as_code
 from kdlora.report.page import engine
-from kdlora.report.wording import metric_title, of_label
+from kdlora.report.wording import metric_title, model_title, of_label
 
 FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""
@@ -51,11 +51,8 @@ def student_card(
         "fingerprint": _code(record.fingerprints.get("data", "")[:16]),
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
-        "types": task.label_types,
+        "task": task,
         "joins_words": joins_words,
-        "windows": task.windows,
-        "is_pair": task.is_pair,
-        "is_multi": task.kind == "multi-label",
         "student": _code(_short(record.student_model)),
         "teacher": _code(_short(record.teacher_model))
         if record.arm in DISTILLED_ARMS
@@ -131,8 +128,7 @@ def _short(source: str | None) -> str:
     """Name a local model by its folder, so that a card carries no path of the machine."""
     if source is None:
         return "none"
-    head, separator, rest = source.partition(", layers ")
-    return (Path(head).name if Path(head).is_absolute() else head) + separator + rest
+    return model_title(source) if Path(source).is_absolute() else source
 
 
 def _code(text: str) -> Markup:

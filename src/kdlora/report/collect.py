@@ -120,14 +120,14 @@ def headline_split(records: Iterable[RunRecord]) -> str:
 
     A table of a teacher's outputs may cover validation alone, which hides nobody else's test score.
     """
-    finished = [one for one in records if one.status == "finished" and not (one.arm == "fft" and _is_table(one))]
+
+    def is_table(one: RunRecord) -> bool:
+        teacher = one.config.get("teacher") or {}
+        return one.arm == "fft" and bool(teacher.get("logits") or teacher.get("probabilities"))
+
+    finished = [one for one in records if one.status == "finished" and not is_table(one)]
     scored = [one for one in finished if one.score is not None or one.test_score is not None]
     return "test" if scored and all(one.test_score is not None for one in scored) else "validation"
-
-
-def _is_table(record: RunRecord) -> bool:
-    teacher = record.config.get("teacher") or {}
-    return bool(teacher.get("logits") or teacher.get("probabilities"))
 
 
 def load_experiment(folder: Path) -> Experiment:

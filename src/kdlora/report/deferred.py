@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.evidence.defer import (
-    EVERYTHING,
-    POINTS,
-    Deferral,
-    Deferring,
-    FittedModel,
-    Threshold,
-    Thresholds,
-    Unknown,
-    stated,
-)
+from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, FittedModel, Threshold, Thresholds, stated
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
@@ -115,16 +105,15 @@ def deferral_tables(found: Deferral) -> list[Table]:
     promised = f"at most {stated(found.error, 1)} wrong with {stated(found.confidence, 0)} confidence"
     note = f"{found.rows} rows of {found.source}, {promised}.{left_out}{''.join(reasons)}"
     tables = [Table.of("What may be acted on", found.models, columns, note=note)]
-    if rows := [(model, met) for model in found.models for met in model.unknown]:
-        of_unknown: dict[str, Callable[[tuple[Deferring, Unknown]], str]] = {
-            "model": lambda one: _title(one[0].name),
-            "sureness": lambda one: one[1].sureness,
-            "answers of the known": lambda one: _share(one[1].coverage),
-            "deferred of the unknown": lambda one: _share(one[1].deferred),
-            "known is surer than unknown": lambda one: f"{one[1].told_apart:.1%}",
-        }
+    rows = tuple(
+        (_title(one.name), met.sureness, _share(met.coverage), _share(met.deferred), _share(met.told_apart))
+        for one in found.models
+        for met in one.unknown
+    )
+    if rows:
         note = f"{found.unknown:,} texts of no known class. Each kind of sureness has the threshold it may promise."
-        tables.append(Table.of("Texts of no known class", rows, of_unknown, text_columns=2, note=note))
+        titles = ("model", "sureness", "answers of the known", "deferred of the unknown", "known is surer than unknown")
+        tables.append(Table("Texts of no known class", titles, rows, text_columns=2, note=note))
     return tables
 
 

@@ -24,6 +24,7 @@ from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
 _MOST_QUOTATIONS, _LONGEST = 8, 600
 _LONGEST_MARKED, _BEFORE = 500, 80
+Texts = dict[tuple[str, str], ExampleText]
 _GUIDE: dict[str, Any] = {"color": PALETTE["soft"], "linestyle": "--", "linewidth": 1.2, "zorder": 1}
 
 
@@ -44,24 +45,20 @@ def error_blocks(experiment: Experiment) -> list[Block]:
     arm, task = experiment.student_arm, experiment.task
     if arm is None:
         return []
-    student, teacher = _outputs(experiment, arm), _outputs(experiment, experiment.teacher_arm)
-    control = _outputs(experiment, (CONTROLS | {own: taught for taught, own in CONTROLS.items()}).get(arm, ""))
+    control = (CONTROLS | {own: taught for taught, own in CONTROLS.items()}).get(arm, "")
+    teacher, student, other = (_outputs(experiment, one) for one in (experiment.teacher_arm, arm, control))
     if student is None:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
         return [_residual_plot(student)]
-    calibration = _calibration_plot([one for one in (teacher, student) if one is not None])
-    classes = _class_table([one for one in (teacher, student, control) if one is not None])
-    if task.kind == "multi-label":
-        return [classes, calibration]
-    if task.kind == "tokens" and student.offsets is not None:
-        found = [outcomes(task, tags, student.labels, student.offsets) for tags in _decisions(student)]
+    blocks: list[Block] = [_class_table([one for one in (teacher, student, other) if one is not None])]
+    if task.kind == "tokens":
+        found = [outcomes(task, tags, student.labels, np.asarray(student.offsets)) for tags in _decisions(student)]
         confusions = np.mean([taken for _, taken, _ in found], axis=0)
-        table = outcome_table(task, student.name, found)
-        return [classes, table, *_confusion_table(student, confusions, task.label_types), calibration]
-    if task.num_labels > _MOST_CLASSES:
-        return [classes, *_confusion_table(student, _confusion_counts(student), task.label_names), calibration]
-    return [classes, _confusion_matrix(student), calibration]
+        blocks += [outcome_table(task, student.name, found), *_confusion_table(student, confusions, task.label_types)]
+    elif task.kind == "single-label":
+        blocks += _label_confusions(student)
+    return [*blocks, _calibration_plot([one for one in (teacher, student) if one is not None])]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
@@ -69,8 +66,6 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
     if aligned is None:
         return None
     logits = tuple(one.logits for one in aligned)  # those of a word that a model did not see are no numbers
-    if experiment.task.kind != "tokens" and not all(np.isfinite(one).all() for one in logits):
-        return None
     return Outputs(experiment.task, arm_title(arm), arm_style(arm), logits, aligned[0].labels, aligned[0].offsets)
 
 
@@ -78,15 +73,15 @@ def _decisions(outputs: Outputs) -> list[np.ndarray]:
     return [predict_labels(outputs.task, one, outputs.offsets) for one in outputs.logits]
 
 
-def _confusion_counts(outputs: Outputs) -> np.ndarray:
+def _label_confusions(outputs: Outputs) -> list[Table]:
+    """Show the confusion matrix; of many labels the most frequent confusions."""
     from sklearn.metrics import confusion_matrix  # half a second, which no training waits for
 
-    names = range(outputs.task.num_labels)
-    return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in _decisions(outputs)], axis=0)
-
-
-def _confusion_matrix(outputs: Outputs) -> Table:
-    counts, names = _confusion_counts(outputs), outputs.task.label_names
+    names = outputs.task.label_names
+    places = range(len(names))
+    counts = np.mean([confusion_matrix(outputs.labels, one, labels=places) for one in _decisions(outputs)], axis=0)
+    if len(names) > _MOST_CLASSES:
+        return _confusion_table(outputs, counts, names)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = tuple(
         (name, *(f"{share:.0f}%" if own.any() else "–" for share in own))
@@ -94,7 +89,7 @@ def _confusion_matrix(outputs: Outputs) -> Table:
     )
     caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
     note = f"Each row adds up to 100%; – where no row has the label. {of_seeds(len(outputs.logits))}"
-    return Table(caption, ("label", *names), rows, note=note, side=True)
+    return [Table(caption, ("label", *names), rows, note=note, side=True)]
 
 
 def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
@@ -116,40 +111,34 @@ def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str])
 
 def _class_table(arms: Sequence[Outputs]) -> Table:
     """List precision, recall and F1 of every label, and its rows: of the teacher, of what ships, and of its control."""
-    names, labels, what = arms[0].task.label_names, arms[0].labels, ("label", "rows")
-    if arms[0].task.kind == "tokens":
-        names, what = arms[0].task.label_types, ("type", "entities")
-        support = _entities(arms[0])[0][:, 2]
-    else:
-        support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
-    figures = {arm.name: 100 * _per_label(arm) for arm in arms}
+    task, counts = arms[0].task, [count_labels(arm) for arm in arms]
+    names, what = task.label_names, ("label", "rows")
+    if task.kind == "tokens":
+        names, what = task.label_types, ("type", "entities")
     rows: list[Row] = []
     for place, name in enumerate(names):
-        for arm, own in figures.items():
-            written = (plus_minus(mean_sd(seeds)) if support[place] else "–" for seeds in own[:, :, place].T)
-            rows.append((name, arm, str(int(support[place])), *written))
+        for arm, own in zip(arms, counts, strict=True):
+            support = counts[0][0, place, 2]
+            figures = [plus_minus(mean_sd(100 * seeds)) for seeds in entity_rates(own[:, place])]
+            rows.append((name, arm.name, str(support), *(figures if support else ["–"] * 3)))
     told = f"Per cent, mean ± standard deviation over seeds; {what[1]} are those that have the {what[0]}."
     columns = (what[0], "model", what[1], "precision", "recall", "F1")
     return Table(f"Every {what[0]}", columns, tuple(rows), text_columns=2, note=told, compact=True)
 
 
-def _per_label(outputs: Outputs) -> np.ndarray:
-    """Give precision, recall and F1 (seeds, 3, labels); 0 where there is nothing to divide by."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    if outputs.task.kind == "tokens":
-        return np.array([entity_rates(counts) for counts in _entities(outputs)])
-    if outputs.task.kind == "multi-label":  # scikit-learn takes a single column for two classes
-        had = outputs.labels
-        sums = [np.stack([(one * had).sum(0), one.sum(0), had.sum(0)], axis=-1) for one in _decisions(outputs)]
-        return np.array([entity_rates(counts) for counts in sums])
-    how: dict[str, Any] = {"labels": range(outputs.task.num_labels), "average": None, "zero_division": 0}
-    return np.array([precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in _decisions(outputs)])
-
-
-def _entities(outputs: Outputs) -> list[np.ndarray]:
-    names, labels, offsets = outputs.task.label_names, outputs.labels, outputs.offsets
-    return [counts_from_logits(names, one, labels, offsets).sum(axis=0) for one in outputs.logits]
+def count_labels(outputs: Outputs) -> Integers:
+    """Count right, predicted and wanted rows of each label, or entities of each type: (seeds, labels, 3)."""
+    task, labels, found = outputs.task, outputs.labels, []
+    for logits, said in zip(outputs.logits, _decisions(outputs), strict=True):
+        if task.kind == "tokens":
+            found.append(counts_from_logits(task.label_names, logits, labels, outputs.offsets).sum(axis=0))
+        elif task.kind == "multi-label":
+            had = labels.astype(np.int64)
+            found.append(np.stack([(said * had).sum(axis=0), said.sum(axis=0), had.sum(axis=0)], axis=-1))
+        else:
+            parts = (labels[said == labels], said, labels)
+            found.append(np.stack([np.bincount(part, minlength=task.num_labels) for part in parts], axis=-1))
+    return np.array(found)
 
 
 def _residual_plot(outputs: Outputs) -> Figure:
@@ -211,35 +200,30 @@ def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliabil
 
 
 def example_blocks(experiment: Experiment) -> list[Block]:
-    """Quote the examples on which teacher and student differ most, or say why there are none."""
-    if experiment.student_arm is None:
+    """Quote where the teacher's first run, and the mean over the shipped arm's seeds, differ most; or say why not."""
+    arm, task, found = experiment.student_arm, experiment.task, list[Quotation]()
+    if arm is None:
         return []
-    found = _disagreements(experiment, experiment.student_arm)
+    why = "the texts, or the predictions of teacher or student, were not kept"
+    teachers, students = (experiment.predictions(name) for name in (experiment.teacher_arm, arm))
+    aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
+    if aligned is not None:
+        why = "teacher and student agree on every word"
+        found = (_span_quotations if task.kind == "tokens" else _quotations)(task, aligned, experiment.examples)
     if not found:
-        why = "the texts, or the predictions of teacher or student, were not kept"
-        if found is not None:
-            why = "teacher and student agree on every word"
         return [Paragraph(f"There are no examples to show: {why}.", "note")]
     measure = {
         "tokens": "the number of words on which they differ",
         "single-label": "the Jensen-Shannon divergence of their probabilities",
         "multi-label": "the largest difference in the probability of a label",
         "regression": "the difference of their predictions",
-    }[experiment.task.kind]
-    told = f"Ordered by {measure}. Some of these are wrong labels: check them."
-    return [Paragraph(told), tuple(found)]
+    }[task.kind]
+    return [Paragraph(f"Ordered by {measure}. Some of these are wrong labels: check them."), tuple(found)]
 
 
-def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
-    """Quote where the teacher's first run, and the mean over the shipped arm's seeds, differ most; None: not kept."""
-    teachers, students = (experiment.predictions(name) for name in (experiment.teacher_arm, arm))
-    aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
-    if aligned is None:
-        return None
-    task, rows = experiment.task, aligned[0]
-    if task.kind == "tokens":
-        return span_quotations(task, aligned, experiment.examples)
-    logits = [one.logits for one in aligned]
+def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:
+    """Quote where the first predictions, the teacher's, and the mean of the others differ most."""
+    rows, logits = aligned[0], [one.logits for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
     # Jensen-Shannon is bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
@@ -247,10 +231,10 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
     distance = np.abs(teacher - student).max(axis=1)
     if task.kind == "single-label":
         distance = (rel_entr(teacher, middle) + rel_entr(student, middle)).sum(axis=1)
-    who = "student" if len(students) == 1 else f"student, mean of {len(students)} seeds"
+    who = "student" if len(softened) == 1 else f"student, mean of {len(softened)} seeds"
     quotations: list[Quotation] = []
     for row in np.argsort(-distance, kind="stable")[: 4 * _MOST_QUOTATIONS]:
-        example = experiment.examples.get((rows.split[row], rows.ids[row]))
+        example = texts.get((rows.split[row], rows.ids[row]))
         if example is not None and len(quotations) < _MOST_QUOTATIONS:
             facts = {"id": rows.ids[row], "label": _label(task, rows.labels[row])}
             facts["teacher"] = _opinion(task, teacher[row], student[row])
@@ -273,11 +257,9 @@ def _opinion(task: Task, values: np.ndarray, other: np.ndarray) -> str:
     """Say what one side predicts; for multi-label, on the label that divides the two."""
     if task.kind == "regression":
         return f"{float(values[0]):.6g}"
-    if task.kind == "multi-label":
-        column = int(np.abs(values - other).argmax())
-        return f"{task.label_names[column]}: {100 * values[column]:.0f}%"
-    column = int(values.argmax())
-    return f"{task.label_names[column]}, {100 * values[column]:.0f}%"
+    several = task.kind == "multi-label"
+    column = int((np.abs(values - other) if several else values).argmax())
+    return f"{task.label_names[column]}{':' if several else ','} {100 * values[column]:.0f}%"
 
 
 def _cut(text: str) -> str:
@@ -335,13 +317,9 @@ def _share(value: float, total: float) -> str:
     return f"{100 * value / total:.0f}%" if total else "–"
 
 
-def span_quotations(
-    task: Task, aligned: Sequence[Predictions], texts: dict[tuple[str, str], ExampleText]
-) -> list[Quotation]:
+def _span_quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:
     """Quote where the entities of the first predictions, the teacher's, and of the mean of the others differ most."""
-    teacher, rows = aligned[0], aligned[0].offsets
-    if rows is None:
-        return []
+    teacher, rows = aligned[0], np.asarray(aligned[0].offsets)
     student = np.mean([probabilities(one.logits, task.kind) for one in aligned[1:]], axis=0)
     sides = {"label": teacher.labels, "teacher": decode(teacher.logits, rows), "student": decode(student, rows)}
     differs = np.add.reduceat(np.append(sides["teacher"] != sides["student"], False), rows[:-1].clip(max=rows[-1]))
@@ -381,10 +359,8 @@ def _parts(text: str, spans: Sequence[Span], low: int, high: int) -> Pieces:
     """Cut a stretch of a text into pieces, each with its type or none."""
     parts, place = [("… ", "")] if low else [], low
     for span in spans:
-        parts += [
-            (text[place : max(low, span.start)], ""),
-            (text[max(low, span.start) : min(high, span.end)], span.type),
-        ]
-        place = min(high, span.end)
+        start, end = max(low, span.start), min(high, span.end)
+        parts += [(text[place:start], ""), (text[start:end], span.type)]
+        place = end
     parts += [(text[place:high], ""), (" …" if high < len(text) else "", "")]
     return tuple(part for part in parts if part[0])

@@ -78,8 +78,14 @@ class Series:
     @classmethod
     def of(cls, name: str, style: Style, records: Iterable[RunRecord]) -> Series:
         """Read the scores from the histories of runs; what is no finite number there is left out."""
-        entries = (entry for record in records for entry in record.history if _has_numbers(entry, "epoch", "score"))
-        return cls(name, style, tuple((entry["epoch"], entry["score"]) for entry in entries))
+        entries = (entry for record in records for entry in record.history)
+        points: Iterator[Any] = ((entry.get("epoch"), entry.get("score")) for entry in entries)
+        return cls(name, style, tuple(point for point in points if all(map(_is_number, point))))
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        across, up = np.mean(self.points, axis=0)
+        return float(across), float(up)
 
     def by_epoch(self) -> dict[float, list[float]]:
         found: dict[float, list[float]] = {}
@@ -88,9 +94,8 @@ class Series:
         return dict(sorted(found.items()))
 
 
-def _has_numbers(entry: dict[str, Any], *keys: str) -> bool:
-    values = [entry.get(key) for key in keys]
-    return all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) for value in values)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
 
 
 def draw(
@@ -182,54 +187,45 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     drawn = [one for one in series if one.points]
     if not drawn:
         return None
-    said = "; ".join(f"{one.name} {up:.2f} at {across:.3g}" for one in drawn for across, up in [_middle(one)])
+    costs, scores = zip(*(point for one in drawn for point in one.points), strict=True)
+    is_log, aside = min(costs) > 0 and max(costs) / min(costs) > _FAR, _aside(drawn)
+    said = "; ".join(f"{one.name} {one.middle[1]:.2f} at {one.middle[0]:.3g}" for one in drawn)
     caption = "Further left is cheaper, further up is better."
     if any(len(one.points) > 1 for one in drawn):
         caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
-    caption += " Marks of the same cost stand side by side." if any(_aside(drawn)) else ""
-    caption += " The horizontal axis is logarithmic." if _is_log(drawn) else ""
+    caption += " Marks of the same cost stand side by side." if any(aside) else ""
+    caption += " The horizontal axis is logarithmic." if is_log else ""
 
     def paint(axes: Any) -> None:
-        _paint_costs(axes, drawn)
+        for one, points in zip(drawn, aside, strict=True):
+            _paint_arm(axes, one, points)
+        axes.set_ylim(*padded(scores, margin=0.18, least=2.0))
+        if is_log:
+            log_ticks(axes, min(costs) / 1.6, max(costs) * 1.6)
+        else:
+            axes.set_xlim(0, max(costs) * 1.12 or 1)
         axes.set(xlabel=cost, ylabel=score)
 
     return draw(paint, title, f"{score} against {cost}: {said}.", identity, caption=caption)
 
 
-def _middle(one: Series) -> tuple[float, float]:
-    across, up = np.mean(one.points, axis=0)
-    return float(across), float(up)
-
-
-def _is_log(series: Sequence[Series]) -> bool:
-    costs = [cost for one in series for cost, _ in one.points]
-    return min(costs) > 0 and max(costs) / min(costs) > _FAR
-
-
 def _aside(series: Sequence[Series]) -> list[float]:
     """Say by how many points each mark is moved, so that those of the same cost do not hide each other."""
-    middles = np.array([_middle(one)[0] for one in series])
+    middles = np.array([one.middle[0] for one in series])
     same = np.abs(middles[:, None] - middles) <= 0.02 * middles.max()
     return [11 * (row[:number].sum() - (row.sum() - 1) / 2) for number, row in enumerate(same)]
 
 
-def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
+def _paint_arm(axes: Any, one: Series, aside: float) -> None:
     from matplotlib.transforms import ScaledTranslation
 
-    for one, aside in zip(series, _aside(series), strict=True):
-        moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
-        scores = [score for _, score in one.points]
-        if len(scores) > 1:
-            scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
-            ends = float(np.mean(scores)) + float(np.std(scores, ddof=1)) * np.array([-1, 1])
-            axes.plot([_middle(one)[0]] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
-        scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
-    costs = [cost for one in series for cost, _ in one.points]
-    axes.set_ylim(*padded([score for one in series for _, score in one.points], margin=0.18, least=2.0))
-    if _is_log(series):
-        log_ticks(axes, min(costs) / 1.6, max(costs) * 1.6)
-    else:
-        axes.set_xlim(0, max(costs) * 1.12 or 1)
+    moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    across, up = one.middle
+    if len(one.points) > 1:
+        scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
+        ends = up + float(np.std([score for _, score in one.points], ddof=1)) * np.array([-1, 1])
+        axes.plot([across] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
+    scatter(axes, [one.middle], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
 
 
 def log_ticks(axes: Any, low: float, high: float) -> None:
@@ -253,7 +249,7 @@ def learning_curves(
     def paint(axes: Any) -> None:
         for curve, epochs in drawn:
             _paint_curve(axes, curve, epochs)
-        values = [value for _, epochs in drawn for seeds in epochs.values() for value in seeds]
+        values = [value for curve, _ in drawn for _, value in curve.points]
         axes.set_ylim(*padded(values, margin=0.06, least=0.02 * max(map(abs, values)) or 1.0))
         axes.set(xlabel=across, ylabel=value)
         whole = sorted({epoch for _, epochs in drawn for epoch in epochs if epoch == int(epoch)})

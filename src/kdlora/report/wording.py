@@ -70,8 +70,8 @@ def model_title(source: str | None) -> str:
     """Shorten a model's source to its last part; a folder's path is nobody's business in a headline."""
     if not source:
         return "the teacher"
-    name, comma, rest = source.partition(",")
-    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] + comma + rest
+    name, separator, rest = source.partition(", layers ")
+    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] + separator + rest
 
 
 def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:

@@ -94,12 +94,12 @@ def test_a_page_fetches_nothing_fits_any_screen_and_serves_every_reader(browser,
         assert browser.find_element(By.TAG_NAME, "h1").text == HOSTILE[0]
         assert HOSTILE[1] in browser.find_element(By.TAG_NAME, "body").text
     labels = "return [...document.querySelectorAll('figure > svg[role] text')].map(e => e.textContent.trim())"
-    assert name in ("spans", "both", "compared") or set(browser.execute_script(labels)) >= AXES
+    assert name in ("spans", "compared") or set(browser.execute_script(labels)) >= AXES
     for width in (1280, 390):
         look(browser, width)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script(BEYOND_THE_EDGE) == []
-        assert name in ("tags", "spans", "both") or browser.execute_script(OVERLAPS) == []
+        assert name in ("tags", "spans") or browser.execute_script(OVERLAPS) == []
 
 
 def test_columns_sort_by_what_their_figures_mean(browser, server):

@@ -202,9 +202,9 @@ def _start_of(process: int) -> int | None:
 def remove_abandoned(folder: Path, *, deep: bool = True, of: str = "") -> None:
     """Remove what killed processes were writing in a folder, and put back what they had not replaced yet."""
     for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in [*folders, *files]):
-            found = _OWNED.fullmatch(path.name)
-            if not found or (of and found["target"] != of) or not _is_abandoned(path, found):
+        for found in filter(None, map(_OWNED.fullmatch, [*folders, *files])):
+            path = Path(place, found.string)
+            if (of and found["target"] != of) or not _is_abandoned(path, found):
                 continue
             if found["old"] and not os.path.lexists(target := path.with_name(found["target"])):
                 logger.info("putting back %s, which a process that was killed had not replaced yet", target)

@@ -204,18 +204,22 @@ def connect(on: str) -> Any:
     import ray
 
     address = on if on != "ray" else os.environ.get("RAY_ADDRESS", "")
-    if address and address not in ("auto", "local"):
-        _knock(address)
-    elif address != "local":
+    if address in ("", "auto"):
         _refuse_somebody_elses()
     # Of a cluster that is started here, nothing is reported to anybody unless the user says so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Its dashboard takes code from whoever reaches its port, which is every user of this machine.
     options = {"ignore_reinit_error": True, "include_dashboard": False} if on == "ray" else {"address": on}
     try:
+        if address not in ("", "auto", "local"):  # Ray itself would try for most of a minute
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError) as fault:
-        raise ConfigError(f"no Ray cluster answers at {on} ({fault}); check the address, or start one") from None
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise ConfigError(
+            f"no Ray cluster answers at {address or on} ({fault}); check the address, which is one such as "
+            "ray://head:10001, or start a cluster with `ray start --head`"
+        ) from None
     return ray
 
 
@@ -231,19 +235,6 @@ def _refuse_somebody_elses() -> None:
             )
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds whether anybody listens; Ray itself would try for most of a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"expected a Ray address such as ray://head:10001, got {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-    except OSError as fault:
-        raise ConfigError(
-            f"no Ray cluster answers at {address} ({fault}); check the address, or start one with `ray start --head`"
-        ) from None
-
-
 def _look_around(paths: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
     """Give this machine's name, which paths it lacks, and the versions of what is installed."""
     return socket.gethostname(), [path for path in paths if not Path(path).exists()], collect_versions()
@@ -255,7 +246,13 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    _check_resources([node["Resources"] for node in nodes], needs)
+    sizes = [(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes]
+    if not any(cpus >= needs.cpus and gpus >= (needs.gpus or 0) for cpus, gpus in sizes):  # Ray would wait without end
+        told = "; ".join(f"{cpus:g} cores and {gpus:g} GPUs" for cpus, gpus in sizes)
+        raise ConfigError(
+            f"a run needs {needs.cpus:g} cores and {needs.gpus or 0:g} GPUs (resources), but the cluster's nodes have "
+            f"{told or 'nothing'}"
+        )
     look = ray.remote(num_cpus=0, max_retries=0)(_look_around)
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     answers = [look.options(scheduling_strategy=place).remote(list(paths)) for place in places]
@@ -277,14 +274,3 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
     if faults:
         remedy = "every node needs the same folders at the same paths: mount them there, or name a Hub data set"
         raise ConfigError("\n".join([f"{remedy}:", *(f"  - {fault}" for fault in faults)]))
-
-
-def _check_resources(nodes: Sequence[dict[str, float]], needs: Resources) -> None:
-    """Refuse runs that no node can ever hold: Ray would wait for such a node without end."""
-    gpus = needs.gpus or 0
-    if not any(node.get("CPU", 0) >= needs.cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        sizes = "; ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ConfigError(
-            f"a run needs {needs.cpus:g} cores and {gpus:g} GPUs (resources), but the cluster's nodes have "
-            f"{sizes or 'nothing'}"
-        )

@@ -29,6 +29,11 @@ from kdlora.report.report import make_report
 from kdlora.system.storage import hold_lock
 
 
+def sureness(said) -> np.ndarray:
+    """Give the probability of each answer."""
+    return np.array([max(one.probabilities.values()) for one in said])
+
+
 def numbered(count: int, seed: int) -> list[dict[str, str]]:
     """Make rows of texts that occur once."""
     rows = tiny.sentiment_rows(count, seed=seed)
@@ -53,7 +58,7 @@ def finished(workshop, made_once) -> Path:
         student = Classifier.load(root / "student")
         for name in ("validation", "test"):
             said = student.predict([row["text"] for row in rows[name]])
-            unsure = np.argsort([max(one.probabilities.values()) for one in said])[: len(said) // 2]
+            unsure = np.argsort(sureness(said))[: len(said) // 2]
             for place, row in enumerate(rows[name]):
                 row["label"] = said[place].label
             for place in unsure[::2]:
@@ -79,7 +84,7 @@ def by_sureness(promised: Path) -> list[str]:
     """Texts, the one first that the student is least sure of."""
     texts = [row["text"] for row in numbered(90, 5)]
     said = Classifier.load(promised / "student", decisions="thresholds").predict(texts)
-    return [texts[place] for place in np.argsort([max(one.probabilities.values()) for one in said])]
+    return [texts[place] for place in np.argsort(sureness(said))]
 
 
 def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp_path: Path, cli) -> None:
@@ -93,9 +98,7 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
         assert "is below" in second.deferred
         assert set(second.probabilities) == {"negative", "positive"}
         assert Classifier.load(place, decisions="thresholds").predict([unsure])[0].label is not None
-        with pytest.raises(
-            ModelError, match=r"promised for a max_length of \d+, got 8. Load the model with the promised"
-        ):
+        with pytest.raises(ModelError, match=r"promised for a max_length of \d+, got 8. Load the model with the"):
             Classifier.load(place, max_length=8)  # its answers are others
         assert Classifier.load(place, max_length=8, decisions="thresholds").predict([unsure])[0].label is not None
     texts = tiny.write_csv(tmp_path / "texts.csv", [{"id": "a", "text": sure}, {"id": "b", "text": unsure}])
@@ -253,9 +256,8 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     assert json.loads(shown.out, parse_constant=pytest.fail)["points"][-1]["handed_on"] == 1
     drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--plot", promised / "c.svg")
     assert "within 0.2 points of the teacher" in drawn.out
-    assert {"student alone", "teacher alone", "score"} <= set(
-        re.findall(r">([^<]+)</text>", (promised / "c.svg").read_text())
-    )
+    words = re.findall(r">([^<]+)</text>", (promised / "c.svg").read_text())
+    assert {"student alone", "teacher alone", "score"} <= set(words)
     assert "two models" in cli("benchmark", models[0], "--cascade", code=2).err
     refused = cli("benchmark", *models, "--cascade", "--plot", promised / "c.csv", code=2)
     assert "c.csv: a plot is drawn as one of png, svg" in refused.err
@@ -276,10 +278,7 @@ def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, finished
     assert set(by_kind) == {"probability", "margin", "energy"}
     assert by_kind["probability"]["deferred"] == pytest.approx(np.mean([one.label is None for one in answers]))
     known = [row["text"] for row in numbered(600, 3)]
-    sure, strange = (
-        np.array([max(one.probabilities.values()) for one in Classifier.load(promised / "student").predict(part)])
-        for part in (known, texts)
-    )
+    sure, strange = sureness(Classifier.load(promised / "student").predict(known)), sureness(answers)
     pairs = (sure[:, None] > strange).mean() + (sure[:, None] == strange).mean() / 2
     assert by_kind["probability"]["told_apart"] == pytest.approx(pairs, abs=1e-3)
     assert "Texts of no known class" in (promised / "report.md").read_text()

@@ -61,6 +61,12 @@ def read(folder: Path, file: str = "safetensors") -> dict[str, float]:
     return json.loads(place.read_text())[file]["thresholds"]
 
 
+def goals(folder: Path) -> dict[str, str]:
+    """Read what each label's threshold was fitted for."""
+    labels = json.loads((folder / "thresholds.json").read_text())["models"][0]["labels"]
+    return {one["label"]: one["goal"] for one in labels}
+
+
 def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, cli) -> None:
     """Int8 shifts outputs, and one file's thresholds on another's would say labels that nobody judged."""
     texts = [row["text"] for row in flags(60, 4)]
@@ -133,10 +139,7 @@ def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     assert {name: after[name] for name in ("film", "music")} == {name: before[name] for name in ("film", "music")}
     assert "precision 0.4" in done.out
     cli("thresholds", fitted, "--metric", "f1", "--label", "film")
-    goals = {
-        one["label"]: one["goal"] for one in json.loads((fitted / "thresholds.json").read_text())["models"][0]["labels"]
-    }
-    assert goals["praise"] == "precision 0.4"
+    assert goals(fitted)["praise"] == "precision 0.4"
     kept = snapshot(fitted)
     refused = cli("thresholds", fitted, "--precision", "0.999", "--label", "praise", code=2)
     assert "no threshold reaches a precision of 0.999 on 200 rows" in refused.err
@@ -147,12 +150,7 @@ def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     notes = " ".join(fit_thresholds(fitted, {"praise": 0.999, "music": "accuracy"}).notes)
     assert "'praise' keeps its threshold in student: no threshold reaches a precision of 0.999 on 200 rows" in notes
     assert {name for name, value in read(fitted).items() if value != after[name]} == {"music"}
-    told = json.loads((fitted / "thresholds.json").read_text())["models"][0]["labels"]
-    assert {one["label"]: one["goal"] for one in told} == {
-        "film": "f1",
-        "music": "accuracy",
-        "praise": "precision 0.4",
-    }
+    assert goals(fitted) == {"film": "f1", "music": "accuracy", "praise": "precision 0.4"}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.plan import reset_unused
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
-from kdlora.experiment.settle import Chosen
+from kdlora.experiment.settle import Chosen, ModelLook
 from kdlora.report.shipped import BenchmarkResult
 from tiny import sentiment_rows, write_csv
 
@@ -168,7 +168,8 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
         path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
         line = next(line for line in cli("run", path, "--dry-run").out.splitlines() if line.startswith("max_length"))
         assert line.endswith(said), line
-    chosen = Chosen(3000, {"teacher": 100, "student": 100}, BINARY, {}, {"teacher": 8192, "student": 512})
+    looks = {"teacher": ModelLook(np.array([3000]), 8192, 768), "student": ModelLook(np.array([3000]), 512, 384)}
+    chosen = Chosen(looks, {"train": 100}, BINARY)
     for long_texts, lengths in (("cut", (512, 512)), ("windows", (3000, 512))):
         config = build_config(values | open_lengths | {"data": data | {"long_texts": long_texts}})
         filled = chosen.fill_in(config)

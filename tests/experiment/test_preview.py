@@ -105,11 +105,8 @@ def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
 
 def test_texts_are_counted_without_being_held():
     """Copies of all texts have the plan of millions of rows killed, and with it the run."""
-    draw, pool, usual = (
-        np.random.default_rng(0),
-        pa.proxy_memory_pool(pa.default_memory_pool()),
-        pa.default_memory_pool(),
-    )
+    draw, usual = np.random.default_rng(0), pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
     texts = [f"{number:0500}" for number in draw.integers(0, 60_000, 100_000)]
     rows = Dataset(pa.table({"text": texts, "label": draw.integers(0, 2, 100_000)}))
     train, other = rows.select(draw.permutation(100_000)), rows.select(range(0, 100_000, 9))
@@ -287,7 +284,7 @@ def test_weights_follow_the_metric_where_they_are_auto(uneven, workshop, tmp_pat
         ("accuracy", "balanced", "balanced"),
     ):
         config = uneven(student={"train": train | {"class_weights": given}})
-        chosen = Chosen(16, {"teacher": 44, "student": 44}, replace(BINARY, metrics=(metric,)), {})
+        chosen = Chosen({}, {"train": 44}, replace(BINARY, metrics=(metric,)))
         assert chosen.fill_in(config).student.train.class_weights == expected
     config, plans = uneven(student={"train": train | {"class_weights": "auto"}}), []
     layout = run_experiment(config, tmp_path / "out", before=plans.append).layout

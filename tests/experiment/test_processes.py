@@ -19,7 +19,6 @@ from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.jobs import Job, carry_out
-from kdlora.experiment.plan import ConfigurationLayout
 from kdlora.experiment.recording import look_at
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_recorded
@@ -181,7 +180,7 @@ def test_the_process_that_ran_out_of_memory_is_named(workshop, tmp_path, monkeyp
 
     monkeypatch.setattr(team, "_take_part", lose)
     facts = look_at(load_splits(config.task, config.data), config.data)
-    job = Job("train", "one", config, ConfigurationLayout(tmp_path), "student-lora", 0, facts, ships=True)
+    job = Job("train", "one", config, ExperimentLayout(tmp_path), "student-lora", 0, facts, ships=True)
     error = carry_out(job, in_child=team.run).error
     assert "process 0: RuntimeError: Connection closed by peer; process 1: OutOfMemoryError: CUDA out" in error
     assert error.endswith("Lower micro_batch_tokens in teacher.train or student.train")

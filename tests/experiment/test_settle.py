@@ -27,10 +27,9 @@ from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import measure_latency, unknown_classes
 from kdlora.experiment.settle import (
     Chosen,
+    ModelLook,
     choose_max_length,
     closed,
-    decide,
-    loaded_models,
     look_at_models,
     settings_for,
     steps_for_labels,
@@ -72,11 +71,11 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     config = build_config(
         CONFIG | {name: CONFIG[name] | {"train": {"batch_size": 16}} for name in ("teacher", "student")}
     )
-    config = decide({}, {"train": 640, "unlabelled": 0}, BINARY, processes=2).fill_in(config)
+    config = Chosen({}, {"train": 640}, BINARY, processes=2).fill_in(config)
     assert (config.teacher.train.epochs, config.student.train.epochs) == (15, 30)
 
     # With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts.
-    config = decide({}, {"train": 100, "unlabelled": 8000}, BINARY).fill_in(build_config(CONFIG))
+    config = Chosen({}, {"train": 100, "unlabelled": 8000}, BINARY).fill_in(build_config(CONFIG))
     assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
 
 
@@ -86,18 +85,19 @@ def test_a_student_that_could_not_be_shipped_is_refused_first(tiny_model_folder,
     config = build_config(CONFIG | {"teacher": {"model": folder}, "student": {"model": folder}})
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(ModelError, match=r"student\.model.*choose a student with a tokenizer\.json"):
-        list(loaded_models(config, BINARY))
+        look_at_models(config, BINARY, {"text": ["a film"]}, timed=False)
 
 
 def test_only_what_is_null_is_settled():
     """A rate that the user set and that is replaced in silence is somebody else's experiment."""
-    chosen = Chosen(64, {"teacher": 1500, "student": 1500}, BINARY, {"teacher": 768, "student": 384})
+    looks = {"teacher": ModelLook(np.array([64]), 512, 768), "student": ModelLook(np.array([64]), 512, 384)}
+    chosen = Chosen(looks, {"train": 1500}, BINARY)
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t", "train": {"learning_rate": 1e-5}}}))
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)
     assert settings_for(config, "lora").learning_rate == 5e-4
     windows = build_config(CONFIG | {"data": {"train": "a.csv", "long_texts": "windows"}})
-    one = Chosen(2000, {"teacher": 90, "student": 90}, BINARY, {"teacher": 768}, {"teacher": 512})
+    one = Chosen({"teacher": ModelLook(np.array([2000]), 512, 768)}, {"train": 90}, BINARY)
     lengths = [part.train.max_length for part in (one.fill_in(windows).teacher, one.fill_in(windows).student)]
     assert lengths == [512, None], "a student that is looked at by a later call reads what it can"
     settled = build_config(CONFIG | {"student": {"model": "s", "train": {"learning_rate": 1e-3}}})

@@ -146,9 +146,8 @@ def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):
     # Other processes of a run, which do not look at the data, would take it for another experiment.
     assert "words" in config.run.arms
     layout = ExperimentLayout(tmp_path)
-    assert _experiment(
-        plan.config.model_copy(update={"teacher": config.teacher, "student": config.student}), layout
-    ) == (_experiment(config, layout))
+    open_again = plan.config.model_copy(update={"teacher": config.teacher, "student": config.student})
+    assert _experiment(open_again, layout) == _experiment(config, layout)
     only = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("words",)})})
     with pytest.raises(ConfigError, match=r"run\.arms: a bag of words"):
         plan_experiment(only, tmp_path / "out")

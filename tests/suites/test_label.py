@@ -271,7 +271,7 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_f
         splits = load_splits(table.task, table.data)
         assert len(check_table(table, splits)) == count  # rows left out
     foreign = {"data": {"unlabelled": str(write_collection(tmp_path / "foreign"))}}
-    with pytest.raises(ConfigError, match="that M labelled, but a table is the teacher"):
+    with pytest.raises(ConfigError, match="that M labelled, and one teacher teaches all rows"):
         check_table(workshop.config(teacher | foreign), splits)
 
     # Two teachers of one name, one of them trained a little longer, look alike in every config.

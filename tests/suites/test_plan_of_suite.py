@@ -33,7 +33,8 @@ SUITE = {
         "adapters": {"lora.rank": [8, 16], "distil.alpha": [0.1, 0.5]},
     },
 }
-CHOSEN = Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})
+SEEN = {"teacher": ModelLook(np.array([40]), 512, 768), "student": ModelLook(np.array([40]), 512, 384)}
+CHOSEN = Chosen(SEEN, {"train": 1000}, BINARY)
 
 
 def suite(**changes):

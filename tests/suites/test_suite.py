@@ -200,7 +200,7 @@ def test_missing_data_are_told_before_any_training(suite_values, tmp_path):
     assert "none.csv" in str(fault.value)
     assert "neither.csv" in str(fault.value)
     collection = write_collection(tmp_path / "labelled")
-    with pytest.raises(ConfigError, match="that M labelled, but this experiment trains a teacher of its own"):
+    with pytest.raises(ConfigError, match="that M labelled, and one teacher teaches all rows"):
         run_suite(build_suite(suite_values(config={"data": {"unlabelled": str(collection)}})), tmp_path / "suite")
     with pytest.raises(DataError, match=r"none\.csv"):
         run_suite(build_suite(suite_values(tasks={"first": tasks["first"]})), tmp_path / "suite")

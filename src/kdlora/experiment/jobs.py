@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import heapq
 import logging
-import math
+import operator
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from kdlora.data.load import add_copies, load_splits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.resume import OtherTrainingError
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, listed
-from kdlora.evidence.records import RunRecord, read_record, write_record
-from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, run_identity
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record
+from kdlora.experiment.plan import Lesson, PlannedRun, run_identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
-from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts
+from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts, with_values
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.section import WINDOW_KEYS, DataConfig
 from kdlora.system.children import run_in_child
@@ -74,7 +74,7 @@ class Job:
     kind: Literal["train", "label"]
     key: str
     config: Config
-    layout: ConfigurationLayout
+    layout: ExperimentLayout
     arm: Arm
     seed: int
     facts: TaskFacts
@@ -134,21 +134,21 @@ def carry_out(
 
 
 def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecord:
-    arguments = (job.config, job.layout, job.arm, job.seed)
-    if job.ships:
-        record: RunRecord = in_child(train_run, *arguments, on_message=listen)
-    else:
+    def train() -> RunRecord:
+        record: RunRecord = in_child(train_run, job.config, job.layout, job.arm, job.seed, on_message=listen)
+        return record
+
+    if not job.ships:
         write_text_atomic(job.layout.config, save_config(job.config))
-        stale = job.layout.run(job.arm, job.seed).checkpoints
-        record = train_afresh(lambda: in_child(train_run, *arguments, on_message=listen), stale)
+    place = job.layout.run(job.arm, job.seed)
+    record = train() if job.ships else train_afresh(train, place.checkpoints)
     if record.fingerprints.get("data") != job.facts.fingerprint(job.config):
         raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
     if job.ships:
         return record
     # A suite compares, it ships nothing, and thousands of models fill a disk.
-    model = job.layout.run(job.arm, job.seed).model
-    remove(model)
-    inside = f"{model.relative_to(job.layout.root).as_posix()}/"
+    remove(place.model)
+    inside = f"{place.model.relative_to(job.layout.root).as_posix()}/"
     files = {name: digest for name, digest in record.files.items() if not name.startswith(inside)}
     taught = {"taught_by": job.teacher} if job.teacher else {}
     return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
@@ -167,7 +167,7 @@ def train_afresh(train: Callable[[], T], checkpoints: Path) -> T:
 
 
 def record_failure(
-    run: Job | PlannedRun, layout: ConfigurationLayout, facts: TaskFacts, fault: str, notes: Sequence[str] = ()
+    run: Job | PlannedRun, layout: ExperimentLayout, facts: TaskFacts, fault: str, notes: Sequence[str] = ()
 ) -> RunRecord:
     record = blank_record(run.config, run.arm, run.seed, facts)
     update = {"status": "failed", "error": fault, "finished": now(), "notes": [*record.notes, *notes]}
@@ -201,8 +201,7 @@ class Queue:
         self.runs, self.records, self.reused = runs, dict(finished), len(finished)
         self._lessons, self._root, self._facts, self._ships = lessons, root, facts, ships
         self._teachers: dict[int, PlannedRun | None] = {}
-        self._heap: list[tuple[int, int, Job]] = []
-        self._count = 0
+        self._ready: list[tuple[int, Job]] = []  # by the place of their task, since tables fill task by task
         self._order = {task: place for place, task in enumerate(facts)}
         for run in runs:
             place = run.layout(root).run(run.arm, run.seed)
@@ -225,8 +224,7 @@ class Queue:
 
     def next_job(self, later: Container[str] = ()) -> Job | None:
         """Give a job whose needs are met; None where all were given, but for those of arms that come later."""
-        is_ready = self._heap and self._heap[0][2].arm not in later
-        return heapq.heappop(self._heap)[2] if is_ready else None
+        return self._ready.pop(0)[1] if self._ready and self._ready[0][1].arm not in later else None
 
     def take(self, outcome: Outcome) -> None:
         job = outcome.job
@@ -242,21 +240,20 @@ class Queue:
             self._prune()
 
     def _push(self, run: PlannedRun, lesson: int = -1, labels: PlannedRun | None = None) -> None:
-        """Queue the training of a run, or the labelling that it waits for by that teacher; tables fill task by task."""
+        """Queue the training of a run, or the labelling that it waits for by that teacher."""
         place = labels or run
         layout, config, mark = place.layout(self._root, texts_of=run), run.config, ""
         if (teacher := self._teachers.get(lesson)) is not None:
             folder = teacher.layout(self._root).teacher
             layout, mark = dataclasses.replace(layout, shared_teacher=folder), self._mark(teacher)
             if not self._ships:  # it reads texts as it was trained to
-                section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder), "tuning": "full"})
+                changes: dict[str, Any] = {"teacher": teacher.config.teacher, "teacher.tuning": "full"}
+                changes["teacher.fine_tuned"] = str(folder)
                 if labels is None:  # the head of `kd-fft` has the rate of its control's
-                    head = {"head_learning_rate": run.config.teacher.train.head_learning_rate}
-                    section = section.model_copy(update={"train": section.train.model_copy(update=head)})
-                config = config.model_copy(update={"teacher": section})
-                if labels is not None:
-                    own = {key: getattr(teacher.config.data, key) for key in WINDOW_KEYS}
-                    config = config.model_copy(update={"data": config.data.model_copy(update=own)})
+                    changes["teacher.train.head_learning_rate"] = run.config.teacher.train.head_learning_rate
+                else:
+                    changes |= {f"data.{key}": getattr(teacher.config.data, key) for key in WINDOW_KEYS}
+                config = with_values(config, changes)
         kind: Literal["train", "label"] = "train" if labels is None else "label"
         facts = self._facts[run.task]
         for path in () if self._ships or labels else layout.runs.glob("*/run.json"):  # of seeds that are named no more
@@ -265,8 +262,7 @@ class Queue:
             if other.status == "finished" and made != (facts.fingerprint(config), mark):
                 remove(path)  # else this run would be refused, since the two are not comparable
         job = Job(kind, place.key, config, layout, run.arm, run.seed, facts, mark, lesson, self._ships)
-        self._count += 1
-        heapq.heappush(self._heap, (self._order[run.task], self._count, job))
+        bisect.insort(self._ready, (self._order[run.task], job), key=operator.itemgetter(0))
 
     def _begin(self, number: int) -> None:
         """Choose the teacher and let it label, once every candidate has ended, unless all that it teaches is done."""
@@ -275,11 +271,9 @@ class Queue:
             return
         teacher = self._teachers[number] = self._best(lesson)
         if teacher is None and lesson.candidates:
-            again = "the same command trains it again"
-            self._teach(
-                number,
-                f"there is no teacher: no {lesson.candidates[0].arm} run of {len(lesson.candidates)} finished; {again}",
-            )
+            arm, count = lesson.candidates[0].arm, len(lesson.candidates)
+            told = f"there is no teacher: no {arm} run of {count} finished; the same command trains it again"
+            self._teach(number, told)
             return
         mark = self._mark(teacher)
         for run in lesson.students:  # taught by another teacher, or by an earlier training of this one
@@ -293,7 +287,7 @@ class Queue:
             logger.info("%s has no weights and is trained again", teacher.key)
             del self.records[teacher.key]
             self._push(teacher)
-        elif lesson.labels:
+        elif not first.config.teacher.is_table:
             self._push(first, number, labels=teacher or first)
         else:
             self._teach(number)
@@ -308,11 +302,7 @@ class Queue:
 
     def _best(self, lesson: Lesson) -> PlannedRun | None:
         finished = [one for one in lesson.candidates if self._is_finished(one)]
-        return max(finished, key=self._score, default=None)
-
-    def _score(self, run: PlannedRun) -> float:
-        score = self.records[run.key].score
-        return -math.inf if score is None else score
+        return max(finished, key=lambda one: self.records[one.key].score or 0.0, default=None)
 
     def _is_finished(self, run: PlannedRun) -> bool:
         record = self.records.get(run.key)

@@ -15,32 +15,10 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, Arm, Config,
 from kdlora.configfile import build_config, merge
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.settle import Chosen
+from kdlora.experiment.settle import Chosen, with_values
 from kdlora.experiment.suitefile import Settings, SuiteConfig, configurations
 from kdlora.section import Section, without_later_keys
 from kdlora.system.integrity import hash_json
-
-
-@dataclass(frozen=True)
-class ConfigurationLayout(ExperimentLayout):
-    """The folder of one configuration of an arm; the teacher of a student, and what a suite shares, lie elsewhere."""
-
-    shared_teacher: Path | None = None
-    shared_folder: Path | None = None
-    texts: str = ""  # which texts the teacher labels; students of other texts share it
-
-    @property
-    def shared(self) -> Path:
-        return self.shared_folder or super().shared
-
-    @property
-    def teacher(self) -> Path:
-        return self.shared_teacher or super().teacher
-
-    @property
-    def unlabelled_logits(self) -> Path:
-        own = super().unlabelled_logits
-        return own.with_name(f"{own.name}-{self.texts}") if self.texts else own
 
 
 @dataclass(frozen=True)
@@ -64,21 +42,30 @@ class PlannedRun:
         """Name the run's own folder, relative to the suite's."""
         return f"{self.folder}/runs/{self.arm}-seed{self.seed}".removeprefix("/")
 
-    def layout(self, root: Path, texts_of: PlannedRun | None = None) -> ConfigurationLayout:
+    def layout(self, root: Path, texts_of: PlannedRun | None = None) -> ExperimentLayout:
         texts = hash_json((texts_of or self).config.data.row_settings)[:10] if self.task else ""
-        return ConfigurationLayout(root / self.folder, shared_folder=root, texts=texts)
+        return ExperimentLayout(root / self.folder, shared_folder=root, texts=texts)
+
+
+def plan_runs(config: Config) -> list[PlannedRun]:
+    """Order the runs: a bag of words, the teacher if asked for or needed, the arms without it, then what it teaches."""
+    arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
+    words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []
+    runs = [PlannedRun(arm, seed, config) for arm in arms if arm != "words" for seed in config.run.seeds]
+    if config.given_teacher:
+        return [*words, *(run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0])]
+    teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
+    if config.teacher_arm in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
+        return [*words, teacher, *(run for run in runs if run != teacher)]
+    return [*words, *runs]
 
 
 @dataclass
 class Lesson:
-    """The distilled runs, and the runs of which the best teaches them; none of these where the teacher is given.
-
-    `labels`: the teacher has to read the training rows; not where a table says what it would say.
-    """
+    """The distilled runs, and the runs of which the best teaches them; none of these where the teacher is given."""
 
     candidates: tuple[PlannedRun, ...]
     students: list[PlannedRun] = field(default_factory=list)
-    labels: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,9 +159,8 @@ def reset_unused(config: Config, arm: Arm) -> Config:
     reset = functools.reduce(_reset, _unused_keys(config, arm), config)
     if arm != "student-fft":
         return reset
-    head = {"head_learning_rate": config.teacher.train.head_learning_rate}  # which is that of its own head, too
-    train = reset.teacher.train.model_copy(update=head)
-    return reset.model_copy(update={"teacher": reset.teacher.model_copy(update={"train": train})})
+    rate = "teacher.train.head_learning_rate"  # which is that of its own head, too
+    return with_values(reset, {rate: operator.attrgetter(rate)(config)})
 
 
 def _unused_keys(config: Config, arm: Arm) -> list[str]:

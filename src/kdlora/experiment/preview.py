@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +20,22 @@ from kdlora.data.spool import hash_texts, label_array, read_column, slice_rows, 
 from kdlora.data.tasks import Task, window_settings
 from kdlora.data.windows import tokens_read
 from kdlora.distil.words import MOST_ROWS
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.engines import gpus_for
+from kdlora.experiment.plan import plan_runs
 from kdlora.experiment.recording import count_rows, splits_by_name
-from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for
+from kdlora.experiment.settle import (
+    Chosen,
+    Looks,
+    ModelLook,
+    closed,
+    labels_unlabelled,
+    look_at_models,
+    sample_texts,
+    settings_for,
+)
 from kdlora.report.wording import metric_title, of_label, tell_unknown
+from kdlora.system.children import run_in_child
 
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
@@ -87,6 +101,8 @@ class ExperimentPlan:
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
             metrics += ", because the classes are uneven (task.metric)"
         balanced = "balanced" in (self.config.teacher.train.class_weights, self.config.student.train.class_weights)
+        is_cut = any(one.cut for one in self.lengths.values())
+        is_cut &= not (task.kind == "tokens" or task.windows or task.is_pair)
         twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
         trainings = [
             f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"
@@ -102,7 +118,8 @@ class ExperimentPlan:
                 lambda one: f"median {one.median:g}, 99% of the training texts within {one.most_within}"
             ),
             "unknown": tell_unknown({name: one.unknown for name, one in self.lengths.items()}),
-            "max_length": self._of_each_model(self._longest) + self._remedy(),
+            "max_length": self._of_each_model(self._longest)
+            + ("; data.long_texts: windows reads all of them" if is_cut else ""),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
             "steps": f"{self.steps:,} in all",
@@ -116,12 +133,6 @@ class ExperimentPlan:
             return f"{one.max_length} tokens; no training text is longer"
         done = "read in windows" if self.task.kind == "tokens" or self.task.windows else "cut"
         return f"{one.max_length} tokens; {one.cut:.1%} of the training texts are longer and are {done}"
-
-    def _remedy(self) -> str:
-        """Say what reads all of a text, where some are cut."""
-        read = self.task.kind == "tokens" or self.task.windows or self.task.is_pair
-        is_cut = any(one.cut for one in self.lengths.values())
-        return "; data.long_texts: windows reads all of them" if is_cut and not read else ""
 
     def _labels(self) -> str:
         ordered = [f"{name} {number:,}" for name, number in sorted(self.labels.items(), key=lambda item: -item[1])]
@@ -143,18 +154,15 @@ class ExperimentPlan:
 
 
 def make_plan(
-    config: Config,
-    splits: Splits,
-    left: Sequence[Arm],
-    looks: Looks,
-    *,
-    labelled: bool = False,
-    processes: int = 1,
+    config: Config, layout: ExperimentLayout, splits: Splits, finished: Container[str], processes: int
 ) -> ExperimentPlan:
+    """Settle what the config leaves open, by data and models, and estimate the runs that are left."""
+    looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
+    left = [run.arm for run in plan_runs(config) if run.key not in finished]
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows = count_rows(splits)
     if looks:
-        config = decide(looks, rows, splits.task, processes).fill_in(config)
+        config = Chosen(looks, rows, splits.task, processes).fill_in(config)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)
@@ -164,7 +172,7 @@ def make_plan(
         one = RUN_SECONDS + training_seconds(config, arm, rows, looks, processes)
         trainings.append(PlannedTraining(arm, runs, steps, one))
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
-    if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
+    if not layout.teacher_logits.exists() and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
         more = rows.get("unlabelled", 0) + rows.get("copies", 0)
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
@@ -180,6 +188,7 @@ def make_plan(
         tuple(trainings),
         seconds / 3600,
         splits.notes,
+        len(gpus_for(config, processes)),
     )
 
 
@@ -230,10 +239,8 @@ def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
     keys = {name: _text_keys(rows) for name, rows in parts.items()}
     unique = {name: np.unique(hashes) for name, hashes in keys.items()}
     found = {name: len(keys[name]) - len(unique[name]) for name in parts}
-    names = list(parts)
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
-            found[f"{first} and {second}"] = int(np.isin(keys[second], unique[first]).sum())
+    for first, second in itertools.combinations(parts, 2):
+        found[f"{first} and {second}"] = int(np.isin(keys[second], unique[first]).sum())
     classes = read_column(parts["train"], "label")
     if pa.types.is_integer(classes.type):
         told = pa.table({"text": keys["train"], "class": classes}).group_by(["text", "class"]).aggregate([])

@@ -29,7 +29,7 @@ from kdlora.distil.train import Trained
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import ExampleText, write_examples
-from kdlora.evidence.records import Asked, ExperimentLayout, RunLayout, RunRecord, read_record
+from kdlora.evidence.records import Asked, ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.settle import closed, load_base, settings_for
 from kdlora.foreign import read_json
 from kdlora.models.adapters import add_base, load_adapter, merge_student, save_adapter
@@ -216,7 +216,7 @@ def finish(record: RunRecord, layout: ExperimentLayout, kept: Iterable[Path], no
 
 
 def keep_weights(
-    config: Config, layout: ExperimentLayout, task: Task, trained: Trained, arm: Arm, seed: int
+    config: Config, layout: ExperimentLayout, trained: Trained, arm: Arm, seed: int
 ) -> tuple[Encoder, list[Path]]:
     """Merge the adapter; keep what others need, the teacher, every adapter, every fully tuned student, and name it."""
     place, encoder, kept = layout.run(arm, seed), trained.encoder, list[Path]()
@@ -237,57 +237,54 @@ def keep_weights(
     return encoder, kept
 
 
-def lacks_weights(layout: ExperimentLayout, arm: Arm, seed: int) -> bool:
-    place = layout.run(arm, seed)
-    return arm in STUDENT_ARMS and not (place.adapter if arm in LORA_ARMS else place.model).exists()
-
-
-def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -> tuple[Encoder, str]:
-    """Make a run's merged model from base and adapter, as it was when it was scored, and fingerprint the base."""
-    encoder = load_base(config, arm, seed, task)
-    base = hash_base(encoder)
-    merged = dataclasses.replace(encoder, model=merge_student(load_adapter(encoder, place.adapter)))
-    limit = min(closed(settings_for(config, arm)).max_length, encoder.tokenizer.model_max_length)
-    merged.model.config.update({"kdlora_task": task.to_dict(), "kdlora_max_length": limit})  # as after its training
-    return merged, base
-
-
-def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord, choice: Choice) -> None:
+def ship_student(config: Config, layout: ExperimentLayout, task: Task, choice: Choice) -> None:
     """Put the chosen run's merged model into `student/`, its adapter into `adapter/`, and the choice beside them."""
     prepare_process(config)
-    place = layout.run(best.arm, best.seed)
+    arm, seed, place = cast("Arm", choice.arm), choice.seed, layout.run(choice.arm, choice.seed)
     remove(layout.deployed)
     remove(layout.shipped)
     remove(layout.onnx)  # of what was shipped before
-    arm = cast("Arm", best.arm)
     with atomic_folder(layout.student) as folder:
         if arm in LORA_ARMS:
-            encoder, base = _merged(config, place, task, arm, best.seed)
-            if base != best.fingerprints.get("base", base):
+            encoder, trained = load_base(config, arm, seed, task), read_record(place.record)
+            if trained.fingerprints.get("base") not in (None, hash_base(encoder)):
                 raise ArtifactError(
-                    f"{best.model}, on which {best.arm} with seed {best.seed} was trained, changed since, so its "
-                    f"student cannot be put together; put back what was there, or delete {place.root} to train it again"
+                    f"{trained.model}, on which {arm} with seed {seed} was trained, changed since, so its student "
+                    f"cannot be put together; put back what was there, or delete {place.root} to train it again"
                 )
-            save_encoder(encoder, folder)
+            merged = merge_student(load_adapter(encoder, place.adapter))
+            limit = min(closed(settings_for(config, arm)).max_length, encoder.tokenizer.model_max_length)
+            merged.config.update({"kdlora_task": task.to_dict(), "kdlora_max_length": limit})  # as after its training
+            save_encoder(dataclasses.replace(encoder, model=merged), folder)
         else:
             shutil.copytree(place.model, folder, dirs_exist_ok=True)
-        _write_card(config, layout, best, choice, folder)
     if arm in LORA_ARMS:
         with atomic_folder(layout.adapter) as folder:
             shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
             if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
-                add_base(folder, load_base(config, arm, best.seed, task), address=layout.adapter)
+                add_base(folder, load_base(config, arm, seed, task), address=layout.adapter)
     elif layout.adapter.exists():  # of another arm, shipped before
         remove(layout.adapter)
+    write_card(config, layout, choice)
     # Last: once it is there, nothing is shipped again.
     write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": _shipped_files(layout)})
 
 
-def write_card(config: Config, layout: ExperimentLayout) -> None:
-    """Write the card of what ships anew, after something in it has changed."""
-    choice = read_choice(layout.shipped)
-    if choice is not None:
-        _write_card(config, layout, read_record(layout.run(choice.arm, choice.seed).record), choice, layout.student)
+def write_card(config: Config, layout: ExperimentLayout, choice: Choice | None = None) -> None:
+    """Write the card of what ships, anew where something in it has changed."""
+    choice = choice or read_choice(layout.shipped)
+    if choice is None:
+        return
+    base = config.student if config.student.model is not None else config.teacher
+    tokenizer = _read(layout.student / "tokenizer.json").get("model", {})
+    card = student_card(
+        read_record(layout.run(choice.arm, choice.seed).record),
+        None if base.model is None else read_licence(base.model, base.revision),
+        reason=choice.sentence,
+        decisions=decision_sentences(layout),
+        joins_words=bool(tokenizer.get("continuing_subword_prefix")),
+    )
+    write_text_atomic(layout.student / "README.md", card)
 
 
 def forget_decisions(config: Config, layout: ExperimentLayout) -> list[str]:
@@ -303,37 +300,20 @@ def forget_decisions(config: Config, layout: ExperimentLayout) -> list[str]:
     return [] if asked else [told]
 
 
-def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice) -> None:
-    """Write down the reasons for what is shipped already, where other runs have changed them."""
-    told = read_choice(layout.shipped)
-    if told is not None and (told.sentence, told.scores) != (choice.sentence, choice.scores):
-        _write_card(config, layout, best, choice, layout.student)
-        write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": told.files})
-
-
-def _write_card(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice, folder: Path) -> None:
-    base = config.student if config.student.model is not None else config.teacher
-    licence = None if base.model is None else read_licence(base.model, base.revision)
-    tokenizer = _read(folder / "tokenizer.json").get("model", {})
-    card = student_card(
-        best,
-        licence,
-        reason=choice.sentence,
-        decisions=decision_sentences(layout),
-        joins_words=bool(tokenizer.get("continuing_subword_prefix")),
-    )
-    write_text_atomic(folder / "README.md", card)
-
-
-def is_shipped(layout: ExperimentLayout, choice: Choice) -> bool:
-    """Say whether `student/` and `adapter/` are what the chosen run makes, and whole."""
+def keep_shipped(config: Config, layout: ExperimentLayout, choice: Choice) -> bool:
+    """Say whether `student/` and `adapter/` are what the chosen run makes, and whole; tell today's reasons for it."""
     told = read_choice(layout.shipped)
     if told is None or (told.arm, told.seed, told.made_of) != (choice.arm, choice.seed, choice.made_of):
         return False
     base = layout.adapter.resolve() / "base"  # beside the shipped adapter, which names the place
     settings = _read(layout.adapter / "adapter_config.json")
     at_home = not base.exists() or settings.get("base_model_name_or_path") == str(base)
-    return at_home and told.files.items() <= _shipped_files(layout).items()
+    if not at_home or not told.files.items() <= _shipped_files(layout).items():
+        return False
+    if (told.sentence, told.scores) != (choice.sentence, choice.scores):
+        write_card(config, layout, choice)
+        write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": told.files})
+    return True
 
 
 def _shipped_files(layout: ExperimentLayout) -> dict[str, str]:
@@ -354,13 +334,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:
-    write_examples(
-        layout.examples,
-        (
-            ExampleText(
-                row["id"], split, row["text"], row.get("text_pair"), row.get("starts") or (), row.get("ends") or ()
-            )
-            for split, rows in splits_by_name(splits, scored=True).items()
-            for row in rows
-        ),
-    )
+    parts = splits_by_name(splits, scored=True).items()
+    names = ("id", "text", "text_pair", "starts", "ends")
+    kept = {split: rows.select_columns([name for name in names if name in rows.column_names]) for split, rows in parts}
+    write_examples(layout.examples, (ExampleText(split=split, **row) for split, rows in kept.items() for row in rows))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
@@ -21,20 +21,11 @@ from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
 from kdlora.experiment.jobs import Job, Queue, carry_out, refuse_another_teacher, undamaged_record
-from kdlora.experiment.plan import Lesson, PlannedRun
+from kdlora.experiment.plan import Lesson, PlannedRun, plan_runs
 from kdlora.experiment.preview import ExperimentPlan, make_plan
-from kdlora.experiment.recording import (
-    TaskFacts,
-    is_shipped,
-    keep_examples,
-    lacks_weights,
-    logged,
-    look_at,
-    ship_student,
-    tell_anew,
-)
+from kdlora.experiment.recording import TaskFacts, keep_examples, keep_shipped, logged, look_at, ship_student
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.experiment.settle import check_table, look_at_models, sample_texts, with_metric, with_recorded
+from kdlora.experiment.settle import check_table, with_metric, with_recorded, with_values
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.extras import check_installed
@@ -103,25 +94,12 @@ class ExperimentResult:
         return [record for record in self.records if record.status == "failed"]
 
 
-def plan_runs(config: Config) -> list[PlannedRun]:
-    """Order the runs: a bag of words, the teacher if asked for or needed, the arms without it, then what it teaches."""
-    arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
-    words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []
-    runs = [PlannedRun(arm, seed, config) for arm in arms if arm != "words" for seed in config.run.seeds]
-    if config.given_teacher:
-        return [*words, *(run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0])]
-    teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
-    if config.teacher_arm in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
-        return [*words, teacher, *(run for run in runs if run != teacher)]
-    return [*words, *runs]
-
-
 def plan_experiment(config: Config, out: str | Path | None = None) -> ExperimentPlan:
     """Say what an experiment would do, and on what; nothing is written and nothing trained."""
     config, layout = _settle_paths(config, out)
     config, splits, _, finished = _look(config, layout)
     check_table(config, splits)
-    return _plan(config, layout, splits, finished, read_launch().count)
+    return make_plan(config, layout, splits, finished, read_launch().count)
 
 
 def run_experiment(
@@ -180,7 +158,11 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
     if kept.task.metric not in (config.task.metric, *splits.task.metrics):  # an earlier version chose another one
         config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
-        config, splits = _without_words(config, splits)
+        told = "a bag of words has one answer a text, and this task wants one a word"
+        if not (arms := tuple(arm for arm in config.run.arms if arm != "words")):
+            raise ConfigError(f"run.arms: {told}; name others")
+        config = with_values(config, {"run.arms": arms})
+        splits = replace(splits, notes=(*splits.notes, f"The arm words is left out: {told}."))
     _check_wishes(config, splits, layout)
     facts = look_at(splits, config.data)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config), {})
@@ -198,25 +180,6 @@ def _check_wishes(config: Config, splits: Splits, layout: ExperimentLayout) -> N
         )
 
 
-def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
-    """Leave the bag of words out of a task that it has no answer for, and say so."""
-    arms = tuple(arm for arm in config.run.arms if arm != "words")
-    if not arms:
-        raise ConfigError("run.arms: a bag of words has one answer a text, and this task wants one a word; name others")
-    run = config.run.model_copy(update={"arms": arms})
-    note = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
-    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, note))
-
-
-def _plan(
-    config: Config, layout: ExperimentLayout, splits: Splits, finished: Mapping[str, RunRecord], processes: int
-) -> ExperimentPlan:
-    left = [run.arm for run in plan_runs(config) if run.key not in finished]
-    looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
-    plan = make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)
-    return replace(plan, gpus=len(gpus_for(config, processes)))
-
-
 def _lead(
     config: Config,
     layout: ExperimentLayout,
@@ -228,7 +191,7 @@ def _lead(
     asked, notes, plan = config, list(splits.notes), None
     if len(finished) < len(plan_runs(config)):
         notes += check_table(config, splits)
-        plan = _plan(config, layout, splits, finished, team.launch.count)
+        plan = make_plan(config, layout, splits, finished, team.launch.count)
         config = plan.config
         for name, text in plan.lines():
             logger.info("%s: %s", name, text)
@@ -249,21 +212,11 @@ def _lead(
             write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
         records = _run_all(config, layout, facts, finished, team, lock, listen)
-        before_it = read_choice(layout.shipped)
-        shipped = _ship_best(config, layout, splits.task, records)
-        if shipped is not None and before_it is not None and before_it.arm not in config.run.arms:
-            notes.append(
-                f"{before_it.arm}, which was shipped, is not in run.arms: {shipped.arm} takes its place. Name both to "
-                "choose between them."
-            )
-        notes += () if shipped is None else _deploy(config, layout, shipped, listen)
-        if shipped is not None and not is_decided(config, layout):
-            with logged("decide", "student", config.teacher_seed):
-                notes += run_in_child(decide_student, config, layout)
+        shipped, told = _ship_best(config, layout, splits.task, records, listen)
         lock.check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
-    return ExperimentResult(layout.root, records, shipped, tuple(notes))
+    return ExperimentResult(layout.root, records, shipped, (*notes, *told))
 
 
 def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None = None) -> None:
@@ -279,16 +232,13 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     # Files may lie elsewhere now: finished runs carry a fingerprint of their rows.
     moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}
     if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS | moved]:
-        shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
-        shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         told = f"{layout.root} belongs to another config; name another folder with --out, or delete it"
+        shown = (f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed)
         raise ArtifactError("\n".join([f"{told}:", *shown]))
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    flat = {key: functools.reduce(operator.getitem, key.split("."), values) for key in known_keys()}
-    return flat | {"teacher.seed": config.teacher_seed}
+    return {key: attrgetter(key)(config) for key in known_keys()} | {"teacher.seed": config.teacher_seed}
 
 
 def _finished(
@@ -296,33 +246,33 @@ def _finished(
 ) -> dict[str, RunRecord]:
     """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
     found = {}
+    noted = (read_manifest(layout.root) or {}).get("rows", rows)  # an earlier version noted none
+    made = {noted if layout.config.exists() else rows}
     for run in plan_runs(config):
         record = known.get(run.key) or undamaged_record(run, layout.root)
         if record is None:
             continue
-        if record.fingerprints.get("data") != rows:
-            raise ArtifactError(
-                f"{layout.root / run.key} was made from other rows than the config names now: the data changed since. "
-                f"Name another folder with --out, or delete {layout.root}"
-            )
-        if lacks_weights(layout, run.arm, run.seed):
+        made.add(record.fingerprints.get("data"))
+        place = layout.run(run.arm, run.seed)
+        weights = place.adapter if run.arm in LORA_ARMS else place.model
+        if run.arm in STUDENT_ARMS and not weights.exists():
             logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         else:
             found[run.key] = record
-    noted = (read_manifest(layout.root) or {}).get("rows", rows)  # an earlier version noted none
-    if layout.config.exists() and noted != rows:
+    if made != {rows}:
         raise ArtifactError(
-            f"{layout.root} was begun with other rows than the config names now, and its steps and lengths were chosen "
-            "for those. Name another folder with --out, or delete it"
+            f"{layout.root} was begun with other rows than the config names now, for which its steps and lengths were "
+            "chosen: the data changed since. Put back what was there, name another folder with --out, or delete it"
         )
-    left = [run for run in plan_runs(config) if run.key not in found]
+    if config.given_teacher:
+        return found
     teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
-    teaches = any(run.arm in DISTILLED_ARMS for run in left)
-    if teaches and not config.given_teacher and not layout.teacher.exists() and teacher.key in found:
+    left = [run for run in plan_runs(config) if run.key not in found]
+    taught = any(run.arm in DISTILLED_ARMS for run in left)
+    if taught and not layout.teacher.exists() and found.pop(teacher.key, None) is not None:
         logger.info("the teacher has no weights and is trained again")
-        del found[teacher.key]
         left.append(teacher)
-    if teacher in left and not config.given_teacher:
+    if teacher in left:
         refuse_another_teacher(teacher, layout.root)
     return found
 
@@ -338,13 +288,10 @@ def _run_all(
 ) -> list[RunRecord]:
     """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
     runs = plan_runs(config)
-    teachers = tuple(run for run in runs if (run.arm, run.seed) == (config.teacher_arm, config.teacher_seed))
     students = [run for run in runs if run.arm in DISTILLED_ARMS]
-    lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)
-    queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)
-
-    def next_job(later: Container[str]) -> Job | None:
-        return None if config.run.fail_fast and queue.failed else queue.next_job(later)
+    teachers = [run for run in runs if (run.arm, run.seed) == (config.teacher_arm, config.teacher_seed)]
+    lesson = Lesson(() if config.given_teacher else tuple(teachers), students)
+    queue = Queue(runs, [lesson], layout.root, {"": facts}, finished, ships=True)
 
     def hear(job: Job, event: Any) -> None:
         listen(Stage(job.kind, job.arm, job.seed), event)
@@ -352,7 +299,11 @@ def _run_all(
     def carry_out_all(engine: Engine, notes: Sequence[str], later: Container[str] = ()) -> None:
         in_child = run_in_child if team.is_alone else team.run
         work = functools.partial(carry_out, in_child=in_child, check=lock.check, notes=notes)
-        for _, outcome in engine.results(work, functools.partial(next_job, later), hear):
+
+        def next_job() -> Job | None:
+            return None if config.run.fail_fast and queue.failed else queue.next_job(later)
+
+        for _, outcome in engine.results(work, next_job, hear):
             queue.take(outcome)
             write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
 
@@ -369,29 +320,32 @@ def _run_all(
     return queue.in_order()
 
 
-def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> RunRecord | None:
-    """Choose a student on validation and put it into `student/` and `adapter/`, unless it is there."""
+def _ship_best(
+    config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord], listen: Listener
+) -> tuple[RunRecord | None, list[str]]:
+    """Choose a student on validation, ship it, export it and decide for it, unless that is done; with what to say."""
     choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed)) for one in records])
     if choice is None:
-        return None
-    best = next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed))
-    if is_shipped(layout, choice):
-        tell_anew(config, layout, best, choice)
-    else:
-        with logged("ship", best.arm, best.seed):
-            run_in_child(ship_student, config, layout, task, best, choice)
-    return best
-
-
-def _deploy(config: Config, layout: ExperimentLayout, shipped: RunRecord, listen: Listener) -> tuple[str, ...]:
-    """Calibrate, export and measure the shipped student, unless that is done; return what is to be said of it."""
-    if is_deployed(config, layout):
-        return ()
-    stage = Stage("deploy", cast("Arm", shipped.arm), shipped.seed)
-    try:
-        return run_in_child(deploy_student, config, layout, on_message=lambda step: listen(stage, step))
-    except OSError:
-        raise
-    except Exception as error:  # a student that cannot be exported is still a student
-        logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
-        return (f"The student was not exported: {error}",)
+        return None, []
+    notes, before = list[str](), read_choice(layout.shipped)
+    if before is not None and before.arm not in config.run.arms:
+        notes.append(
+            f"{before.arm}, which was shipped, is not in run.arms: {choice.arm} takes its place. Name both to choose "
+            "between them."
+        )
+    if not keep_shipped(config, layout, choice):
+        with logged("ship", choice.arm, choice.seed):
+            run_in_child(ship_student, config, layout, task, choice)
+    if not is_deployed(config, layout):
+        stage = Stage("deploy", cast("Arm", choice.arm), choice.seed)
+        try:
+            notes += run_in_child(deploy_student, config, layout, on_message=lambda step: listen(stage, step))
+        except OSError:
+            raise
+        except Exception as error:  # a student that cannot be exported is still a student
+            logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
+            notes.append(f"The student was not exported: {error}")
+    if not is_decided(config, layout):
+        with logged("decide", "student", config.teacher_seed):
+            notes += run_in_child(decide_student, config, layout)
+    return next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed)), notes

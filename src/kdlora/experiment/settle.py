@@ -6,10 +6,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pyarrow.compute as pc
@@ -53,11 +54,34 @@ _GAIN = 0.85
 """With n threads a pass is so many times faster: n to the power of this."""
 
 Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = get_args(Role)
+SETTLED = (
+    *("task.metric", "data.augment", "teacher.adapter_learning_rate", "student.full_learning_rate"),
+    *(f"{role}.train.{key}" for role in ROLES for key in (*OPEN, "class_weights", "select")),
+)
+"""Keys whose value an experiment chooses where the config leaves them open."""
 Section = TypeVar("Section", bound=BaseModel)
 
 
-def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
-    """Give every model that the experiment names, one after the other; check its adapters, weights and trackers."""
+@dataclass(frozen=True)
+class ModelLook:
+    """What a child found of one model."""
+
+    lengths: np.ndarray  # tokens of each sampled text, uncut
+    limit: int  # most tokens that it takes
+    width: int  # hidden size
+    seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
+    unknown: float = 0.0  # share of the tokens that stand for what the tokenizer cannot read, 0 to 1
+
+
+Looks = Mapping[Role, ModelLook]
+
+
+def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> Looks:
+    """Load each model that the experiment names, count the tokens of its texts, and time it; for a child.
+
+    Its adapters are checked, and weights of labels, types of entities and trackers.
+    """
     check_trackers(config.run.report_to)
     for train in (config.teacher.train, config.student.train):
         named_weights(task, train.class_weights)
@@ -65,30 +89,37 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
         raise ConfigError("export.min_recall: only a task of tokens has types of entities; leave it out")
     for name in config.export.min_recall:
         find_label(name, task.label_types, "export.min_recall")
+    found: dict[Role, ModelLook] = {}
+
+    def look_at(role: Role, encoder: Encoder) -> None:
+        lengths, unknown = count_tokens(texts, encoder.tokenizer)
+        limit = encoder.tokenizer.model_max_length
+        wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
+        seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
+        found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
+
     if config.teacher.fine_tuned is not None:
-        yield "teacher", load_teacher(config, task)[0]
-    trained: list[Arm] = [
-        arm for arm in config.run.arms if arm != "words" and (arm != "fft" or not config.given_teacher)
-    ]
-    if set(trained) & DISTILLED_ARMS and not config.given_teacher:
-        trained.append(config.teacher_arm)
-    roles: tuple[Role, ...] = ("teacher", "student")
-    for role in roles:
-        arms = [arm for arm in trained if (arm in TEACHER_ARMS) == (role == "teacher")]
-        if arms:
-            arm = next((arm for arm in arms if arm in LORA_ARMS), arms[0])
-            encoder = load_base(config, arm, 0, task)
-            known = type(encoder.model).__module__.startswith("transformers.")
-            if role == "student" and not (known and encoder.tokenizer.is_fast):
-                code = type(encoder.tokenizer if known else encoder.model).__name__
-                raise ModelError(
-                    f"{encoder.source} (student.model): its {code} is Python code, so what is trained of it could "
-                    "neither be exported nor predict; choose a student with a tokenizer.json, and of a class that "
-                    "transformers has (perhaps this one, without trust_remote_code). As a teacher it may stay"
-                )
-            yield role, encoder
-            if arm in LORA_ARMS:
-                add_adapter(encoder, config.lora, seed=0)
+        look_at("teacher", load_teacher(config, task)[0])
+    trained = set[Arm](config.run.arms) - {"words", *(["fft"] if config.given_teacher else [])}
+    if trained & DISTILLED_ARMS and not config.given_teacher:
+        trained.add(config.teacher_arm)
+    for role in ROLES:
+        if not (own := trained & TEACHER_ARMS if role == "teacher" else trained - TEACHER_ARMS):
+            continue
+        encoder = load_base(config, min(own), 0, task)
+        known = type(encoder.model).__module__.startswith("transformers.")
+        if role == "student" and not (known and encoder.tokenizer.is_fast):
+            code = type(encoder.tokenizer if known else encoder.model).__name__
+            raise ModelError(
+                f"{encoder.source} (student.model): its {code} is Python code, so what is trained of it could neither "
+                "be exported nor predict; choose a student with a tokenizer.json, and of a class that transformers has "
+                "(perhaps this one, without trust_remote_code). As a teacher it may stay"
+            )
+        if role not in found:  # else the base of `lora` beside a teacher that was given
+            look_at(role, encoder)
+        if own & LORA_ARMS:
+            add_adapter(encoder, config.lora, seed=0)
+    return found
 
 
 def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
@@ -146,12 +177,10 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         )
     weights = [open_collection(one).ingredients.get("weights") for one in (collection, table) if one is not None]
     if collection is not None and config.teacher.fine_tuned is None and weights[1:] != weights[:1]:
-        own, way = "this experiment trains a teacher of its own", "data.unlabelled to the files that were labelled"
-        if config.teacher.is_table:
-            own, way = "a table is the teacher", "teacher.logits to a folder that it labelled"
         raise ConfigError(
-            f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but {own}, and one "
-            f"teacher teaches all rows. Set teacher.fine_tuned to that model, or {way}"
+            f"data.unlabelled is a collection that {open_collection(collection).model} labelled, and one teacher "
+            "teaches all rows. Set teacher.fine_tuned to that model, teacher.logits to a folder that it labelled, or "
+            "data.unlabelled to the files that were labelled"
         )
     if not config.teacher.is_table:
         return []
@@ -239,33 +268,6 @@ def choose_max_length(lengths: Iterable[np.ndarray], limits: Iterable[int]) -> i
     return min([max(LEAST, math.ceil(held / PAD_MULTIPLE) * PAD_MULTIPLE), *limits])
 
 
-@dataclass(frozen=True)
-class ModelLook:
-    """What a child found of one model."""
-
-    lengths: np.ndarray  # tokens of each sampled text, uncut
-    limit: int  # most tokens that it takes
-    width: int  # hidden size
-    seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
-    unknown: float = 0.0  # share of the tokens that stand for what the tokenizer cannot read, 0 to 1
-
-
-Looks = Mapping[Role, ModelLook]
-
-
-def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> Looks:
-    """Load every model that the experiment names, count the tokens of its texts, and time it; for a child."""
-    found: dict[Role, ModelLook] = {}
-    for role, encoder in loaded_models(config, task):
-        if role not in found:  # else the base of `lora` beside a teacher that was given
-            lengths, unknown = count_tokens(texts, encoder.tokenizer)
-            limit = encoder.tokenizer.model_max_length
-            wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
-            seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
-            found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
-    return found
-
-
 def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
     """Time forward passes over texts of about mean length, which pad each other little, as those of a step do."""
     device, windows = resolve_device(config.run.device), window_settings(config.data)
@@ -299,40 +301,34 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
 class Chosen:
     """What data and models decide where a config decides nothing."""
 
-    max_length: int  # tokens that hold 99% of the texts
-    rows: Mapping[str, int]  # that an epoch draws, by role
+    looks: Looks  # of teacher and student, as far as they are models
+    rows: Mapping[str, int]  # of each split
     task: Task
-    widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
-    limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
     processes: int = 1  # that share a step, each with `batch_size` rows
 
     def fill_in(self, config: Config) -> Config:
         """Settle what is null or `auto`; teacher and student cut texts alike, in windows each reads what it can."""
-        teacher, student = config.teacher, config.student
-        wide, narrow = (self.widths.get(role) for role in ("teacher", "student"))
+        wide, narrow = (self.looks[role].width if role in self.looks else None for role in ROLES)
+        longest = choose_max_length([one.lengths for one in self.looks.values()], []) if self.looks else LEAST
+        values: dict[str, Any] = {"student.full_learning_rate": narrow and full_rate(narrow)}
         # Another rate was set, and holds for the adapters of every model.
-        if student.train.learning_rate in (None, narrow and adapter_rate(narrow)):
-            teacher = _fill(teacher, None, adapter_learning_rate=wide and adapter_rate(wide))
-        student = _fill(student, None, full_learning_rate=narrow and full_rate(narrow))
+        if config.student.train.learning_rate in (None, narrow and adapter_rate(narrow)):
+            values["teacher.adapter_learning_rate"] = wide and adapter_rate(wide)
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
-        update = {}
-        for role, section in (("teacher", teacher), ("student", student)):
-            of_step = section.train.batch_size * self.processes
-            epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), of_step)
-            own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
-            longest = min([self.max_length, *own]) if own or config.data.long_texts == "cut" else None
-            train = _fill(section.train, None, max_length=longest, epochs=epochs, learning_rate=rates[role])
-            auto = {"class_weights": self.task.auto_weights, "select": train.selection(self.task.kind)}
-            update[role] = section.model_copy(update={"train": _fill(train, "auto", **auto)})
-        return config.model_copy(update=update)
-
-
-def decide(looks: Looks, rows: Mapping[str, int], task: Task, processes: int = 1) -> Chosen:
-    """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
-    drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
-    longest = choose_max_length([one.lengths for one in looks.values()], []) if looks else LEAST
-    widths = {role: one.width for role, one in looks.items()}
-    return Chosen(longest, drawn, task, widths, {role: one.limit for role, one in looks.items()}, processes)
+        alike = config.data.long_texts == "cut"
+        for role in ROLES:
+            train = getattr(config, role).train
+            rows = self.rows["train"] + (self.rows.get("unlabelled", 0) if role == "student" else 0)
+            of_step = train.batch_size * self.processes
+            limits = [one.limit for name, one in self.looks.items() if alike or name == role]
+            values |= {
+                f"{role}.train.max_length": min([longest, *limits]) if alike or limits else None,
+                f"{role}.train.epochs": epochs_for(role, rows, steps_for_labels(self.task), of_step),
+                f"{role}.train.learning_rate": rates[role],
+                f"{role}.train.class_weights": self.task.auto_weights,
+                f"{role}.train.select": train.selection(self.task.kind),
+            }
+        return _fill(config, values)
 
 
 def steps_for_labels(task: Task) -> int:
@@ -340,10 +336,10 @@ def steps_for_labels(task: Task) -> int:
     return STEPS_A_TYPE * len(task.label_types) if task.kind == "tokens" else STEPS_A_LABEL * task.num_labels
 
 
-def rows_per_epoch(splits: Splits) -> int:
-    """Count the rows that an epoch of a student draws, with those held out by a search; copies come beside them."""
-    more = 0 if splits.unlabelled is None else len(splits.unlabelled)
-    return len(splits.train) + splits.held_out + more - splits.copies
+def rows_per_epoch(splits: Splits, *, unlabelled: bool = True) -> int:
+    """Count the rows that an epoch draws, with those held out by a search; copies come beside them."""
+    more = 0 if splits.unlabelled is None or not unlabelled else len(splits.unlabelled) - splits.copies
+    return len(splits.train) + splits.held_out + more
 
 
 def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters: bool) -> SettledTraining:
@@ -355,7 +351,7 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
     role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
     epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size * current_processes().count)
-    return closed(_fill(settings, None, max_length=length, epochs=epochs, learning_rate=rate))
+    return closed(_fill(settings, {"max_length": length, "epochs": epochs, "learning_rate": rate}))
 
 
 def closed(settings: TrainConfig) -> SettledTraining:
@@ -369,18 +365,7 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     if not recorded.exists():
         return config
     there = load_config(recorded)
-    update: dict[str, Any] = {
-        "task": _fill(config.task, None, metric=there.task.metric),
-        "data": _fill(config.data, None, augment=there.data.augment),
-    }
-    for role in ("teacher", "student"):
-        here, old = getattr(config, role), getattr(there, role)
-        train = _fill(here.train, None, **{key: getattr(old.train, key) for key in OPEN})
-        train = _fill(train, "auto", class_weights=old.train.class_weights, select=old.train.select)
-        rates = [key for key in ("adapter_learning_rate", "full_learning_rate") if hasattr(old, key)]
-        section = _fill(here, None, **{key: getattr(old, key) for key in rates})
-        update[role] = section.model_copy(update={"train": train})
-    return config.model_copy(update=update)
+    return _fill(config, {key: attrgetter(key)(there) for key in SETTLED})
 
 
 def with_metric(config: Config, layout: ExperimentLayout) -> Config:
@@ -389,11 +374,21 @@ def with_metric(config: Config, layout: ExperimentLayout) -> Config:
         with contextlib.suppress(ArtifactError):
             task = Task.from_dict(read_record(place).task)
             own = task.kind == "single-label" and not task.name
-            section = _fill(config.task, None, metric=task.metrics[0]) if own else config.task
-            return config.model_copy(update={"task": section})
+            return _fill(config, {"task.metric": task.metrics[0]}) if own else config
     return config
 
 
-def _fill(section: Section, is_open: str | None, **values: Any) -> Section:
-    """Set the keys whose value still says that they are open: None, or "auto"."""
-    return section.model_copy(update={key: one for key, one in values.items() if getattr(section, key) == is_open})
+def _fill(section: Section, values: Mapping[str, Any]) -> Section:
+    """Set the keys whose value still says that they are open: null, or `auto`."""
+    auto = ("class_weights", "select")
+    is_open = {key: attrgetter(key)(section) == ("auto" if key.endswith(auto) else None) for key in values}
+    return with_values(section, {key: value for key, value in values.items() if is_open[key]})
+
+
+def with_values(section: Section, values: Mapping[str, Any]) -> Section:
+    """Copy a section with other values of keys such as `train.epochs`, which are not checked anew."""
+    update: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        update[name] = with_values(update.get(name, getattr(section, name)), {rest: value}) if rest else value
+    return section.model_copy(update=update)

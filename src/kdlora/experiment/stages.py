@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from kdlora.config import (
     TeacherTrainConfig,
     TrainConfig,
 )
-from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.logit_table import open_store
 from kdlora.data.spool import label_array, read_texts, slice_rows, spread_rows, text_columns
@@ -103,7 +103,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     peak = None if trained.outcome.resumed else peak_since(level)
     record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak})
     with logged("merge", arm, seed):
-        encoder, kept = keep_weights(config, layout, splits.task, trained, arm, seed)
+        encoder, kept = keep_weights(config, layout, trained, arm, seed)
         encoder.model.to(resolve_device(config.run.device))
     with logged("evaluate", arm, seed):
         record = score_model(record, encoder, splits, closed(settings).max_length, place)
@@ -164,9 +164,7 @@ def train_splits(
             device=config.run.device,
             checkpoint_seconds=config.run.checkpoint_seconds,
             keep_checkpoints=config.run.keep_checkpoints,
-            rows_per_epoch=len(splits.train) + splits.held_out
-            if arm in ("fft", config.teacher_arm)
-            else rows_per_epoch(splits),
+            rows_per_epoch=rows_per_epoch(splits, unlabelled=arm not in ("fft", config.teacher_arm)),
             progress=progress,
             callbacks=callbacks,
         )
@@ -330,31 +328,21 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     tokens = {
         name: tokenise(rows, encoder.tokenizer, final.max_length, windows=windows) for name, rows in parts.items()
     }
-    unseen = _unseen_words(tokens, encoder) if splits.task.kind == "tokens" else {}
-    train = tokens["train"]
-    described = {"kdlora_task": splits.task.to_dict(), "kdlora_max_length": train.max_length}
-    encoder.model.config.update(described)  # saved, merged or not, it reads texts as it was trained
-    if "unlabelled" in tokens:
-        train = join_unlabelled(train, tokens["unlabelled"], splits.task)
-    options = replace(
-        options,
-        distil=splits.distil,
-        fresh=encoder.fresh,
-        copies=0 if splits.distil is None else splits.copies,
-    )
-    outcome = train_model(model, encoder.tokenizer, train, tokens["validation"], splits.task, final, options)
-    truncated = {name: part.truncated for name, part in tokens.items()}
-    return Trained(encoder, model, outcome, parameters, truncated, unseen)
-
-
-def _unseen_words(tokens: Mapping[str, Tokenised], encoder: Encoder) -> dict[str, int]:
-    """Count the words of each split that have no token, and refuse a tokenizer that leaves none."""
-    found = {}
-    for name, part in tokens.items():
+    unseen = {}
+    for name, part in tokens.items() if splits.task.kind == "tokens" else ():
         seen = words_seen(part.dataset)
         if not seen.any():
             raise ModelError(
                 f"the tokenizer of {encoder.source} drops all characters of the {name} words; choose another model"
             )
-        found[name] = int((~seen).sum())
-    return found
+        unseen[name] = int((~seen).sum())
+    train = tokens["train"]
+    described = {"kdlora_task": splits.task.to_dict(), "kdlora_max_length": train.max_length}
+    encoder.model.config.update(described)  # saved, merged or not, it reads texts as it was trained
+    if "unlabelled" in tokens:
+        train = join_unlabelled(train, tokens["unlabelled"], splits.task)
+    copies = 0 if splits.distil is None else splits.copies
+    options = replace(options, distil=splits.distil, fresh=encoder.fresh, copies=copies)
+    outcome = train_model(model, encoder.tokenizer, train, tokens["validation"], splits.task, final, options)
+    truncated = {name: part.truncated for name, part in tokens.items()}
+    return Trained(encoder, model, outcome, parameters, truncated, unseen)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,15 +81,23 @@ def train_model(
     options: TrainingOptions,
 ) -> TrainOutcome:
     """Train a model in place, from fp32, in all processes at once; the same call continues from the last checkpoint."""
-    settings = settings.model_copy(update={"select": settings.selection(task.kind)})
     processes, device = current_processes(), resolve_device(options.device)
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
-    labels = labelled_values(train.dataset)
+    labels, rows = labelled_values(train.dataset), validation.dataset
     weights = class_weights(task, settings.class_weights, labels)
     if task.kind in ("tokens", "multi-label") and options.fresh:
         start_at_shares(model, task, labels, weights)
     scale = TargetScale.of(labels) if task.kind == "regression" else None
+
+    def validate() -> dict[str, float]:
+        logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
+        if len(faulty_rows(logits, validation)):
+            raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
+        groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
+        outputs = logits if scale is None else scale.restore(logits)
+        metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
+        return metrics | {"score": score(task, metrics)}
 
     sampler = LengthBucketSampler(
         read_column(train.dataset, "length").to_numpy(),
@@ -100,7 +107,6 @@ def train_model(
         beside=options.copies,
     )
     ingredients = _ingredients(model, train, validation, task, settings, options)
-    names = [name for name in (*READ, *_columns(options.distil)) if name in train.dataset.column_names]
     collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), settings.micro_batch_tokens)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(
@@ -110,41 +116,21 @@ def train_model(
             options,
             sampler=sampler,
             checkpoints=CheckpointFolder(options.folder, ingredients, options.keep_checkpoints),
-            validate=partial(_validate, model, tokenizer, validation, task, settings, options, scale),
+            validate=validate,
             kind=task.kind,
             target_scale=scale,
             class_weights=weights,
             pool=train.pool,
-            train_dataset=train.dataset.select_columns(names),
+            train_dataset=_columns_read(train.dataset, options.distil),
             data_collator=collator,
         )
         try:
             outcome = trainer.run()
         except DivergedError as fault:
             raise _explain(fault, trainer, train.dataset) from None
-    model.eval()
     if scale is not None:
         fold_into_head(model, scale)
     return outcome
-
-
-def _validate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Tokenised,
-    task: Task,
-    settings: SettledTraining,
-    options: TrainingOptions,
-    scale: TargetScale | None,
-) -> dict[str, float]:
-    logits = predict_logits(model, tokenizer, data, precision=options.precision, processes=current_processes())
-    if len(faulty_rows(logits, data)):
-        raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
-    rows = data.dataset
-    groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
-    outputs = logits if scale is None else scale.restore(logits)
-    metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
-    return metrics | {"score": score(task, metrics)}
 
 
 @contextmanager
@@ -188,9 +174,10 @@ def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLora
     return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
-def _columns(distil: DistilConfig | None) -> list[str]:
-    """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
-    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
+def _columns_read(rows: Dataset, distil: DistilConfig | None) -> Dataset:
+    """Leave what training reads: without `distil` the teacher's columns stay unread, so that a control is one."""
+    names = [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else []), *READ]
+    return rows.select_columns([name for name in names if name in rows.column_names])
 
 
 def _ingredients(
@@ -202,12 +189,12 @@ def _ingredients(
     options: TrainingOptions,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
-    words = [name for name in READ if name in train.dataset.column_names]
+    read = _columns_read(train.dataset, options.distil).column_names
     recipes = {"settings": settings, "distil": options.distil, "lora": options.lora}
     return {
         "model": hash_model(model),
-        "train": hash_columns(train.dataset, ["id", *_columns(options.distil), *words]),
-        "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group", *words]),
+        "train": hash_columns(train.dataset, ["id", *read]),
+        "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group", *READ]),
         "task": task.to_dict(),
         "device": resolve_device(options.device).type,
         "processes": current_processes().count,

@@ -145,8 +145,9 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             outcome.train_seconds = self.seconds()
         self.processes.first_says(None)  # its best weights lie on the disk now
-        if is_best := self.settings.select == "best":
+        if is_best := self.settings.selection(self.kind) == "best":
             load_trained_tensors(self.model, load_file(self.checkpoints.best))
+        self.model.eval()
         outcome.best_epoch = float((outcome.best if is_best else outcome.history[-1])["epoch"])
         return outcome
 
@@ -194,7 +195,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
             entry |= metrics
             outcome.history.append(entry)
             self.log({f"eval_{name}": value for name, value in metrics.items()})
-            if settings.select == "best" and outcome.best is entry and self.processes.is_first:
+            if settings.selection(self.kind) == "best" and outcome.best is entry and self.processes.is_first:
                 self.checkpoints.save_best(trained_tensors(self.model))
         logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
         since_best = next(age for age, entry in enumerate(reversed(outcome.history)) if entry is outcome.best)

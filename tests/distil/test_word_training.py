@@ -149,14 +149,17 @@ def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup, tmp_pat
     np.testing.assert_allclose(unlabelled, expected[words_seen(tokens)], atol=1e-5)
 
 
+def fuzzed_columns() -> dict[str, list]:
+    texts = [text for text in fuzzed_texts() if split_words(text)[0]]
+    starts, ends = map(list, zip(*map(split_words, texts), strict=True))
+    return {"id": list(map(str, range(len(texts)))), "text": texts, "starts": starts, "ends": ends}
+
+
 def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
     """Silent failure: in texts that normalisation makes longer or shorter a word gets the answer of another place."""
-    texts = [text for text in fuzzed_texts() if split_words(text)[0]]
+    rows = Dataset.from_dict(fuzzed_columns())
+    texts, words = rows["text"][:], list(zip(rows["starts"], rows["ends"], strict=True))
     assert len(texts) > 950
-    words = [split_words(text) for text in texts]
-    columns = {"id": list(map(str, range(len(texts)))), "text": texts}
-    columns |= dict(zip(("starts", "ends"), map(list, zip(*words, strict=True)), strict=True))
-    rows = Dataset.from_dict(columns)
     encoder = load_encoder(str(tiny_model_folder("bert")), tasks["tokens"], seed=1)
     tokenised = tokenise(rows, encoder.tokenizer, 32)
     tokens, seen = tokenised.dataset, 0
@@ -182,11 +185,10 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks):
 
 def test_any_text_trains_the_words_that_it_names(make_setup, tiny_model_folder, tasks, tmp_path):
     """Silent failure: labels or a teacher's logits of odd texts that reach another word, which no finite loss shows."""
-    texts, task = [text for text in fuzzed_texts() if split_words(text)[0]], tasks["tokens"]
-    columns = {"id": list(map(str, range(len(texts)))), "text": texts}
-    columns |= dict(zip(("starts", "ends"), map(list, zip(*map(split_words, texts), strict=True)), strict=True))
+    columns, task = fuzzed_columns(), tasks["tokens"]
     columns["label"] = [
-        [int(text.startswith("film", at)) for at in row] for text, row in zip(texts, columns["starts"], strict=True)
+        [int(text.startswith("film", at)) for at in row]
+        for text, row in zip(columns["text"], columns["starts"], strict=True)
     ]
     rows = Dataset.from_dict(columns, Features(COLUMNS))
     encoder = load_encoder(str(tiny_model_folder("roberta")), task, seed=1)

@@ -296,19 +296,13 @@ def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_f
     assert student.config.no_rope_layers == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([-1], r"is \[-1\], but .* has the layers 0 to 1; expected increasing"),
-        ([1, 0], r"increasing indices without repetition, such as \[0, 1\]"),
-        ([0, 0], "without repetition"),
-    ],
-)
-def test_impossible_choices_are_refused(tiny_model_folder, layers, message):
+def test_impossible_choices_are_refused(tiny_model_folder):
     """Python would take -1 for the last layer, and slicing forgive the rest."""
     whole = load_encoder(str(tiny_model_folder("bert")), THREE_WAY, seed=0)
-    with pytest.raises(ModelError, match=message):
-        student_from_layers(whole, layers)
+    for layers, fitting in (([-1], [0]), ([1, 0], [0, 1]), ([0, 0], [0])):
+        with pytest.raises(ModelError, match="layers 0 to 1; expected increasing indices without repetition") as fault:
+            student_from_layers(whole, layers)
+        assert str(fault.value).endswith(f"such as {fitting}")
     sizes = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
     with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):  # it runs one layer many times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,19 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
     places = _locate(models)
     named: dict[str, Path | Way] = {}
     for place in places:
-        ways = {f"{place} ({way.runtime} {way.precision})": way for way in ways_to_run(place)}
+        ways: dict[str, Path | Way] = {f"{place} ({way.runtime} {way.precision})": way for way in ways_to_run(place)}
         named.update(ways or {str(place): place})
-    texts = () if data is None else _read_labelled(places, data)
-    result = benchmark(named, texts, threads=threads)
-    _store_speeds(named, result)
-    return result
-
-
-def _store_speeds(models: Mapping[str, Path | Way], result: BenchmarkResult) -> None:
-    found: dict[Path, dict[Way, dict[int, float]]] = {}
-    for model, figures in zip(models.values(), result.models, strict=True):
+    result = benchmark(named, () if data is None else _read_labelled(places, data), threads=threads)
+    speeds: dict[Path, dict[Way, dict[int, float]]] = {}
+    for model, figures in zip(named.values(), result.models, strict=True):
         if isinstance(model, Way):
-            found.setdefault(model.folder, {})[model] = figures.speeds
-    for speeds in found.values():
+            speeds.setdefault(model.folder, {})[model] = figures.speeds
+    for found in speeds.values():
         try:
-            store_speeds(speeds)
+            store_speeds(found)
         except (OSError, ArtifactError) as error:
             logger.warning("the measurement is not kept for runtime='auto': %s", error)
+    return result
 
 
 def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> CascadeCurve:

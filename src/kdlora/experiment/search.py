@@ -193,11 +193,9 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
     with open_engine(on, search.settings.resources, paths) as engine:
         trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
         for _, ended in trials:
-            if isinstance(ended, LostError):
+            if isinstance(ended, LostError) and lost < search.settings.trials:
                 logger.error("a trial was lost: %s", ended)
                 lost += 1
-                if lost > search.settings.trials:
-                    raise ended
             elif isinstance(ended, Exception):
                 raise ended
             elif ended is None:
@@ -207,26 +205,19 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
 
 
 def carry_out_trial(search: Search, hear: Callable[[tuple[int, Any]], None] | None = None) -> tuple[int, str] | None:
-    """Carry out the next trial, unless none is left; give its number, and say how it ended."""
+    """Carry out the next trial, unless none is left; tell the study, and give its number and how it ended.
+
+    A config that fails is a failed trial, but a full disk ends the search.
+    """
+    from optuna.trial import TrialState
+
     study = search.study()
     taken = ask(study, search.settings, search.folder / "trials")
     if taken is None:
         return None
     trial, lock = taken
     try:
-        told = _settle(search, study, trial, lambda event: None if hear is None else hear((trial.number, event)))
-    finally:
-        lock.release()
-    return trial.number, told
-
-
-def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], None]) -> str:
-    """Train a trial and tell the study; a config that fails is a failed trial, but a full disk ends the search."""
-    from optuna.trial import TrialState
-
-    settings = settings_of(search.settings, trial.params)
-    try:
-        score = _train(search, trial, settings, hear)
+        score = _train(search, trial, lambda event: None if hear is None else hear((trial.number, event)))
     except OSError:
         raise
     except Exception as error:
@@ -236,14 +227,18 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
         study.tell(trial, state=TrialState.FAIL)
         if isinstance(error, ChildDiedError) and "continues" not in trial.user_attrs:  # once more, from its checkpoint
             study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
-        return f"failed: {fault}"
-    study.tell(trial, score, state=TrialState.PRUNED if score is None else TrialState.COMPLETE)
-    return "pruned" if score is None else f"score {score:.2f}"
+        return trial.number, f"failed: {fault}"
+    else:
+        study.tell(trial, score, state=TrialState.PRUNED if score is None else TrialState.COMPLETE)
+        return trial.number, "pruned" if score is None else f"score {score:.2f}"
+    finally:
+        lock.release()
 
 
-def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callable[[Any], None]) -> float | None:
+def _train(search: Search, trial: Trial, hear: Callable[[Any], None]) -> float | None:
     """Score a trial's config, trained unless another trial has trained the very same; None where it was stopped."""
-    config, arm = with_settings(search.config, settings), search.arm
+    settings, arm = settings_of(search.settings, trial.params), search.arm
+    config = with_settings(search.config, settings)
     if search.settings.names_models:  # rates and lengths are those of the trial's own models
         config = run_in_child(inspect_rows, config, search.settings)[1].fill_in(config)
     with search.hold("trials", reset_unused(config, arm), arm) as layout:

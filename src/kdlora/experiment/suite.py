@@ -158,7 +158,12 @@ def settle_plan(
         read[run.task].append(run.config.data)
     questions = iter([(task, own, read[task], copies_in, timed) for task, own in configs.items()])
     answers = {piece[0]: answer for piece, answer in engine.results(_inspect, lambda: next(questions, None))}
-    _check_answers({task: answers[task] for task in configs})
+    faults = {task: answers[task] for task in configs if isinstance(answers[task], Exception)}
+    for fault in faults.values():
+        if len(faults) == 1 or not isinstance(fault, KdLoraError):
+            raise fault
+    if faults:
+        raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {task}: {it}" for task, it in faults.items())]))
     facts = {task: answers[task][0] for task in configs}
     looks = {(task, family): one for task in configs for family, one in answers[task][1].items()}
     chosen = {
@@ -174,15 +179,6 @@ def _inspect(question: tuple[Any, ...], _: object) -> Any:
         return run_in_child(inspect_task, *question[1:])
     except Exception as fault:
         return fault
-
-
-def _check_answers(answers: Mapping[str, Any]) -> None:
-    faults = {task: answer for task, answer in answers.items() if isinstance(answer, Exception)}
-    for fault in faults.values():
-        if len(faults) == 1 or not isinstance(fault, KdLoraError):
-            raise fault
-    if faults:
-        raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {task}: {it}" for task, it in faults.items())]))
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class SuiteFigures:
         found = self.scores.get((row, family, arm))
         return None if found is None else found.median
 
-    def gain(self, row: SuiteRow, family: str, arm: str) -> tuple[Comparison, int] | None:
+    def gain(self, row: SuiteRow, family: str, arm: str) -> tuple[Comparison | None, int]:
         """Compare a distilled arm with its control, by runs of the same configuration and seed, and count the pairs."""
         own, controls = (
             [
@@ -156,7 +156,7 @@ class SuiteFigures:
         twins = {_pairing(run): (run, score) for run, score in controls}
         pairs = [(one, twin) for one in own if (twin := twins.get(_pairing(one[0]))) is not None]
         if not pairs:
-            return None
+            return None, 0
         by_seed: dict[int, list[float]] = {}
         for one, twin in pairs:
             by_seed.setdefault(one[0].seed, []).append(one[1] - twin[1])
@@ -288,20 +288,15 @@ def _gain_table(figures: SuiteFigures) -> Table:
         for row in figures.rows:
             student, *others = (figures.median(row, family, arm) for arm in ("kd-lora", "fft", "lora"))
             cells = [_kept(student, one) for one in others]
-            cells += [text for arm in distilled for text in _gain(figures, row, family, arm)]
+            for arm in distilled:
+                found, pairs = figures.gain(row, family, arm)
+                value, interval, _ = compared(found) if found else ("–", "–", "")
+                cells += [f"{value} (n\u00a0{pairs})" if found else value, interval]
             lines.append((f"{figures.family_title(family)}, {row.title}", *cells))
     columns = ["", "KD-LoRA keeps of FFT", "of LoRA"]
     for arm in distilled:
         columns += [f"{arm_title(arm)} − {arm_title(CONTROLS[arm])}, paired", "95% interval"]
     return Table("Retention, and the control’s difference", tuple(columns), tuple(lines), note=_GAINS_NOTE)
-
-
-def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[str, str]:
-    found = figures.gain(row, family, arm)
-    if found is None:
-        return ("–", "–")
-    value, interval, _ = compared(found[0])
-    return (f"{value} (n\u00a0{found[1]})", interval)
 
 
 def _cost_table(figures: SuiteFigures) -> Table:

@@ -197,7 +197,7 @@ def label_collection(
         store = begin_store(store.model_copy(update={"model": job.model, "task": job.task.to_dict()}))
         done = {unit: unit.finished_shards(folder) for unit in _cut_work(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
-        _carry_out(job, done, on, _counting(job, progress, resumed))
+        _carry_out(job, done, on, progress)
         shards = [shard for shards in done.values() for shard in shards]
         rows, rejected, cut = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
         _refuse_doubles(store.model_copy(update={"shards": shards}).batches(["id"]), str(folder))
@@ -292,22 +292,18 @@ def _count_rows(file: Path) -> int:
         return int(pq.read_metadata(file).num_rows)
 
 
-def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int], None]:
-    """Give a function that adds rows and tells the caller, first of those that were there."""
+def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, progress: Progress | None) -> None:
+    """Do the units that are not finished, and count rows; what is done twice writes the same file."""
+    rows = sum(shard.rows_read for shards in done.values() for shard in shards)
     total = sum(map(_count_rows, job.files)) if all(file.suffix.lower() == ".parquet" for file in job.files) else None
 
-    def add(rows: int) -> None:
-        nonlocal done
-        done += rows
+    def tell(more: int) -> None:
+        nonlocal rows
+        rows += more
         if progress is not None:
-            progress(done, total)
+            progress(rows, total)
 
-    add(0)
-    return add
-
-
-def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
-    """Do the units that are not finished; what is done twice writes the same file."""
+    tell(0)
     left = [unit for unit, shards in done.items() if not unit.is_done(shards)]
     if not left:
         return
@@ -315,7 +311,7 @@ def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: 
     paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
     with open_engine(on, needs, paths) as engine:
         work, next_unit = functools.partial(label_unit, job), functools.partial(next, iter(left), None)
-        for unit, shards in engine.results(work, next_unit, lambda _, rows: tell(rows)):
+        for unit, shards in engine.results(work, next_unit, lambda _, count: tell(count)):
             if isinstance(shards, Exception):
                 raise shards
             done[unit] = shards
@@ -388,7 +384,7 @@ def _window(rows: Sequence[Row], names: Sequence[str]) -> Dataset:
     """Make a data set of rows: id, a text or two, and for a task of tokens where each word begins and ends."""
     cells = []
     for row in rows:
-        parts = row.text if isinstance(row.text, tuple) else (row.text,)
+        parts: tuple[Any, ...] = row.text if isinstance(row.text, tuple) else (row.text,)
         if WORDS[0] in names and not isinstance(row.text, Words):
             parts = (row.text, *split_words(str(row.text)))
         cells.append((row.id, *parts))

@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.parquet import parquet_faults, read_batches
@@ -87,16 +87,15 @@ def write_note(folder: Path, shard: Shard) -> None:
     write_json_atomic(folder / f"{shard.file}.json", shard.model_dump())
 
 
-def find_shard(folder: Path, name: str, listed: Sequence[Shard] = ()) -> Shard | None:
-    """Find a shard that is noted, or listed in a manifest, and unchanged."""
+def find_shard(folder: Path, name: str) -> Shard | None:
+    """Find a shard that is noted, and unchanged."""
     noted = _read_note(folder / f"{name}.json")
-    known = [shard for shard in (noted, *listed) if shard is not None and shard.file == name]
-    for shard in known:
-        if shard.state(folder) == "whole":
-            return shard
-    if known:
-        logger.warning("%s is %s since it was written", folder / name, known[0].state(folder))
-    return None
+    if noted is None or noted.file != name:
+        return None
+    if (state := noted.state(folder)) != "whole":
+        logger.warning("%s is %s since it was written", folder / name, state)
+        return None
+    return noted
 
 
 def _read_note(path: Path) -> Shard | None:
@@ -122,12 +121,6 @@ class LogitStore(BaseModel):
     rows_per_shard: Annotated[int, Field(gt=0)] = 50_000
     versions: dict[str, str]
     shards: list[Shard] = []
-
-    @model_validator(mode="after")
-    def _check_labels(self) -> Self:
-        if self.ingredients.get("labels", self.label_names) != self.label_names:
-            raise ValueError("its labels are not those that it was made for")
-        return self
 
     @property
     def folder(self) -> Path:
@@ -190,7 +183,7 @@ def open_store(path: Path) -> LogitStore:
         if not is_sealed_or_old(content):
             raise ValueError("its content does not fit its checksum: damaged or edited")
         return LogitStore.model_validate(content | {"path": path})
-    except (ArtifactError, ValueError, KeyError, TypeError, ArithmeticError) as fault:
+    except (ArtifactError, ValueError) as fault:
         reason = str(fault)
         if isinstance(fault, ValidationError):
             first = fault.errors(include_url=False, include_input=False)[0]

@@ -54,15 +54,13 @@ class Reading:
         columns = self.columns(source, labelled=labelled)
         raw = source.read(columns.all)
         if source.benchmark:
-            raw = raw.drop(_corrupt_rows(raw, columns))
-            total = raw.table.num_rows + raw.dropped
-            if raw.dropped:
-                self.notes.append(
-                    f"{source.name}: {raw.dropped} of {total} corrupt rows (ragged, or without text or label) were "
-                    "dropped."
-                )
+            total, raw = raw.table.num_rows, raw.drop(_corrupt_rows(raw, columns))
             if not raw.table.num_rows:
                 raise DataError(f"{source.name}: none of its {total} rows has both text and label")
+            if dropped := total - raw.table.num_rows:
+                self.notes.append(
+                    f"{source.name}: {dropped} of {total} corrupt rows (ragged, or without text or label) were dropped."
+                )
         if NUMBERS in source.columns:
             self.notes.append(
                 f"{source.name}: the first column counts the words; the second one was read as the words."
@@ -70,8 +68,7 @@ class Reading:
         if self.task.kind == "tokens":
             return self._words(raw, columns)
         arrays = {"id": _ids(raw, columns.id, f"{group}-" if group else "")}
-        for name, column in zip(("text", "text_pair"), columns.text, strict=False):
-            arrays[name] = _texts(raw, column)
+        arrays |= {name: _texts(raw, column) for name, column in zip(("text", "text_pair"), columns.text, strict=False)}
         if columns.label:
             labels = pa.table({"label": encode_labels(raw, columns.label, self.task, self.notes)})
             arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
@@ -100,11 +97,12 @@ class Reading:
                     f"({', '.join(self.task.text)}); give CSV, JSON Lines or Parquet with these columns"
                 )
             return Columns(source.columns, (), None)
-        if self.task.kind == "tokens" and not labelled and self.task.text[0] not in source.columns:
+        text = self.task.text
+        if self.task.kind == "tokens" and not labelled and text[0] not in source.columns:
             # Texts, where the labelled rows are words.
-            known = [name for name in (*WORD_COLUMNS, *TEXTS) if name in source.columns]
-            return Columns(tuple(known[:1]) or (source.require(self.task.text[0], "task.text"),), (), self._id(source))
-        text = tuple(source.require(column, "task.text") for column in self.task.text)
+            text = tuple(name for name in (*WORD_COLUMNS, *TEXTS) if name in source.columns)[:1] or text
+        for column in text:
+            source.require(column, "task.text")
         label = self.task.label if labelled else ()
         for column in label:
             if column not in source.columns:

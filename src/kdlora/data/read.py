@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,6 @@ class RawTable:
     table: pa.Table
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of the columns that hold codes
     rows: pa.Array | None = None  # row numbers in the source, from 0, where rows were dropped
-    dropped: int = 0
 
     @property
     def numbers(self) -> pa.Array:
@@ -55,12 +55,10 @@ class RawTable:
 
     def drop(self, mask: pa.ChunkedArray) -> RawTable:
         """Drop the rows where `mask` is true; the others keep their row number."""
-        count = pc.sum(mask).as_py()
-        if not count:
+        if first_true(mask) is None:
             return self
         kept = pc.invert(mask)
-        rows = self.numbers.filter(kept.combine_chunks())
-        return replace(self, table=self.table.filter(kept), rows=rows, dropped=self.dropped + count)
+        return replace(self, table=self.table.filter(kept), rows=self.numbers.filter(kept.combine_chunks()))
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class _RowFile:
 
     def columns(self, looked_at: int | None) -> tuple[str, ...]:
         """Read the header; the columns of JSON Lines are the keys of the first objects, or of all."""
-        with self._opened([]) as (named, rows):
+        with self._opened() as (named, rows):
             last = {} if named else {key: value for row in islice(rows, looked_at) for key, value in row.items()}
         columns = tuple(named or last)
         if not columns:
@@ -187,48 +185,39 @@ class _RowFile:
         return columns
 
     def read(self, wanted: tuple[str, ...]) -> RawTable:
-        dropped: list[int] = []
-        table = spool(self._batches(wanted, dropped), str(self.path))
-        rows = pa.array(np.delete(np.arange(table.num_rows + len(dropped)), dropped)) if dropped else None
-        raw = RawTable(str(self.path), table, rows=rows, dropped=len(dropped))
+        raw = RawTable(str(self.path), spool(self._batches(wanted), str(self.path)))
         if self.form == "tsv" and not self.benchmark:
             _refuse_quoting(raw)
         if self.form == "text":  # an empty line is left out, and counts
             raw = raw.drop(is_blank(raw.table["text"]))
-            if not raw.table.num_rows:
-                raise DataError(f"{self.path} has no line with text; expected one text a line")
         return raw
 
-    def _batches(self, wanted: Sequence[str], dropped: list[int]) -> Iterator[pa.RecordBatch]:
-        with self._opened(dropped) as (_, rows):
-            first = 0
+    def _batches(self, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        names, first = [*wanted, *([LINES] if self.form == "conll" else [])], 0
+        with self._opened() as (_, rows):
             while chunk := list(islice(rows, _CHUNK_ROWS)):
-                names = [*wanted, LINES] if self.form == "conll" else list(wanted)
                 arrays = [_to_array([row.get(key) for row in chunk], key, self.path, first) for key in names]
                 yield pa.RecordBatch.from_arrays(arrays, names=names)
                 first += len(chunk)
 
     @contextmanager
-    def _opened(self, dropped: list[int]) -> Iterator[tuple[Sequence[str], Iterator[Mapping[str, Any]]]]:
-        """Give columns and rows. A bad row is an error; one of a benchmark is left out, and its number noted."""
+    def _opened(self) -> Iterator[tuple[Sequence[str], Iterator[Mapping[str, Any]]]]:
+        """Give columns and rows. A bad row is an error; one of a benchmark is empty."""
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as stream:
                 if self.form == "jsonl" and _begins_an_array(stream):
-                    yield (), self._sound(_array_rows(self.path, stream.read()), dropped, "row")
+                    yield (), self._sound(_array_rows(self.path, stream.read()), "row")
                 else:
                     columns, found = read_rows(stream, self.form, str(self.path), self.header)
-                    yield columns, self._sound(found, dropped, "line" if self.form in ("jsonl", "conll") else "row")
+                    yield columns, self._sound(found, "line" if self.form in ("jsonl", "conll") else "row")
         except UnicodeDecodeError:
             raise _encoding_error(self.path) from None
 
-    def _sound(self, rows: Iterable[Numbered], dropped: list[int], unit: str) -> Iterator[Mapping[str, Any]]:
+    def _sound(self, rows: Iterable[Numbered], unit: str) -> Iterator[Mapping[str, Any]]:
         for number, values in rows:
-            if not isinstance(values, str):
-                yield values
-            elif self.benchmark:
-                dropped.append(number)
-            else:
+            if isinstance(values, str) and not self.benchmark:
                 raise DataError(f"{self.path}, {unit} {number + 1}: {values}")
+            yield {} if isinstance(values, str) else values
 
 
 def _begins_an_array(stream: TextIO) -> bool:
@@ -263,24 +252,22 @@ def _refuse_quoting(raw: RawTable) -> None:
 
 def _encoding_error(file: Path) -> DataError:
     """Describe the first byte that is not UTF-8."""
-    offset = 0
     with file.open("rb") as stream:
-        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return DataError(
-                f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f "
-                "utf-16 -t utf-8)"
-            )
-        stream.seek(0)
         for number, line in enumerate(stream, start=1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return DataError(
+                    f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (in Excel: CSV UTF-8; elsewhere: "
+                    "iconv -f utf-16 -t utf-8)"
+                )
             try:
                 line.decode()
             except UnicodeDecodeError as error:
+                offset = stream.tell() - len(line) + error.start
                 return DataError(
-                    f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset + error.start} is not "
-                    "UTF-8; save the file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f ENCODING -t utf-8, "
-                    "with the file's own encoding, such as windows-1252 or gb18030)"
+                    f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset} is not UTF-8; save the "
+                    "file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f ENCODING -t utf-8, with the file's own "
+                    "encoding, such as windows-1252 or gb18030)"
                 )
-            offset += len(line)
     return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")
 
 
@@ -297,27 +284,22 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
         if (named := list(map(_name_parts, values))) != values:
             return _to_array(named, key, file, first_row)
         row = bisect_left(range(len(values)), True, key=lambda last: not _fits(values[: last + 1]))
-        where, value = f"{file}, row {first_row + row + 1}: {key!r}", values[row]
+        found, before = type(values[row]), next(type(value) for value in values if value is not None)
+        told = f"cannot be read ({error}); make it one type"
         if isinstance(error, UnicodeEncodeError):
-            raise DataError(
-                f"{where} holds half a character (a lone surrogate, such as \\ud800); write the text again"
-            ) from None
-        expected = next(type(known) for known in values if known is not None)
-        if type(value) is not expected and {type(value), expected} != {int, float}:
-            raise DataError(
-                f"{where} is {type(value).__name__} ({str(value)[:40]!r}), but {expected.__name__} in the rows before; "
-                "make it one type"
-            ) from None
-        raise DataError(f"{where} cannot be read ({error}); make it one type") from None
+            told = "holds half a character (a lone surrogate, such as \\ud800); write the text again"
+        elif found is not before and {found, before} != {int, float}:
+            shown = f"{found.__name__} ({str(values[row])[:40]!r})"
+            told = f"is {shown}, but {before.__name__} in the rows before; make it one type"
+        raise DataError(f"{file}, row {first_row + row + 1}: {key!r} {told}") from None
 
 
 def _name_parts(value: Any) -> Any:
     """Write spans such as [0, 5, "PER"], of several types, as the other formats do."""
-    if not isinstance(value, list) or not all(isinstance(one, list) for one in value):
+    if not isinstance(value, list):
         return value
-    if any([type(part) for part in one] != [int, int, str] for one in value):
-        return value
-    return [dict(zip(("start", "end", "label"), one, strict=True)) for one in value]
+    are_spans = all(isinstance(one, list) and [type(part) for part in one] == [int, int, str] for one in value)
+    return [dict(zip(("start", "end", "label"), one, strict=True)) for one in value] if are_spans else value
 
 
 def _fits(values: list[Any]) -> bool:

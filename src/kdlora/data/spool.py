@@ -35,7 +35,7 @@ def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
     rows = (batch for batch in batches if batch.num_rows)
     tables = [_map(schema, group) for schema, group in itertools.groupby(rows, key=lambda batch: batch.schema)]
     if not tables:
-        raise DataError(f"{source} has a header or columns but no rows; expected one example per row")
+        raise DataError(f"{source} has no rows; expected one example per row")
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
@@ -70,11 +70,10 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     """Take one column in row order, without a Python object per row."""
     column = dataset.data.table[name]
     # A selection keeps all rows beside a list of row numbers; the public ways to apply it go through Python integers.
-    chosen = dataset._indices
-    if chosen is None:
+    if dataset._indices is None:
         return column
     if column.nbytes < _MOST_BYTES:
-        return column.take(chosen.column(0).combine_chunks())
+        return column.take(dataset._indices.column(0).combine_chunks())
     parts = [part.column(0).chunks for part in slice_rows(dataset, [name])]
     return pa.chunked_array(list(itertools.chain.from_iterable(parts)), column.type)
 

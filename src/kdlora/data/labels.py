@@ -15,7 +15,7 @@ from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text, named_codes
-from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
+from kdlora.data.tags import NO_TAG, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_names
 from kdlora.errors import DataError, did_you_mean, listed
 
@@ -34,9 +34,16 @@ MOST_CLASSES, MOST_NAMES = 20, 1000
 INTEGER = r"^\s*[+-]?[0-9]+\s*$"
 _COMMA = r"^\s*[+-]?[0-9]+(,[0-9]+)?\s*$"
 _PERCENT = r"^\s*[+-]?[0-9]+([.,][0-9]+)?\s*%?\s*$"
+_POINT = "write decimals with a point, as in 0.5"
+_NO_SIGN = "write them without the sign for a regression, or set task.kind: single-label if they are classes"
+_STRANGE_NUMBERS = (
+    (",", _COMMA, "numbers with a comma", f"{_POINT}, and several labels as lists"),
+    ("%", _PERCENT, "percentages", _NO_SIGN),
+)
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
 """A whole number that is written as a decimal; without its decimals it is the same label."""
+_SET_KIND = "set task.kind to single-label or regression"
 _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
 
@@ -80,11 +87,14 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
             )
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
     elif not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds {kind!s:.80}; expected names, integers or true/false"
-        )
+        hint = "; for lists set task.kind: multi-label" if is_list(kind) else ""
+        raise _holds(raw, column, f"{kind!s:.80}; expected names, integers or true/false{hint}")
     strings = values.cast(pa.string())
     return pc.if_else(is_blank(strings), None, strings)
+
+
+def _holds(raw: RawTable, column: str, told: str) -> DataError:
+    return DataError(f"{raw.source}: the label column {column!r} holds {told}")
 
 
 def refuse_missing(
@@ -104,7 +114,7 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     if any(is_one(values.type) for is_one in numbers):
         return values.cast(pa.float64(), safe=False)
     if not is_text(values.type):
-        raise DataError(f"{raw.source}: the label column {column!r} holds {values.type!s:.80}; expected numbers")
+        raise _holds(raw, column, f"{values.type!s:.80}; expected numbers")
     trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
     trimmed = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
     try:
@@ -112,7 +122,7 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     except pa.ArrowInvalid:
         position = first_true(pc.invert(pc.match_substring_regex(trimmed, rf"{DECIMAL}|(?i:^[+-]?(nan|inf))")))
         where, value = (raw.source, "a value") if position is None else (raw.where(position), values[position].as_py())
-        remedy = "write decimals with a point, as in 0.5" if re.match(_COMMA, value) else "correct it"
+        remedy = _POINT if re.match(_COMMA, value) else "correct it"
         raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; {remedy}") from None
 
 
@@ -238,8 +248,7 @@ def infer_columns(source: Source, what: Literal["text", "label"], known: Contain
         return tuple(left)
     key, columns = f"task.{what} (--{what})", ", ".join(map(repr, source.columns))
     if not found:
-        tag = source.columns[-1]
-        tagged = tag == OUTSIDE or tag in parse_tags([tag])
+        tagged = source.columns[-1] in parse_tags(source.columns[-1:])
         hint = ". A file with a word and its tag on each line needs the extension .conll" if tagged else ""
         raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}{hint}")
     candidates = " or ".join("+".join(names) for names in found)
@@ -259,10 +268,8 @@ def infer_task(
     if not names:
         raise DataError(f"{raw.source}: the lists in the label column {label[0]!r} are all empty; expected labels")
     if kind == "single-label" and len(names) < 2:
-        raise DataError(
-            f"{raw.source}: the label column {label[0]!r} holds one class only ({', '.join(names)}); a classifier "
-            "needs two or more. Check the file, or task.label"
-        )
+        told = f"one class only ({', '.join(names)}); a classifier needs two or more. Check the file, or task.label"
+        raise _holds(raw, label[0], told)
     if kind != "regression":
         refuse_names(raw.source, label, names, given=config.label_names is not None or label[0] in raw.class_names)
     notes = []
@@ -291,29 +298,19 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     strings = label_strings(raw, column)
     distinct = pc.unique(strings).drop_null()
     names = distinct.to_pylist()
-    if (commas := [name for name in names if "," in name]) and all(re.match(_COMMA, name) for name in names):
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds numbers with a comma ({commas[0]!r}); write decimals "
-            "with a point, as in 0.5, and several labels as lists"
-        )
-    if (percents := [name for name in names if "%" in name]) and all(re.match(_PERCENT, name) for name in names):
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds percentages ({percents[0]!r}); write them without the "
-            "sign for a regression, or set task.kind: single-label if they are classes"
-        )
+    for mark, form, what, remedy in _STRANGE_NUMBERS:
+        if (marked := [name for name in names if mark in name]) and all(re.match(form, name) for name in names):
+            raise _holds(raw, column, f"{what} ({marked[0]!r}); {remedy}")
     if joined := find_joined(names):
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds several labels in one ({joined!r}); write them as lists "
-            "(JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label if it is one label"
+        told = (
+            "write them as lists (JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label"
         )
+        raise _holds(raw, column, f"several labels in one ({joined!r}); {told} if it is one label")
     refuse_missing(raw, column, pc.is_null(strings))
     if pc.all(pc.match_substring_regex(distinct, INTEGER)).as_py():
         if len(distinct) <= MOST_CLASSES:
             return "single-label"
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds {len(distinct)} different integers, which may be classes "
-            "or a quantity; set task.kind to single-label or regression"
-        )
+        raise _holds(raw, column, f"{len(distinct)} different integers, classes or a quantity; {_SET_KIND}")
     decimal = pc.match_substring_regex(distinct, DECIMAL)
     if pc.all(decimal).as_py():
         return _kind_of_decimals(raw, column)
@@ -324,10 +321,8 @@ def _kind_of_decimals(raw: RawTable, column: str) -> Kind:
     numbers = as_doubles(raw, column)
     if pc.any(pc.not_equal(pc.floor(numbers), numbers)).as_py():
         return "regression"
-    raise DataError(
-        f"{raw.source}: the label column {column!r} holds whole numbers as decimals (such as "
-        f"{raw.table[column][0].as_py()}), classes or a quantity; set task.kind to single-label or regression"
-    )
+    first = raw.table[column][0].as_py()
+    raise _holds(raw, column, f"whole numbers as decimals (such as {first}), classes or a quantity; {_SET_KIND}")
 
 
 def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.Array) -> Kind:
@@ -340,10 +335,8 @@ def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.A
         )
     most = min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5))
     if len(distinct) > most:
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds {len(distinct)} texts in {raw.table.num_rows} rows. "
-            "Is it the label? Set task.label to another column, or task.kind: single-label if these are classes"
-        )
+        told = "Is it the label? Set task.label to another column, or task.kind: single-label if these are classes"
+        raise _holds(raw, column, f"{len(distinct)} texts in {raw.table.num_rows} rows. {told}")
     return "single-label"
 
 
@@ -359,12 +352,9 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
                 "need the same names"
             )
         return given or label
-    column, values = label[0], raw.table[label[0]]
-    if kind == "single-label" and is_list(values.type):
-        raise DataError(f"{raw.source}: the label column {column!r} holds lists; set task.kind: multi-label")
-    if named := given or raw.class_names.get(column):
+    if named := given or raw.class_names.get(label[0]):
         return named
-    return _sorted_names(label_strings(raw, column)) if kind == "single-label" else _names_in_lists(raw, column, values)
+    return _sorted_names(label_strings(raw, label[0])) if kind == "single-label" else _names_in_lists(raw, label[0])
 
 
 def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
@@ -381,7 +371,8 @@ def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
         )
 
 
-def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
+def _names_in_lists(raw: RawTable, column: str) -> tuple[str, ...]:
+    values = raw.table[column]
     _refuse_other_lists(raw, column, values.type)
     if is_text(values.type.value_type):
         return _sorted_names(pc.list_flatten(values))

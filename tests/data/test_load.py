@@ -287,33 +287,28 @@ def test_load_examples(csv_file):
 
 def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     """Names of a ClassLabel that are lost become LABEL_0 and LABEL_1 in the shipped model."""
-    DatasetDict({"train": emotions, "test": emotions.select([3, 1])}).save_to_disk(tmp_path / "saved")
-    splits = load(path=tmp_path / "saved")
+    saved = tmp_path / "saved"
+    DatasetDict({"train": emotions, "test": emotions.select([3, 1])}).save_to_disk(saved)
+    splits = load(path=saved)
     assert splits.task.label_names == ("sad", "glad")
-    assert list(splits.test["id"]) == ["0", "1"]
-    assert splits.test["text"][:] == ["text 3", "text 1"]
-    assert labels(splits.test) == [1, 1]
+    assert splits.test.to_dict() == {"id": ["0", "1"], "text": ["text 3", "text 1"], "label": [1, 1]}
     assert len(splits.validation) == 2
-    named = load({"label_names": ["glad", "sad"]}, path=tmp_path / "saved", validation="test")
-    assert labels(named.validation) == [0, 0]
-    assert "its splits are train, test. Did you mean 'test'" in refused(path=tmp_path / "saved", validation="tset")
+    assert labels(load({"label_names": ["glad", "sad"]}, path=saved, validation="test").validation) == [0, 0]
+    assert "its splits are train, test. Did you mean 'test'" in refused(path=saved, validation="tset")
     DatasetDict({"train": emotions, "test": emotions.select([])}).save_to_disk(tmp_path / "empty")
     assert "empty/test has no rows" in refused(path=tmp_path / "empty")
 
     # Parts that were saved one by one had to be written as files first.
-    splits = load(train=tmp_path / "saved" / "train", validation=tmp_path / "saved" / "test")
-    assert (len(splits.train), labels(splits.validation)) == (20, [1, 1])
-    beside = load(path=tmp_path / "saved", validation=tmp_path / "saved" / "test")
-    assert (len(beside.train), labels(beside.validation)) == (20, [1, 1])
-    remedy = f"holds the splits train, test; give the folder of one, such as {tmp_path / 'saved' / 'train'}, or train"
-    assert remedy in refused(train=tmp_path / "saved")
+    for whole in ({"train": saved / "train"}, {"path": saved}):
+        splits = load(**whole, validation=saved / "test")
+        assert (len(splits.train), labels(splits.validation)) == (20, [1, 1])
+    remedy = f"holds the splits train, test; give the folder of one, such as {saved / 'train'}, or train"
+    assert remedy in refused(train=saved)
     parts = DatasetDict({"train": emotions, "test": emotions, "validation": emotions})
     parts.save_to_disk(tmp_path / "parts")  # whoever is told the test split selects on test rows
-    assert f"such as {tmp_path / 'parts' / 'validation'}, or" in refused(
-        path=tmp_path / "saved", validation=tmp_path / "parts"
-    )
+    assert f"such as {tmp_path / 'parts' / 'validation'}, or" in refused(path=saved, validation=tmp_path / "parts")
     values = {"data": {"path": "x/y", "test": "saved/test"}}
-    assert absolute_paths(values, tmp_path, has_source=True)["data"]["test"] == str(tmp_path / "saved" / "test")
+    assert absolute_paths(values, tmp_path, has_source=True)["data"]["test"] == str(saved / "test")
     DatasetDict().save_to_disk(tmp_path / "none")
     assert "none/dataset_dict.json: expected names of folders beside it" in refused(train=tmp_path / "none")
 
@@ -361,19 +356,14 @@ def test_a_mark_for_no_label_is_no_class(csv_file) -> None:
 
 def test_decimals_of_a_data_base_are_numbers(tmp_path: Path) -> None:
     """DuckDB, Spark and Snowflake write a score as DECIMAL; it was "no number"."""
-    scores = [Decimal(row) / 4 for row in range(20)]
-    rows = {"text": [f"text {row}" for row in range(20)], "score": pa.array(scores, pa.decimal128(5, 2))}
-    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    splits = load({"label": "score"}, train=tmp_path / "a.parquet")
+    path, scores = tmp_path / "a.parquet", pa.array([Decimal(row) / 4 for row in range(20)], pa.decimal128(5, 2))
+    pq.write_table(pa.table({"text": TEXTS, "score": scores}), path)
+    splits = load({"label": "score"}, train=path)
     assert splits.task.kind == "regression"
     assert set(labels(splits.train)) <= {row / 4 for row in range(20)}
-    codes = pa.table(rows | {"score": pa.array([Decimal(row % 3) for row in range(20)], pa.decimal128(38, 0))})
-    pq.write_table(codes, tmp_path / "b.parquet")
-    assert load({"label": "score", "kind": "single-label"}, train=tmp_path / "b.parquet").task.label_names == (
-        "0",
-        "1",
-        "2",
-    )
+    codes = pa.array([Decimal(row % 3) for row in range(20)], pa.decimal128(38, 0))
+    pq.write_table(pa.table({"text": TEXTS, "score": codes}), path)
+    assert load({"label": "score", "kind": "single-label"}, train=path).task.label_names == ("0", "1", "2")
 
 
 def test_what_is_neither_hub_nor_folder(tmp_path, csv_file):
@@ -411,10 +401,8 @@ def test_a_drawn_split_of_many_classes_says_what_was_drawn(csv_file) -> None:
     texts = [f"text {row}" for row in range(300)]
     path = csv_file("a.csv", text=texts, label=[f"class {row % 150}" for row in range(300)])
     splits = load({"kind": "single-label"}, train=path)
-    assert any(
-        "60 of 300 training rows" in note and "30 more than asked for so that 60 of 150 classes give a row" in note
-        for note in splits.notes
-    )
+    (note,) = (note for note in splits.notes if "60 of 300 training rows" in note)
+    assert "30 more than asked for so that 60 of 150 classes give a row" in note
 
 
 def test_a_regression_that_scores_0_in_every_model_is_refused(csv_file) -> None:

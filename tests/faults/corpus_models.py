@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from safetensors.torch import load_file, save_file
 
-from experiments import edit_json
+from experiments import Evil, edit_json
 from tiny import build_model_folder
 
 
@@ -27,12 +27,7 @@ def _only(folder: Path, *names: str) -> None:
 
 def _pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (folder / "owned",)
-
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(folder / "owned")))
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:

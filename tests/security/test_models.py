@@ -17,23 +17,13 @@ from safetensors.torch import load_file
 from transformers import safetensors_conversion
 
 import tiny
-from experiments import edit_json
+from experiments import Evil, edit_json
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import KdLoraError, ModelError
 from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task, save_encoder
 from kdlora.models.loading import Source, _loading_of
 
 SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
-
-
-class Evil:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
 
 
 @pytest.fixture

@@ -42,9 +42,7 @@ def config_page() -> str:
 def _settings(values: Mapping[str, Any], prefix: str = "") -> str:
     """List nested settings as `key: value`."""
     parts = [
-        _settings(value, f"{prefix}{key}.")
-        if isinstance(value, Mapping)
-        else f"`{prefix}{key}: {'null' if value is None else value}`"
+        _settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"`{prefix}{key}: {_shown(value)[1:]}"
         for key, value in values.items()
     ]
     return ", ".join(parts) or "nothing: the keys' own defaults are the paper's"

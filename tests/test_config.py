@@ -158,6 +158,7 @@ def test_a_recipe_fills_in_what_is_not_set():
     assert build_config(MINIMAL) == config, "the recipe that won the comparison is what a user gets who names none"
     assert (tuned.student.train.epochs, tuned.student.train.learning_rate) == (10, 3e-3)
     assert tuned.student.train.weight_decay == paper.student.train.weight_decay
+    assert paper.run.arms == tuned.run.arms == tuple(arm for arm in config.run.arms if arm != "kd-fft")
     empty = {"lora": None, "export": None, "student": {"train": None}}
     assert build_config({**MINIMAL, "recipe": "paper", **empty}) == paper, "empty sections"
     with pytest.raises(ConfigError, match="studnet"):

@@ -250,7 +250,7 @@ class DistilConfig(Section):
 class RunConfig(Section):
     """What is run, and on what."""
 
-    arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "kd-fft", "student-lora"), min_length=1)
+    arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
     """Arms to run: `words` (bag of words; left out for tokens), `fft` (the teacher), `kd-lora` (the distilled
     student), `kd-fft` (the same with all weights tuned), `student-lora` (the control), `lora`, `student-fft`."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)

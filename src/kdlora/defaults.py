@@ -32,6 +32,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
         },
         "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
         "distil": {"alpha": 0.5, "temperature": 1.0},
+        "run": {"arms": ("words", "fft", "kd-lora", "kd-fft", "student-lora")},
     },
     "paper": {},
     "paper-tuned": {"student": {"train": {"epochs": 10, "learning_rate": 3e-3}}},
@@ -75,14 +76,14 @@ def adapter_rate(width: int) -> float:
 def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lay the recipe under the user's values, and name the family's models."""
     recipe, family = values.get("recipe", "default"), values.get("family")
-    filled = dict(values)
+    filled, teacher = dict(values), values.get("teacher")
+    if isinstance(teacher, Mapping) and teacher.get("tuning") == "lora":
+        filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", "student-lora"]}})
     if isinstance(recipe, str) and recipe in RECIPES:
-        filled = lay_under(values, _fitting(RECIPES[recipe], values))
+        filled = lay_under(filled, _fitting(RECIPES[recipe], values))
     teacher, student = (filled.get(key) or {} for key in ("teacher", "student"))
     if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
         return filled
-    if teacher.get("tuning") == "lora":
-        filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", "student-lora"]}})
     if isinstance(family, str) and family in FAMILIES:
         names = FAMILIES[family]
         if teacher.get("model") is None:

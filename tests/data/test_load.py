@@ -321,6 +321,7 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
         splits = load(**source, validation=tmp_path / "a.parquet")
         assert splits.task.label_names == ("x", "y", "z")
         assert labels(splits.train) == [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+        assert "set task.kind: multi-label" in refused({"kind": "single-label", "label": "labels"}, **source)
 
 
 def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatch, emotions: Dataset) -> None:

@@ -41,12 +41,15 @@ def test_one_place_removes_and_nothing_else_does():
     assert found == {"system/ownership.py"}
 
 
-@pytest.mark.parametrize("what", ["folder", "link"])
+@pytest.mark.parametrize("what", ["folder", "link", "file"])
 def test_predict_keeps_a_folder_that_is_not_its_own(classifier, rows, tmp_path, what):
     """A folder of the user's with the name of the parts was emptied, at exit 0; a link took them to another folder."""
     theirs = tmp_path / "theirs" if what == "link" else tmp_path / "answers.csv.partial"
-    theirs.mkdir()
-    (theirs / "thesis.tex").write_text("years of work")
+    if what == "file":
+        theirs.write_text("years of work")
+    else:
+        theirs.mkdir()
+        (theirs / "thesis.tex").write_text("years of work")
     if what == "link":
         (tmp_path / "answers.csv.partial").symlink_to(theirs)
     before = snapshot(tmp_path)

@@ -104,7 +104,7 @@ class AskSettings:
             object.__setattr__(self, "labels", dict.fromkeys((labels,) if isinstance(labels, str) else labels, ""))
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
+            if isinstance(value, int | float) and not (least <= value <= most and value != math.inf):
                 above = "" if most == math.inf else f" and at most {most:,}"
                 raise ConfigError(f"{name} is at least {least}{above}, got {value}")
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):

@@ -72,9 +72,9 @@ def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.A
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
-    if column in raw.class_names:
-        return named_codes(values, raw.class_names[column])
     kind = values.type
+    if column in raw.class_names and not is_list(kind):
+        return named_codes(values, raw.class_names[column])
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):

@@ -217,23 +217,28 @@ def open_hub(path: str, subset: str | None, revision: str | None) -> dict[str, S
         )
     # A data set of plain files would be reported to a counter on another host; nothing is asked but what is named.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    _check_card(path, revision)
     try:
+        _check_card(path, revision)
         loaded = load_dataset(path, subset, revision=revision)
+    except FileNotFoundError as error:  # DatasetNotFoundError is one
+        raise DataError(
+            f"data.path {path!r}: no such folder, and no such Hub data set ({error}); check the name"
+        ) from None
     except ConnectionError as error:
         raise DataError(
             f"data.path {path!r}: there is no such folder, and the Hub cannot be reached ({error}). Run it once where "
             "the Hub answers (with HF_HUB_OFFLINE unset), or save the data there with "
             f"datasets.load_dataset({path!r}).save_to_disk(FOLDER) and set data.path to that folder"
         ) from None
+    except DataError:
+        raise
     except Exception as error:  # a card of anybody's can make `datasets` fail in any way
         causes = (error, error.__cause__)
         if full := next((cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None), None):
             raise full from None  # the machine's, such as a full disk
         hint = " Set data.subset." if "onfig" in str(error) else ""
         reason = first_line(error.__cause__ or error)
-        told = f"there is no such folder, and it cannot be loaded from the Hub: {reason:.500}.{hint}"
-        raise DataError(f"data.path {path!r}: {told}") from None
+        raise DataError(f"data.path {path!r} cannot be loaded from the Hub: {reason:.500}.{hint}") from None
     return _sources(loaded, path)
 
 
@@ -245,7 +250,7 @@ def _check_card(path: str, revision: str | None) -> None:
         except (OSError, ValueError):  # none, or none that can be reached: `datasets` says so itself
             continue
         try:
-            files = list(_named_files(read_front_matter(card), set()))
+            files = list(_named_files(read_front_matter(card)))
         except ValueError as error:
             raise DataError(f"data.path {path!r}: its card {name} cannot be read ({first_line(error)})") from None
         for file in files:
@@ -253,14 +258,18 @@ def _check_card(path: str, revision: str | None) -> None:
                 raise DataError(f"data.path {path!r}: its card names {file!r:.80}, which this data set does not hold")
 
 
-def _named_files(item: Any, seen: set[tuple[int, bool]], named: bool = False) -> Iterator[str]:
+def _named_files(metadata: Any) -> Iterator[str]:
     """Give what stands below `data_files` and `data_dir`, wherever these are: a merge of YAML hides them anywhere."""
-    if isinstance(item, str) and named:
-        yield item
-    elif isinstance(item, dict | list) and (id(item), named) not in seen:
-        seen.add((id(item), named))  # a few aliases of aliases can make a million
-        for key, inner in item.items() if isinstance(item, dict) else (("", inner) for inner in item):
-            yield from _named_files(inner, seen, named or key in ("data_files", "data_dir"))
+    todo: list[tuple[Any, bool]] = [(metadata, False)]
+    seen: set[tuple[int, bool]] = set()
+    while todo:
+        item, named = todo.pop()
+        if isinstance(item, str) and named:
+            yield item
+        elif isinstance(item, dict | list) and (id(item), named) not in seen:
+            seen.add((id(item), named))  # an alias can lead round in a circle
+            pairs = item.items() if isinstance(item, dict) else (("", inner) for inner in item)
+            todo += [(inner, named or key in ("data_files", "data_dir")) for key, inner in pairs]
 
 
 def _sources(loaded: DatasetDict, name: str) -> dict[str, Source]:

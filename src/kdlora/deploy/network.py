@@ -36,7 +36,7 @@ _ENCODED_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a text as tokens, special ones included, with what `pack` takes of an encoding."""
+    """A part of a text as tokens, special ones included, with what `_fill` takes of an encoding."""
 
     ids: np.ndarray
     type_ids: np.ndarray

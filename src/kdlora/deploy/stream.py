@@ -360,7 +360,7 @@ class PartialResult(_Output):
 
     def _refuse_foreign(self) -> None:
         """See that nothing of others is lost with the folder of parts, and that it is no link to theirs."""
-        for entry in [self.folder] if self.folder.is_symlink() else self.folder.glob("*"):
+        for entry in [self.folder] if self.folder.is_symlink() or self.folder.is_file() else self.folder.glob("*"):
             known = _PART.fullmatch(entry.name) or entry.name in (MANIFEST, ".lock") or is_ours_by_name(entry)
             if not known or entry.is_symlink():
                 raise ArtifactError(

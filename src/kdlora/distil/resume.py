@@ -26,7 +26,7 @@ from kdlora.system.storage import atomic_file, atomic_folder, mark_folder
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-[0-9]{9}")
 _BEST = "best.safetensors"
@@ -74,7 +74,7 @@ class CheckpointFolder:
         for folder in reversed(self._folders()):
             manifest = _read_manifest(folder, whole=True)
             if manifest is None:
-                logger.warning("%s is unfinished or damaged; it is not used", folder)
+                logger.warning("%s is unfinished or damaged, or of an earlier version; it is not used", folder)
                 continue
             self._refuse_others(folder, manifest["ingredients"])
             return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))

@@ -68,7 +68,7 @@ class ExperimentResult:
 
     Examples:
         >>> sorted({record.arm for record in result.records})
-        ['fft', 'kd-lora', 'student-lora', 'words']
+        ['fft', 'kd-fft', 'kd-lora', 'student-lora', 'words']
     """
 
     folder: Path
@@ -233,7 +233,8 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}
     if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS | moved]:
         told = f"{layout.root} belongs to another config; name another folder with --out, or delete it"
-        shown = (f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed)
+        shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
+        shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         raise ArtifactError("\n".join([f"{told}:", *shown]))
 
 

@@ -278,12 +278,12 @@ def _label_names(place: Source, config: PretrainedConfig, given: Sequence[str] |
             f"0 to {config.num_labels - 1}"
         )
     found = [str(config.id2label[column]) for column in range(config.num_labels)]
-    if given and len(given) != len(found):
+    if given is not None and len(given) != len(found):
         raise ModelError(
-            f"label_names has {len(given)} names ({', '.join(given)}), but {place.name} has {len(found)} outputs "
-            f"({', '.join(found)})"
+            f"teacher.label_names, or --label-name, has {len(given)} names ({', '.join(given)}), but {place.name} has "
+            f"{len(found)} outputs ({', '.join(found)})"
         )
-    return list(given or found)
+    return list(found if given is None else given)
 
 
 def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_names: Sequence[str] | None) -> list[int]:

@@ -209,5 +209,6 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
             tiles.append(Tile(label, cost.write(one), detail or none))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
+        detail += "" if arm in (found.first, found.second) else f", of {arm_title(found.first)}"
         tiles.append(Tile("Gain by distillation", signed(found.plain), detail))
     return tuple(tiles)

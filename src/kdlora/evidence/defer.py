@@ -379,9 +379,8 @@ def judge_threshold(label: str, goal: Goal, threshold: float, odds: np.ndarray, 
 
 def _share(part: int, whole: int) -> tuple[float, float, float]:
     """Give a share and its exact 95% interval. *Source*: Clopper and Pearson, Biometrika 26(4), 1934."""
-    from scipy.stats import binomtest  # here: whoever only predicts does without it
+    from scipy.stats import beta  # here: whoever only predicts does without it
 
-    if not whole:
-        return 0.0, 0.0, 1.0
-    exact = binomtest(part, whole).proportion_ci(0.95, method="exact")
-    return part / whole, float(exact.low), float(exact.high)
+    low = float(beta.ppf(0.025, part, whole - part + 1)) if part else 0.0
+    high = float(beta.ppf(0.975, part + 1, whole - part)) if part < whole else 1.0
+    return (part / whole if whole else 0.0), low, high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ class Backend(Protocol):
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens); what fails is told by the caller."""
 
 
-class Network:
+class Network(ABC):
     """A described folder and its running network; never changed once it is made, so threads may share it."""
 
     marks_entities = False
@@ -155,13 +156,13 @@ class Network:
                 raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
             yield from found
 
+    @abstractmethod
     def _check(self, texts: Any) -> list[Any]:
         """Give texts as this model reads them, or refuse one by its number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _windows(self, texts: Sequence[Any]) -> list[Window]:
         """Cut checked texts into the windows that the model reads, one text after the other."""
-        raise NotImplementedError
 
     def batches(self, texts: Sequence[Any]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""

@@ -166,6 +166,22 @@ def test_names_stand_for_sections():
     assert found.families["roberta"] == {"family": "roberta"}
 
 
+def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
+    """A key of one task left out the eight others, and their tables; a pilot on one's own task was refused."""
+    papers = load_suite(CONFIGS / "paper.yaml", ["tasks.mnli.data.max_train_examples=9"])
+    assert len(papers.tasks) == 9
+    assert papers.tasks["mnli"] == {"task": {"name": "mnli"}, "data": {"max_train_examples": 9}}
+    papers = load_suite(CONFIGS / "paper.yaml", ["families.bert.teacher.model=/m/x"])
+    assert papers.families["bert"] == {"family": "bert", "teacher": {"model": "/m/x"}}
+    assert papers.families.keys() == {"bert", "deberta-v3", "roberta"}
+    own = {name: {"task": {}, "data": {"path": f"x/{name}"}} for name in ("a", "b")}
+    found = build_suite(SUITE | {"tasks": own}, ["tasks=[cola, a]", "families=two"])
+    assert found.tasks == {"a": own["a"], "cola": {"task": {"name": "cola"}}}
+    assert found.families == {"two": SUITE["families"]["two"]}
+    with pytest.raises(ConfigError, match="suite: unknown task 'cloa'.*Did you mean 'cola'"):
+        build_suite(SUITE | {"tasks": own}, ["tasks=[a, cloa]"])
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -47,7 +47,7 @@ def _parse_axes(value: object) -> object:
     return axes
 
 
-def _parse_tasks(value: object) -> object:
+def _parse_tasks(value: object) -> Any:
     """Read a list of GLUE tasks, or a mapping from names to partial configs."""
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list | tuple):
@@ -75,7 +75,7 @@ def _glue_name(name: str) -> str:
     return folded
 
 
-def _parse_families(value: object) -> object:
+def _parse_families(value: object) -> Any:
     """Read a list of the paper's families, or a mapping from names to partial configs."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
@@ -219,11 +219,22 @@ def build_suite(
     has_source = _names_source(values) or _names_source(changes)
     merged = _with_absolute_paths(values, base or Path.cwd(), has_source)
     try:
-        merge(merged, _with_absolute_paths(changes, Path.cwd(), has_source), SuiteConfig)
+        changes = _with_absolute_paths(changes, Path.cwd(), has_source)
+        for key, parse in (("tasks", _parse_tasks), ("families", _parse_families)):
+            there, asked = ([one] if isinstance(one, str) else one for one in (merged.get(key), changes.get(key)))
+            if isinstance(there, list | tuple) and isinstance(
+                asked, dict
+            ):  # a key of one leaves the others as they are
+                merged[key] = parse(there)
+            elif isinstance(there, dict) and isinstance(asked, list):  # names choose among the file's own, too
+                own = {name: there[name] for name in map(str, asked) if name in there}
+                changes[key] = own | parse([name for name in map(str, asked) if name not in there])
+                del merged[key]
+        merge(merged, changes, SuiteConfig)
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, where, SuiteConfig)) from None
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

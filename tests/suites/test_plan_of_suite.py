@@ -178,7 +178,7 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
     found = build_suite(SUITE | {"tasks": own}, ["tasks=[cola, a]", "families=two"])
     assert found.tasks == {"a": own["a"], "cola": {"task": {"name": "cola"}}}
     assert found.families == {"two": SUITE["families"]["two"]}
-    with pytest.raises(ConfigError, match="suite: unknown task 'cloa'.*Did you mean 'cola'"):
+    with pytest.raises(ConfigError, match=r"suite: unknown task 'cloa'.*Did you mean 'cola'"):
         build_suite(SUITE | {"tasks": own}, ["tasks=[a, cloa]"])
 
 

@@ -217,6 +217,22 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(figures, write, 
     assert told == [False, True]
 
 
+def test_families_are_told_apart_whatever_they_share(write, tmp_path):
+    """Two columns were headed "BERT: KD-LoRA", one with DistilBERT's figures below another student's.
+
+    A run that both share had a line in runs.csv for the first alone, so a program found no teacher of the second.
+    """
+    plan = small_plan(families={"base": {"family": "bert"}, "tiny": {"family": "bert", "student": {"model": "other"}}})
+    markdown = write(plan, made(plan))
+    assert "base: KD-LoRA" in markdown
+    assert "tiny: KD-LoRA" in markdown
+    paper = {line["family"] for line in read_rows(tmp_path / "table1.csv") if line["paper"]}
+    assert paper == {"base"}
+    lines = read_rows(tmp_path / "runs.csv")
+    assert {(line["family"], line["arm"]) for line in lines} == {(one, arm) for one in ("base", "tiny") for arm in BASE}
+    assert len({line["record"] for line in lines}) == len(plan.runs()) < len(lines)
+
+
 def test_tables_of_nothing_can_be_written(write):
     """Ctrl-C in the first minute must leave a page, not a traceback over the reason."""
     assert "0 of" in write(small_plan(), {})

@@ -76,12 +76,19 @@ class Plan:
     cells: dict[tuple[str, str, str], tuple[PlannedRun, ...]]
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]]
 
-    def runs(self) -> list[PlannedRun]:
-        """List every run once, teachers first within a task."""
-        found: dict[str, PlannedRun] = {}
+    def runs_of_families(self) -> list[PlannedRun]:
+        """List the runs of every family, also those that it shares, teachers first within a task."""
+        found: dict[tuple[str, str], PlannedRun] = {}
         for (task, family, _), runs in self.cells.items():
             for run in (*self.teachers.get((task, family), ()), *runs):
-                found.setdefault(run.key, run)
+                found.setdefault((family, run.key), run)
+        return list(found.values())
+
+    def runs(self) -> list[PlannedRun]:
+        """List every run once."""
+        found: dict[str, PlannedRun] = {}
+        for run in self.runs_of_families():
+            found.setdefault(run.key, run)
         return list(found.values())
 
     def lessons(self) -> list[Lesson]:
@@ -93,10 +100,6 @@ class Plan:
                 names = *(one.key for one in candidates), run.config.data.row_settings
                 lessons.setdefault(names, Lesson(candidates)).students.append(run)
         return list(lessons.values())
-
-    def family_of_paper(self, family: str) -> str:
-        """Name the paper's family that one of the suite is; empty for any other."""
-        return str(self.suite.families[family].get("family") or self.suite.config.get("family") or "")
 
 
 def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | None = None) -> Plan:

@@ -18,11 +18,11 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
-from kdlora.experiment.plan import Plan, PlannedRun
+from kdlora.experiment.plan import Plan, PlannedRun, whole_config
 from kdlora.report.collect import Run
 from kdlora.report.findings import CONTROLS, Comparison, align
 from kdlora.report.page import Cell, Link, Page, Prose, Row, Section, Table, strong, to_csv, to_latex, write_page
-from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, published_scores
+from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, family_of, published_scores
 from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, UNLIKE, Cost, compared, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, model_title, points
 from kdlora.system.storage import write_text_atomic
@@ -104,11 +104,15 @@ class SuiteFigures:
             if task == row.task
         }
 
-    def family_title(self, family: str) -> str:
-        return FAMILY_TITLES.get(self.plan.family_of_paper(family), family)
+    @cached_property
+    def of_paper(self) -> dict[str, str]:
+        """Say for each family of the suite which of the paper's has its models; empty for any other."""
+        suite = self.plan.suite
+        configs = {name: whole_config(suite, next(iter(suite.tasks)), name) for name in suite.families}
+        return {name: family_of(one.teacher.model, one.student.model) or "" for name, one in configs.items()}
 
     def published(self, row: SuiteRow, family: str, arm: str) -> float | None:
-        return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
+        return published_scores(row.published).get(self.of_paper[family], {}).get(arm)
 
     def ended(self, runs: Sequence[PlannedRun]) -> Runs:
         return [(run, self.records[run.key]) for run in runs if run.key in self.records]
@@ -258,7 +262,7 @@ def _score_table(figures: SuiteFigures) -> Table:
     )
     theirs = [mean_of([figures.published(row, *column) for row in rows]) for column in columns]
     lines += _published_line("the same rows", theirs)
-    titles = ("", *(f"{figures.family_title(family)}: {arm_title(arm)}" for family, arm in columns))
+    titles = ("", *(f"{FAMILY_TITLES.get(family, family)}: {arm_title(arm)}" for family, arm in columns))
     caption = f"Table 1. Median of the best {suite.best} configurations, 0 to 100"
     return Table(caption, titles, tuple(lines), note=_SCORES_NOTE.format(best=suite.best), compact=len(titles) > 7)
 
@@ -292,7 +296,7 @@ def _gain_table(figures: SuiteFigures) -> Table:
                 found, pairs = figures.gain(row, family, arm)
                 value, interval, _ = compared(found) if found else ("–", "–", "")
                 cells += [f"{value} (n\u00a0{pairs})" if found else value, interval]
-            lines.append((f"{figures.family_title(family)}, {row.title}", *cells))
+            lines.append((f"{FAMILY_TITLES.get(family, family)}, {row.title}", *cells))
     columns = ["", "KD-LoRA keeps of FFT", "of LoRA"]
     for arm in distilled:
         columns += [f"{arm_title(arm)} − {arm_title(CONTROLS[arm])}, paired", "95% interval"]
@@ -314,13 +318,13 @@ def _cost_table(figures: SuiteFigures) -> Table:
         trainable = {run.config.lora.rank: record.trainable_parameters for run, record in found}
         lines.append(
             (
-                *(figures.family_title(family), arm_title(arm), model_title(first.model)),
+                *(FAMILY_TITLES.get(family, family), arm_title(arm), model_title(first.model)),
                 _by_rank(trainable) if arm in LORA_ARMS else count(first.trainable_parameters),
                 *(cost.write(_typical(found, cost)) for cost in (HEAD, MEMORY, TIME, TIME_OF_32)),
                 Cell(f"n\u00a0{len(found)}", _run_links([run for run, _ in found[:6]])),
             )
         )
-        if one := COSTS.get(plan.family_of_paper(family), {}).get(arm):
+        if one := COSTS.get(figures.of_paper[family], {}).get(arm):
             by_rank = dict(zip(RANKS, one.trainable, strict=False))
             counts = _by_rank(by_rank) if arm in LORA_ARMS else count(one.trainable[0])
             measured = ("–", f"{one.memory_mb:.1f}\u00a0MB", "–", f"{one.seconds:.2f}\u00a0s in all", "")
@@ -363,7 +367,7 @@ def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
     latency = ("latency_ms_batch_1", "latency_ms_batch_32")
     named = ("task", "family", "arm", "seed", "rank", "configuration")
     yield (*named, "status", "model", *costs, *latency, "teacher", "error", "record")
-    for run in figures.plan.runs():
+    for run in figures.plan.runs_of_families():
         one, rank = figures.records.get(run.key), run.config.lora.rank if run.arm in LORA_ARMS else None
         found: list[Any] = ["to come", *[None] * 13]
         if one is not None:

@@ -222,9 +222,7 @@ def build_suite(
         changes = _with_absolute_paths(changes, Path.cwd(), has_source)
         for key, parse in (("tasks", _parse_tasks), ("families", _parse_families)):
             there, asked = ([one] if isinstance(one, str) else one for one in (merged.get(key), changes.get(key)))
-            if isinstance(there, list | tuple) and isinstance(
-                asked, dict
-            ):  # a key of one leaves the others as they are
+            if isinstance(there, list | tuple) and isinstance(asked, dict):  # a key of one leaves the others in
                 merged[key] = parse(there)
             elif isinstance(there, dict) and isinstance(asked, list):  # names choose among the file's own, too
                 own = {name: there[name] for name in map(str, asked) if name in there}

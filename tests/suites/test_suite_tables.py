@@ -70,7 +70,7 @@ def figures(tmp_path):
 
 def test_a_figure_is_the_median_of_the_best_configurations(figures):
     """A mean over the whole grid, or over seeds as if they were configurations, is another number than the paper's."""
-    found = figures.figure(figures.plan.cells["cola", "own", "lora"])
+    found = figures.scores[figures.rows[0], "own", "lora"]
     assert found.median == pytest.approx(statistics.median([86.25, 88.25]))
     assert [value for _, value in found.taken] == [88.0, 88.5, 86.0, 86.5]
     assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
@@ -78,9 +78,8 @@ def test_a_figure_is_the_median_of_the_best_configurations(figures):
 
     # Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right.
     assert [row.title for row in figures.rows] == ["CoLA", "MNLI-m", "MNLI-mm"]
-    cell = figures.plan.cells["mnli", "own", "fft"]
-    whole, matched, other = (figures.figure(cell, group).median for group in ("", "matched", "mismatched"))
-    assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
+    matched, other = (figures.median(row, "own", "fft") for row in figures.rows[1:])
+    assert (matched, other) == (pytest.approx(88.25 - 1), pytest.approx(88.25 + 1))
 
 
 def test_rows_and_configurations_have_names_of_their_own(tmp_path):
@@ -102,7 +101,27 @@ def test_with_a_test_split_the_choice_stays_on_validation(tmp_path):
     records = {
         run.key: record(run, validation, test_score=test) for run, (validation, test) in zip(cell, scores, strict=True)
     }
-    assert SuiteFigures(plan, records, tmp_path).figure(cell).median == 70.0
+    figures = SuiteFigures(plan, records, tmp_path)
+    assert figures.median(figures.rows[0], "own", "fft") == 70.0
+
+
+def test_the_gain_is_on_the_split_of_the_table_above_it(write, tmp_path):
+    """A student that loses on the test rows above was told to gain: the line below spoke of validation rows."""
+    families = {"own": {"teacher": {"model": "t"}, "student": {"model": "s"}}}
+    plan = small_plan(tasks=["sst2", "rte"], families=families, seeds=[0], grids={})
+    scores = {"kd-lora": (90.0, 70.0), "student-lora": (80.0, 75.0)}
+    records = {}
+    for run in plan.runs():
+        validation, test = scores.get(run.arm, (90.0, 90.0))
+        records[run.key] = record(run, validation, test_score=test if run.task == "sst2" else None)
+    keep_predictions(plan, tmp_path, records)
+    figures = SuiteFigures(plan, records, tmp_path)
+    found, _ = figures.gain(figures.rows[0], "own", "kd-lora")
+    assert (found.plain, found.difference.n_examples) == (-5, 1000)
+    assert found.difference.low < -5 < found.difference.high
+    assert "Scored on test (SST-2) and validation (RTE)." in write(plan, records)
+    lines = read_rows(tmp_path / "table1.csv")
+    assert {(line["task"], line["split"]) for line in lines} == {("sst2", "test"), ("rte", "validation")}
 
 
 def test_the_gain_is_paired_by_configuration_and_seed(figures):
@@ -116,18 +135,19 @@ def test_the_gain_is_paired_by_configuration_and_seed(figures):
 
 
 def keep_predictions(plan, root, records, rows=1000):
-    """Predictions that are right for the share of rows that the record's score says, of both of MNLI's groups."""
+    """Predictions that are right for the share of rows that the record's scores say, of both of MNLI's groups."""
     for run in plan.runs():
-        task = GLUE[run.task].task
-        right = np.arange(rows) < 10 * records[run.key].score
-        labels = np.arange(rows) % task.num_labels
+        task, one = GLUE[run.task].task, records[run.key]
+        scores = {"validation": one.score} | ({} if one.test_score is None else {"test": one.test_score})
+        right = np.concatenate([np.arange(rows) < 10 * score for score in scores.values()])
+        labels = np.arange(len(right)) % task.num_labels
         kept = Predictions(
-            ids=tuple(map(str, range(rows))),
-            split=("validation",) * rows,
+            ids=tuple(map(str, range(rows))) * len(scores),
+            split=tuple(np.repeat(list(scores), rows)),
             logits=np.eye(task.num_labels)[np.where(right, labels, (labels + 1) % task.num_labels)],
             label_names=task.label_names,
             labels=labels,
-            groups=("matched", "mismatched") * (rows // 2) if run.task == "mnli" else None,
+            groups=("matched", "mismatched") * (len(right) // 2) if run.task == "mnli" else None,
         )
         write_predictions(run.layout(root).run(run.arm, run.seed).predictions, kept)
 

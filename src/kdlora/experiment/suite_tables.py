@@ -19,7 +19,7 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 from kdlora.experiment.plan import Plan, PlannedRun, whole_config
-from kdlora.report.collect import Run
+from kdlora.report.collect import Run, headline_split
 from kdlora.report.findings import CONTROLS, Comparison, align
 from kdlora.report.page import Cell, Link, Page, Prose, Row, Section, Table, strong, to_csv, to_latex, write_page
 from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, family_of, published_scores
@@ -28,16 +28,16 @@ from kdlora.report.wording import INTERVALS, arm_title, count, model_title, poin
 from kdlora.system.storage import write_text_atomic
 
 _SCORES_NOTE = (
-    "CoLA: Matthews; STS-B: mean of Pearson and Spearman; MRPC and QQP: mean of accuracy and F1; else accuracy, or "
-    "the task’s own score. Each figure is the median over the best {best} configurations (all, where there "
-    "are fewer), a configuration being the mean of its seeds; n counts the runs in them, ± is their standard "
-    "deviation (n − 1), and the small numbers lead to their records. As in the paper, configurations are chosen on "
+    "Scored on {splits}. CoLA: Matthews; STS-B: mean of Pearson and Spearman; MRPC and QQP: mean of accuracy and F1; "
+    "else accuracy, or the task’s own score. Each figure is the median over the best {best} configurations (all, "
+    "where there are fewer), a configuration being the mean of its seeds; n counts the runs in them, ± is their "
+    "standard deviation (n − 1), and the small numbers lead to their records. As in the paper, configurations are chosen on "
     "the split that is reported where there is no test split: such a figure is too high. The best "
     "{best} of an arm are not those of another; the differences below are paired."
 )
 _GAINS_NOTE = (
-    "Points. Paired: mean difference of all runs with the same configuration and seed on validation, chosen or "
-    f"not, so no choice flatters it; n counts them, and each seed counts alike. {INTERVALS}"
+    "Points. Paired: mean difference of all runs with the same configuration and seed on the split of Table 1, chosen "
+    f"or not, so no choice flatters it; n counts them, and each seed counts alike. {INTERVALS}"
 )
 _COSTS_NOTE = (
     "Medians over all finished runs of a family and arm, on the first task of the suite that has any. Trainable: "
@@ -53,12 +53,19 @@ Runs = list[tuple[PlannedRun, RunRecord]]
 
 @dataclass(frozen=True)
 class SuiteRow:
-    """One row of Table 1: a task, or one of the groups of its validation rows, and our name of the paper's row."""
+    """One row of Table 1: a task, or a group of its validation rows, our name of the paper's row, and the split."""
 
     task: str
     group: str
     title: str
     published: str
+    split: str
+
+    def score(self, record: RunRecord, split: str) -> float | None:
+        if not self.group:
+            return record.test_score if split == "test" else record.score
+        value = mean_of([record.metrics.get(f"{name}_{self.group}") for name in record.task.get("metrics", ())])
+        return None if value is None else 100 * value
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,15 @@ class SuiteFigures:
             title = next((entry.folder for key, entry in GLUE.items() if is_name and key == name), task)
             groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
             rows += [
-                SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}", f"{name}-{group}") for group in groups
-            ] or [SuiteRow(task, "", title, name)]
+                SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}", f"{name}-{group}", "validation")
+                for group in groups
+            ] or [SuiteRow(task, "", title, name, headline_split(found))]
         return rows
 
     @cached_property
     def scores(self) -> dict[tuple[SuiteRow, str, str], Figure]:
         return {
-            (row, family, arm): self.figure(runs, row.group)
+            (row, family, arm): self.figure(row, runs)
             for row in self.rows
             for (task, family, arm), runs in self.plan.cells.items()
             if task == row.task
@@ -120,14 +128,12 @@ class SuiteFigures:
     def finished(self, runs: Sequence[PlannedRun]) -> Runs:
         return [(run, record) for run, record in self.ended(runs) if record.status == "finished"]
 
-    def figure(self, runs: Sequence[PlannedRun], group: str = "") -> Figure:
-        """Compute one cell of Table 1: the median of those that are best on validation, on test if it can be."""
+    def figure(self, row: SuiteRow, runs: Sequence[PlannedRun]) -> Figure:
+        """Compute one cell of Table 1: the median of those that are best on validation, on the row's split."""
         ended, finished = self.ended(runs), self.finished(runs)
-        on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
         by_configuration: dict[str, list[tuple[PlannedRun, float, float]]] = {}
         for run, record in finished:
-            rank = row_score(record, group)
-            value = record.test_score if on_test else rank
+            rank, value = row.score(record, "validation"), row.score(record, row.split)
             if rank is not None and value is not None:
                 by_configuration.setdefault(run.folder, []).append((run, value, rank))
         ranked = sorted(by_configuration.values(), key=lambda seeds: -statistics.mean(rank for *_, rank in seeds))
@@ -153,7 +159,7 @@ class SuiteFigures:
             [
                 (run, score)
                 for run, record in self.ended(self.plan.cells.get((row.task, family, name), ()))
-                if (score := row_score(record, row.group)) is not None
+                if (score := row.score(record, row.split)) is not None
             ]
             for name in (arm, CONTROLS[arm])
         )
@@ -165,21 +171,21 @@ class SuiteFigures:
         for one, twin in pairs:
             by_seed.setdefault(one[0].seed, []).append(one[1] - twin[1])
         paired = statistics.mean(map(statistics.mean, by_seed.values()))
-        difference = self._contrast([(one[0], twin[0]) for one, twin in pairs], row.group)
+        difference = self._contrast(row, [(one[0], twin[0]) for one, twin in pairs])
         return Comparison(arm, CONTROLS[arm], difference, paired, "predictions are missing"), len(pairs)
 
-    def _contrast(self, pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str) -> Difference | None:
-        """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""
+    def _contrast(self, row: SuiteRow, pairs: Sequence[tuple[PlannedRun, PlannedRun]]) -> Difference | None:
+        """Compare runs on the row's split, pair by pair; None where predictions are not all here, or not alike."""
         try:
             found = [read_predictions(RunLayout(self.root / run.key).predictions) for pair in pairs for run in pair]
         except ArtifactError:
             return None
-        aligned = align([one.only("validation", group) for one in found])
+        aligned = align([one.only(row.split, row.group) for one in found])
         if aligned is None:
             return None
         logits = [one.logits for one in aligned]
         task = Task.from_dict(self.records[pairs[0][0].key].task)
-        groups = None if group else aligned[0].groups
+        groups = None if row.group else aligned[0].groups
         seeds = [run.seed for run, _ in pairs]
         arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds, aligned[0].offsets)
         return contrast([arms], draws=_DRAWS)
@@ -188,13 +194,6 @@ class SuiteFigures:
 def _groups_of(record: RunRecord) -> list[str]:
     metric = next(iter(record.task.get("metrics", ())), None) if record.task.get("name") else None  # of MNLI
     return [name.removeprefix(f"{metric}_") for name in record.metrics if name.startswith(f"{metric}_")]
-
-
-def row_score(record: RunRecord, group: str) -> float | None:
-    if not group:
-        return record.score
-    value = mean_of([record.metrics.get(f"{name}_{group}") for name in record.task.get("metrics", ())])
-    return None if value is None else 100 * value
 
 
 def _pairing(run: PlannedRun) -> tuple[Any, ...]:
@@ -264,7 +263,10 @@ def _score_table(figures: SuiteFigures) -> Table:
     lines += _published_line("the same rows", theirs)
     titles = ("", *(f"{FAMILY_TITLES.get(family, family)}: {arm_title(arm)}" for family, arm in columns))
     caption = f"Table 1. Median of the best {suite.best} configurations, 0 to 100"
-    return Table(caption, titles, tuple(lines), note=_SCORES_NOTE.format(best=suite.best), compact=len(titles) > 7)
+    titled = {row.split: ", ".join(one.title for one in rows if one.split == row.split) for row in rows}
+    splits = " and ".join(f"{split} ({own})" if len(titled) > 1 else split for split, own in titled.items())
+    note = _SCORES_NOTE.format(best=suite.best, splits=splits)
+    return Table(caption, titles, tuple(lines), note=note, compact=len(titles) > 7)
 
 
 def _published_line(title: str, values: Sequence[float | None]) -> list[Row]:
@@ -354,11 +356,12 @@ def settings_text(run: PlannedRun) -> str:
 
 
 def _score_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
-    yield ("row", "task", "family", "arm", "median", "sd", "n", "configurations", "failed", "missing", "paper", "runs")
+    named = ("row", "task", "family", "arm", "split")
+    yield (*named, "median", "sd", "n", "configurations", "failed", "missing", "paper", "runs")
     for (row, family, arm), one in figures.scores.items():
         numbers = (one.median, one.sd, len(one.taken), one.configurations, one.failed, one.missing)
         paper, runs = figures.published(row, family, arm), " ".join(f"{run.key}/run.json" for run, _ in one.taken)
-        yield (row.title, row.task, family, arm, *numbers, paper, runs)
+        yield (row.title, row.task, family, arm, row.split, *numbers, paper, runs)
 
 
 def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:

@@ -232,6 +232,19 @@ def test_columns_are_those_of_the_first_row_wherever_it_goes_on(tmp_path, model)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_the_text_is_in_no_other_column_without_a_word(tmp_path, model, caplog):
+    """A null left out in the first row had the subjects of all mails read; a file without header lost a row."""
+    (tmp_path / "in.jsonl").write_text('{"subject": "Re: order"}\n{"subject": "Hi", "text": "wonderful"}\n')
+    for text in (None, "text"):
+        summary = predict_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", text=text)
+        assert (summary.rows, summary.errors) == (2, 1)
+        assert _read(tmp_path / "out.jsonl")[1]["label"] == model.predict(["wonderful"])[0].label
+    assert not caplog.records
+    (tmp_path / "in.csv").write_text("a superb plot\nan awful ending\n")
+    assert predict_file(model, tmp_path / "in.csv", tmp_path / "out.jsonl").rows == 1
+    assert "in.csv: the texts are those of the column 'a superb plot', the only one left; --text" in caplog.text
+
+
 def test_a_carriage_return_in_a_cell_makes_no_other_row():
     """Python 3.11 leaves it bare where lines end otherwise, and one row is read back as two."""
     rows = [["1", "a\rb", "x"], ["2", 'c"d\ne', ""]]

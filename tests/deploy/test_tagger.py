@@ -362,6 +362,8 @@ def test_a_notebook_shows_what_is_written(tagger, tmp_path, monkeypatch):
         ("in.csv", b"text,a,a\nb,c,d\n", "two columns 'a'"),
         ("in.csv", b"text,a\nb\n", "1 columns where 2 are expected"),
         ("in.csv", b"body,a\nb,c\n", "Name the text column"),
+        ("in.csv", b"Ada lives in Oslo\nAlan too\n", "Name the text column"),  # no header
+        ("in.jsonl", b'{"a": "Hi"}\n{"a": "Hi", "text": "Ada"}\n', "row 0: column 'text' is empty or missing"),
         ("in.parquet", b"PAR1", "a parquet file is not redacted"),
     ],
 )

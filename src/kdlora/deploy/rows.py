@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -16,10 +19,14 @@ from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.errors import DataError, did_you_mean
 from kdlora.extras import check_installed
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = {suffix: form for suffix, form in FORMATS.items() if suffix != ".json"}
 """An array of JSON is not read row by row."""
 _WINDOW_ROWS = 4096
 _WINDOW_CHARACTERS = 8_000_000
+_LOOKED_AT = 100
+"""Rows of JSON Lines whose keys are its columns: what is null is often left out."""
 _SHOWN = 1000
 """Characters of the columns' names that a message shows."""
 
@@ -84,10 +91,12 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self.text_columns = columns, self._find_columns(columns) if columns else ()
+            ahead = [] if columns else list(islice(rows, _LOOKED_AT))
+            keys = dict.fromkeys(chain(*(values for _, values in ahead if not isinstance(values, str))))
             # As in training: by sentences, and without empty lines.
-            for number, (_, values) in enumerate(rows):
+            for number, (_, values) in enumerate(chain(ahead, rows)):
                 if not self.text_columns and not isinstance(values, str):  # of a run that goes on, as it began
-                    self.text_columns = self._find_columns(list(values))
+                    self.text_columns = self._find_columns(list(keys or values))
                 if number >= self.start:
                     yield number, values
 
@@ -170,13 +179,20 @@ class RowReader:
             may_be_pair = self._columns.cut is not None and self._columns.texts != 1
             return ("text", "text_pair") if "text_pair" in available and may_be_pair else ("text",)
         others = [column for column in available if column not in (self._columns.id, "label")]
-        if len(others) == 1:
+        if len(others) == 1 and not self._columns.keep:  # what is read as a header may be a text, and is passed on
+            _tell_guess(self.name, others[0])
             return (others[0],)
         raise DataError(
             f"{self.name}: expected a column 'text' (and 'text_pair' for pairs)"
             f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {listed}. Name the text column "
             "or columns."
         )
+
+
+@cache
+def _tell_guess(name: str, column: str) -> None:
+    """Warn once of a file, for which a labelling has many readers."""
+    logger.warning("%s: the texts are those of the column %.60r, the only one left; --text names another", name, column)
 
 
 def cut_windows(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:

@@ -78,7 +78,8 @@ def predict_file(
         source: CSV, TSV, JSON Lines, Parquet or text file (one text a line), or "-" for standard input.
         to: CSV, JSON Lines or Parquet file by extension, or "-" for JSON Lines on standard output. Entities are written
             as JSON Lines.
-        text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
+        text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`), or
+            the only one left, with a warning.
         id_column: copied to the output; rows are numbered from 0 where the input has none.
         input_format: by default from the extension; standard input is one text a line.
         batch_size: most texts in one forward pass.

@@ -31,8 +31,8 @@ _TEXT = re.compile(r"^Text: (.*)$", re.MULTILINE)
 class StandIn:
     """What it answers, and what it does wrong.
 
-    `fault` is asked with the number of each request: "400", "429", "500", "cut", "garbage", "slow", "empty", "refusal",
-    "nonsense" or none of these. `edit` may change each answer before it is sent.
+    `fault` is asked with the number of each request: a status with or without a message ("400", "403 flagged"), "cut",
+    "garbage", "slow", "empty", "refusal", "nonsense" or none of these. `edit` may change each answer before it is sent.
     """
 
     delay: float = 0.0
@@ -101,8 +101,8 @@ class StandIn:
         if self.limit not in asked:
             told = f"Unsupported parameter: 'max_tokens'. Use '{self.limit}' instead."
             return 400, json.dumps({"error": {"message": told}}).encode()
-        if fault in ("400", "429", "500"):
-            return int(fault), json.dumps({"error": {"message": "busy"}}).encode()
+        if fault and fault[:3].isdigit():
+            return int(fault[:3]), json.dumps({"error": {"message": fault[4:] or "busy"}}).encode()
         if fault == "garbage":
             return 200, b"<html>a proxy of somebody</html>"
         chat = "messages" in asked

@@ -72,6 +72,16 @@ def test_what_the_server_refused_is_asked_again(asking):
     assert (done.rows, done.unanswered, done.requests) == (60, 0, 80)
 
 
+def test_a_text_that_moderation_flags_is_left_out(asking, cli):
+    """The same command ended at that row for ever, since every 403 was a wrong key."""
+    asking.model.fault = {20: "403 Your input was flagged", 60: "403 Your input was flagged"}.get
+    for number in (60, 61):
+        assert "1 without an answer" in cli(*asking.command, "--concurrency", 1).err
+        assert (asking.model.number, len(pd.read_parquet(asking.to / "probabilities.parquet"))) == (number, 59)
+    asking.model.fault = lambda number: "403 not in your country"
+    assert "refuses the key" in refused(asking, cli)
+
+
 def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cli):
     """Exit code 1: the machine's fault; what was answered stays."""
     asking.model.fault = lambda number: "500" if number >= 20 else None
@@ -249,6 +259,13 @@ def refused(asking, cli, *options: object, data: Path | None = None) -> str:
 def test_bad_servers(asking, cli, monkeypatch):
     """No key, another key, another model, another address, no log-probabilities."""
     monkeypatch.setattr(server, "FIRST_ATTEMPTS", 2)
+    asking.model.fault = lambda number: "slow"
+    said = refused(asking, cli, "--timeout", 0.2)
+    assert "none within 0.2 s (raise timeout, or lower concurrency)" in said
+    assert "CancelledError" not in said
+    asking.model.fault = lambda number: "400 'logprobs' is not supported with this model"
+    assert "with votes in their place: --votes 5" in refused(asking, cli)
+    asking.model.fault = lambda number: None
     assert "no key: set the environment variable OPENAI_API_KEY" in refused(
         asking, cli, "--base-url", "https://api.openai.com/v1"
     )
@@ -415,3 +432,10 @@ def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):
     assert asking(rows=20).unanswered == 0
     assert asking(concurrency=8).rows == 60
     assert [one.get("max_completion_tokens") for one in asking.model.seen[-10:]] == [1] * 10
+
+
+def test_a_server_that_takes_no_seed_is_asked_without(asking):
+    """Mistral's answered every vote by an error, and no option leaves the seed out."""
+    asking.model.fault = lambda number: "422 extra_forbidden: body, seed" if "seed" in asking.model.seen[-1] else None
+    done = asking(votes=3, rows=20)
+    assert (done.rows, done.unanswered, done.requests) == (20, 0, 61)

@@ -64,7 +64,7 @@ class Server:
         )
         self._not_before = 0.0
         self.answered = 0
-        self._limit = "max_tokens"  # some servers call it otherwise, and say so
+        self._limit, self._seeded = "max_tokens", True  # some servers call it otherwise, or take no seed, and say so
 
     @property
     def proven(self) -> bool:
@@ -81,7 +81,7 @@ class Server:
                 await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
             used = reserved = await self._budget.reserve(tokens)
             patience = ATTEMPTS if self.answered else FIRST_ATTEMPTS
-            limited_by = self._limit
+            limited_by, seeded = self._limit, self._seeded and vote is not None
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
@@ -94,6 +94,9 @@ class Server:
                 if limited_by == "max_tokens" and "max_completion_tokens" in str(fault):
                     self._limit = "max_completion_tokens"
                     continue
+                if seeded and fault.status_code in (400, 422) and "seed" in str(fault):
+                    self._seeded = False
+                    continue
                 if (refusal := self._judge(fault)) is not None:
                     return refusal
                 wait, problem = _retry_after(fault.response.headers), self._mask(fault)
@@ -101,8 +104,11 @@ class Server:
                     patience = ATTEMPTS
                     if answers != self.answered:  # a limit that lets others through is no fault
                         attempt, answers = 0, self.answered
-            except (self._openai.APIConnectionError, TimeoutError) as fault:
-                wait, problem = None, self._mask(fault.__cause__ or fault) or "no answer in time"
+            except (self._openai.APITimeoutError, TimeoutError):
+                late = f"none within {self._settings.timeout:g} s (raise timeout, or lower concurrency)"
+                wait, problem = None, late
+            except self._openai.APIConnectionError as fault:
+                wait, problem = None, self._mask(fault.__cause__ or fault)
             except UNREADABLE as fault:
                 wait, problem = None, f"no answer of the protocol ({type(fault).__name__}: {self._mask(fault)})"
                 if self.answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
@@ -119,11 +125,11 @@ class Server:
         asked: dict[str, Any] = {"model": settings.model, self._limit: self._written, "temperature": settings.heat}
         chat = settings.protocol == "chat"
         asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        if vote is not None:
-            asked["seed"] = settings.seed + vote
-        else:
+        if vote is None:
             shown = settings.top_logprobs
             asked |= {"logprobs": True, "top_logprobs": shown} if chat else {"logprobs": shown}
+        elif self._seeded:
+            asked["seed"] = settings.seed + vote
         # The typed methods copy the question and check the answer, which takes longer than all else here.
         path = "/chat/completions" if chat else "/completions"
         return str(await self.client.post(path, body=asked, cast_to=str))
@@ -131,7 +137,7 @@ class Server:
     def _judge(self, fault: Any) -> Reply | None:
         """Say what an error means: raise where no row will fare better, None where another try may."""
         status, said, where = fault.status_code, self._mask(fault), self._settings.url
-        if status in (401, 403):
+        if status == 401 or (status == 403 and "flagged" not in str(fault).casefold()):  # a text may be, by moderation
             raise ConfigError(f"{where} refuses the key in {self._settings.key_variable} ({said}); set the right one")
         if status == 404:
             raise ConfigError(f"{where} has no model {self._settings.model!r}, or is no such server ({said})")
@@ -139,6 +145,9 @@ class Server:
             raise ConfigError(f"{where} says that the account is used up ({said}); the answers so far are kept")
         if status in _AGAIN or status >= 500:
             return None
+        if not self.answered and "logprobs" in str(fault):
+            advice = "ask for fewer (--top-logprobs), or with votes in their place: --votes 5"
+            raise ConfigError(f"{where} gives no such log-probabilities ({said}); {advice}")
         return Reply(refused=f"{REFUSED}: {said}")
 
     def _gave_up(self, attempts: int, problem: str) -> Exception:

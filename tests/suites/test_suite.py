@@ -40,7 +40,13 @@ def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite
 
 
 def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values):
-    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files."""
+    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files.
+
+    A call without students deleted the teacher of those before, and the next one repeated them all.
+    """
+    grids = suite_values()["grids"]
+    longer = grids | {"adapters": grids["adapters"] | {"lora.rank": [8]}}
+    assert run_suite(build_suite(suite_values(arms=["fft", "lora"], grids=longer)), suite_folder).reused == 2
     gone = next(suite_folder.glob("runs/reviews/kd-lora-*/runs/*"))
     score = read_record(gone / "run.json").score
     shutil.rmtree(gone)
@@ -71,7 +77,7 @@ def test_a_new_teacher_teaches_its_students_again(suite_folder, suite_values):
     assert {one.fingerprints["taught_by"].split(" of ")[1] for one in taught} == {again.finished}
 
     # A grid of teachers without students, which are there to be compared, filled the disk.
-    shutil.rmtree(best / "runs")
+    shutil.rmtree(best)
     assert run_suite(build_suite(suite_values(arms=["fft"])), suite_folder).reused == 1
     assert not list(suite_folder.glob("runs/*/fft-*/teacher"))
 

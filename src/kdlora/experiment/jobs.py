@@ -318,9 +318,11 @@ class Queue:
         """Delete the weights of a suite's teachers that teach nobody: a grid of them would fill the disk."""
         kept = {best.key for lesson in self._lessons if (best := self._best(lesson)) is not None}
         for one in () if self._ships else self.runs:
+            layout = one.layout(self._root)
             keeps = one.arm in TEACHER_ARMS and one.seed == one.config.teacher_seed  # all its seeds have one folder
-            if keeps and one.key not in kept and self._is_finished(one):
-                remove(one.layout(self._root).teacher)
+            taught = not self._lessons and layout.teacher_logits.exists()  # students that this call does not name
+            if keeps and one.key not in kept and not taught and self._is_finished(one):
+                remove(layout.teacher)
 
     def _mark(self, teacher: PlannedRun | None) -> str:
         """Say which training of which run teaches; of an experiment there is but one."""

@@ -31,8 +31,8 @@ _SCORES_NOTE = (
     "Scored on {splits}. CoLA: Matthews; STS-B: mean of Pearson and Spearman; MRPC and QQP: mean of accuracy and F1; "
     "else accuracy, or the task’s own score. Each figure is the median over the best {best} configurations (all, "
     "where there are fewer), a configuration being the mean of its seeds; n counts the runs in them, ± is their "
-    "standard deviation (n − 1), and the small numbers lead to their records. As in the paper, configurations are chosen on "
-    "the split that is reported where there is no test split: such a figure is too high. The best "
+    "standard deviation (n − 1), and the small numbers lead to their records. As in the paper, configurations are "
+    "chosen on the split that is reported where there is no test split: such a figure is too high. The best "
     "{best} of an arm are not those of another; the differences below are paired."
 )
 _GAINS_NOTE = (

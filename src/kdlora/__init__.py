@@ -73,6 +73,8 @@ if TYPE_CHECKING:
 # Read where these packages are imported: else they tell their makers what is done with them, under a lasting number.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Imports may ask for GPUs (of transformers, beside flash-attn); no fork of a process that has begun CUDA can use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 _NAMES = {
     "kdlora.asking.ask": "AskSummary ask plan_asking",

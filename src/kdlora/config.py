@@ -99,7 +99,8 @@ class TrainConfig(Section):
     """Longest input in tokens. Longer texts are cut and counted; with `data.long_texts: windows`, and in a task of
     tokens, they are read in overlapping windows of this length. null: long enough for 99% of the training texts."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=MOST)
-    """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same."""
+    """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same. On a
+    CPU at most 2,048, which is faster."""
     gradient_checkpointing: bool = False
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["auto", "last", "best"] = "last"
@@ -267,7 +268,8 @@ class RunConfig(Section):
     fail_fast: bool = False
     """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
-    """Seconds between two checkpoints. A crash costs no more, besides the step or evaluation that it hits."""
+    """Seconds between two checkpoints. A crash costs no more, besides the step or evaluation that it hits. Where
+    writing one takes longer than 4 seconds, they are up to 10 minutes apart."""
     keep_checkpoints: int = Field(default=1, ge=1, le=MOST)
     """Number of checkpoints that a training keeps. A second one helps if the newest is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()

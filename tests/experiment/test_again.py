@@ -175,6 +175,7 @@ def test_another_config_is_refused_and_named(copied, workshop):
         "distil.temperature: 2.0 there, 3.0 here",
         "lora.rank: 8 there, 4 here",
         "--out",
+        f"--set teacher.fine_tuned={copied.root.resolve() / 'teacher'}",
     ):
         assert told in str(caught.value)
     with pytest.raises(ArtifactError, match=r"teacher\.seed: 0 there, 5 here"):  # which the first seed decides
@@ -182,6 +183,8 @@ def test_another_config_is_refused_and_named(copied, workshop):
     # A quick look trained for an epoch; the plain command that came after it took its figures for those of the whole.
     with pytest.raises(ArtifactError, match=r"student\.train\.epochs: 2\.0 there, None here"):
         run_experiment(workshop.config(ALL | {"student": {"train": FAST | {"epochs": None}}}), copied.root)
+    with pytest.raises(ArtifactError, match="or delete it"):  # another teacher
+        run_experiment(workshop.config(ALL | {"teacher": {"train": FAST | {"epochs": 5}}}), copied.root)
     assert snapshot(copied.root) == before
 
 

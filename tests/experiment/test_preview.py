@@ -15,15 +15,17 @@ from experiments import snapshot
 from fabricate import BINARY, SIMILARITY, make_experiment
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import build_config, load_config
+from kdlora.data.load import load_splits
 from kdlora.data.spool import read_texts, slice_rows, spread_rows
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record, read_results
-from kdlora.experiment import stages
+from kdlora.experiment import recording, stages
 from kdlora.experiment.plan import identity
 from kdlora.experiment.preview import count_duplicates, training_seconds
+from kdlora.experiment.recording import new_record
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import Chosen, ModelLook
@@ -124,7 +126,7 @@ def test_texts_are_counted_without_being_held():
     assert found["train with another label"] == twice - frame.duplicated().sum()
 
 
-def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
+def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path, monkeypatch):
     """A bag of words in `student/` is no model; one that is fitted again on every call changes a finished folder."""
     config = workshop.config({"data": {"test": str(workshop.validation)}, "run": {"arms": ["words", "student-lora"]}})
     result = run_experiment(config, tmp_path / "out")
@@ -141,6 +143,12 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     report = result.layout.report_md.read_text(encoding="utf-8")
     assert report.count("bag of words") > 3
     assert f"{words.score:.2f}" in report
+
+    # To ask for the best format of a GPU begins CUDA there, whose memory was recorded in place of its own: 0.
+    with monkeypatch.context() as patch:
+        patch.delattr(recording, "settle_precision")
+        begun = new_record(config, ExperimentLayout(tmp_path), load_splits(config.task, config.data), "words", 0)
+    assert (begun.precision, begun.device) == (words.precision, words.device) == ("fp32", "cpu")
 
     # Hours of distillation from a teacher that seconds of counting words beat are doubted before it labels.
     taught = workshop.config({"run": {"arms": ["words", "kd-lora"]}})

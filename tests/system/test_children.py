@@ -44,6 +44,7 @@ def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypat
     """Two runs in one process would inherit each other's memory; another folder would break relative paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDLORA_TEST", "seen")
+    assert run_in_child(os.getenv, "PYTORCH_NVML_BASED_CUDA_CHECK") == "1", "an import that asks begins CUDA"
     first, second = run_in_child(children.where), run_in_child(children.where)
     assert len({os.getpid(), first[0], second[0]}) == 3
     assert first[1:] == (str(tmp_path), "seen")

@@ -176,7 +176,7 @@ class Label:
     max_length: Annotated[
         int | None, Option(help="Longest input in tokens. Default: as the model was trained, else 128.")
     ] = None
-    rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 50_000
+    rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 10_000
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
     texts: Annotated[bool, Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")] = True

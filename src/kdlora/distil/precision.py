@@ -243,7 +243,8 @@ def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Take back what Trainer and Accelerate leave on a model: a forward under autocast for ever, and a config entry."""
-    places = [(vars(model), "_original_forward"), (vars(model), "forward"), (vars(model.config), "use_cache")]
+    names = ("_original_forward", "forward", "_is_accelerate_prepared")  # with the last, the next has no autocast
+    places = [*((vars(model), name) for name in names), (vars(model.config), "use_cache")]
     own = [values.get(name, _ABSENT) for values, name in places]
     try:
         yield

@@ -21,7 +21,7 @@ from kdlora.data.spool import hash_columns, label_array, read_column
 from kdlora.data.tasks import Task, named_weights
 from kdlora.data.word_tokens import READ, word_offsets
 from kdlora.distil.cpu_kernels import fast_on_cpu
-from kdlora.distil.inference import faulty_rows, hash_model, predict_logits
+from kdlora.distil.inference import CPU_TOKENS, faulty_rows, hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
 from kdlora.distil.losses import DivergedError, TargetScale, diverged, fold_into_head, start_at_shares
 from kdlora.distil.precision import (
@@ -107,7 +107,9 @@ def train_model(
         beside=options.copies,
     )
     ingredients = _ingredients(model, train, validation, task, settings, options)
-    collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), settings.micro_batch_tokens)
+    limits = (settings.micro_batch_tokens, 2 * CPU_TOKENS if device.type == "cpu" else None)
+    most = min((limit for limit in limits if limit is not None), default=None)
+    collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), most)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(
             model,

@@ -41,6 +41,8 @@ from kdlora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
+_MOST_SECONDS = 600.0
+"""Between two checkpoints, however long one takes to write."""
 _ADAPTED = "base_model.model."  # what PEFT puts before the names of a model's parameters
 
 
@@ -126,7 +128,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self.sampler, self.checkpoints, self.validate = sampler, checkpoints, validate
         self.outcome, self.stop = TrainOutcome(), StopSignals()
         self.saved = self.postponed = False
-        self.began = self.saved_at = self.told_at = self.rate = 0.0
+        self.began = self.saved_at = self.save_seconds = self.told_at = self.rate = 0.0
         self.resumed: Checkpoint | None = None
         super().__init__(model, args, distil=options.distil, callbacks=[*options.callbacks, self], **trainer)
         self.remove_callback(PrinterCallback)  # it prints to the standard output
@@ -224,7 +226,9 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def _is_due(self) -> bool:
         """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
-        late = time.monotonic() - self.saved_at >= self.options.checkpoint_seconds  # with the evaluations
+        # Those of a large model take long to write: at most about a 20th of the time. Only the first process writes.
+        apart = max(self.options.checkpoint_seconds, min(20 * (self.save_seconds - 1), _MOST_SECONDS))
+        late = self.processes.is_first and time.monotonic() - self.saved_at >= apart  # with the evaluations
         wishes = torch.tensor([int(late), int(self.stop.received is not None)])
         save, stop = self.processes.total(wishes).tolist()
         if stop and self.stop.received is None:
@@ -317,7 +321,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     # Checkpoints, in place of Trainer's own, which are pickled and hold neither loss sums nor a checksum.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.outcome.train_seconds = self.seconds()
+        self.outcome.train_seconds, start = self.seconds(), time.monotonic()
         with self._paused():
             self.epoch_sums.check(self.args.learning_rate)
             scaler = getattr(self.accelerator, "scaler", None)
@@ -335,6 +339,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
                 self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
         self.saved, self.saved_at = True, time.monotonic()
+        self.save_seconds = self.saved_at - start
         self.stop.heed("with a checkpoint")
 
     def _restore(self, checkpoint: Checkpoint) -> None:

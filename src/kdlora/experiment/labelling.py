@@ -28,7 +28,7 @@ from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
-from kdlora.distil.inference import BATCH_TOKENS, TEACHER_TOKENS, Teacher
+from kdlora.distil.inference import TEACHER_TOKENS, Teacher
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.experiment.engines import open_engine
@@ -65,7 +65,7 @@ class LabelSettings:
     label_names: tuple[str, ...] | None = None
     revision: str | None = None
     max_length: int | None = None
-    rows_per_shard: int = 50_000
+    rows_per_shard: int = 10_000
     precision: str = "auto"
     device: str = "auto"
     texts: bool = True
@@ -323,11 +323,9 @@ def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, progre
 def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
     """Load the model that labels; a process keeps it between units."""
     encoder, columns = load_fine_tuned(model, task, **_about_model(settings))
-    device = resolve_device(settings.device)
-    batch_tokens = BATCH_TOKENS if device.type == "cpu" else TEACHER_TOKENS
-    encoder.model.to(device)
+    encoder.model.to(resolve_device(settings.device))
     assert settings.max_length is not None  # it is settled
-    return Teacher(encoder, columns, task, settings.max_length, settings.precision, batch_tokens)
+    return Teacher(encoder, columns, task, settings.max_length, settings.precision, TEACHER_TOKENS)
 
 
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:

@@ -143,6 +143,8 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
 
 def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
     record = blank_record(config, arm, seed, look_at(splits, config.data))
+    if arm == "words":  # to ask a GPU would begin CUDA, whose memory would be recorded
+        return record.model_copy(update={"precision": "fp32", "device": "cpu", "started": now()})
     precision, reason = settle_precision(config.run.precision, config.run.device, layout.precision)
     notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
     if splits.unlabelled is not None and (count := len(splits.unlabelled) - splits.copies):
@@ -153,7 +155,7 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
         )
     if arm in DISTILLED_ARMS | {config.teacher_arm} and config.teacher_arm == "lora":
         notes.insert(0, "the teacher is tuned by adapters (teacher.tuning: lora), merged before it labels")
-    on_cpu = arm == "words" or resolve_device(config.run.device).type == "cpu"
+    on_cpu = resolve_device(config.run.device).type == "cpu"
     update = {"precision": precision, "device": "cpu" if on_cpu else str(torch.cuda.get_device_name())}
     return record.model_copy(update=update | {"started": now(), "notes": [*record.notes, *notes]})
 

@@ -54,6 +54,8 @@ _FREE_KEYS = {
     *(f"defer.{key}" for key in DeferConfig.model_fields),
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure but by rounding."""
+_OF_STUDENTS = ("student.", "lora.", "distil.", "data.unlabelled", "data.max_unlabelled_examples", "data.augment")
+"""Beginnings of the keys that a teacher with all weights tuned does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,12 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     moved = {key for key in data if all(Path(str(one[key])).is_absolute() for one in (there, here))}
     if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS | moved]:
         told = f"{layout.root} belongs to another config; name another folder with --out, or delete it"
+        own = config.teacher_arm == "fft" and not config.given_teacher and layout.teacher.exists()
+        if own and all(key.startswith(_OF_STUDENTS) for key in changed):
+            told = (
+                f"{layout.root} belongs to another config; name another folder with --out. Its teacher need not be "
+                f"trained again there: --set teacher.fine_tuned={layout.teacher.resolve()}"
+            )
         shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
         shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         raise ArtifactError("\n".join([f"{told}:", *shown]))

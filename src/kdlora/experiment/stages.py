@@ -129,8 +129,6 @@ def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, le
     note = f"bag of words: inverse regularisation {words.strength:g}, chosen on validation"
     note += f"; learnt from {words.rows:,} of {len(splits.train):,} rows" if words.rows < len(splits.train) else ""
     update = {
-        "precision": "fp32",
-        "device": "cpu",
         "train_seconds": trained - start,
         "evaluation_seconds": time.perf_counter() - trained,
         "examples_per_second": words.rows / (trained - start),

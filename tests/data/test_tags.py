@@ -137,14 +137,21 @@ def test_spans_are_strict_and_decoding_repairs_strays():
     found = decode(values, np.array([0, 3, 6]))
     assert [NAMES[tag] for tag in found] == ["B-LOC", "I-LOC", "B-PER", "B-PER", "B-LOC", "O"]
 
+    # A sign that tokenizers drop would tear a name in two.
+    values = np.full((7, 5), np.nan)
+    for word, tag in {0: 1, 2: 2, 5: 2, 6: 0}.items():
+        values[word] = np.eye(5)[tag]
+    found = decode(values, np.array([0, 3, 7]))
+    assert [NAMES[tag] for tag in found] == ["B-LOC", "I-LOC", "I-LOC", "O", "O", "B-LOC", "O"]
+
 
 def test_words_of_a_text():
     """A combining mark apart from its letter is a word that tokenizers drop; a dropped emoji shifts what follows."""
-    text = " Don't @foo_bar नमस्ते ❤️ e\u0301a x² שָׁלוֹם\U0001f468\u200d\U0001f469 "
+    text = " Don't @foo_bar नमस्ते ❤️ e\u0301a x² שָׁלוֹם\U0001f468\u200d\U0001f469 Mül\u00adler می\u200cرود\u200c "
     words = [text[start:end] for start, end in zip(*split_words(text), strict=True)]
     assert words == [
         *("Don", "'", "t", "@", "foo_bar", "नमस्ते", "❤️", "e\u0301a", "x²", "שָׁלוֹם"),
-        *("\U0001f468\u200d", "\U0001f469"),
+        *("\U0001f468\u200d", "\U0001f469", "Mül\u00adler", "می\u200cرود", "\u200c"),
     ]
     assert split_words("") == ([], [])
     assert split_words("a" * 10_000) == ([0], [10_000])
@@ -239,6 +246,16 @@ def test_numbers_and_languages_are_not_the_words(read):
     ), "a student reads them as it was trained"
     for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):
         assert read("a.conll", text)[0] == found
+
+
+def test_words_of_scripts_without_spaces_meet(tmp_path):
+    """Training and score would see a space between all words, which no text has that is served."""
+    lists = [["北", "京", "。", "A", "b", "に"], ["Oslo", "is", "オ", "スロ"], ["ประ", "เทศ"]]
+    (tmp_path / "a.conll").write_text("\n".join("".join(f"{word}\tO\n" for word in words) for words in lists))
+    raw = open_file(tmp_path / "a.conll", "data.train").read(("words", "tags"))
+    rows = read_token_rows(raw, "words", "tags", []).to_pylist()
+    assert [row["text"] for row in rows] == ["北京。 A b に", "Oslo is オスロ", "ประเทศ"]
+    assert [(row["text"], row["starts"], row["ends"]) for row in rows] == [join_words(words, "") for words in lists]
 
 
 def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,14 +116,29 @@ def test_words_that_share_a_token_go_on(exported, classifier_folder, tagger):
         assert places(cut) == places(whole) != []
 
 
+def _build_tagger(folder, tag):
+    """Save a tagger that gives every word one tag."""
+    build_classifier("bert", folder, kind="tokens")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([9.0 * (name == tag) for name in NAMES]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_sign_that_nobody_sees_tears_no_name(tmp_path):
+    """A word that the tokenizer drops was outside, so that half of a name could stay unredacted."""
+    tagger = Tagger.load(_build_tagger(tmp_path / "model", "I-LOC"))
+    for text in ("Xq\u200cYq", "Xq \u200bYq"):
+        (entity,) = tagger.predict(text)
+        assert (entity.text, entity.label) == (text, "LOC")
+        assert 0.99 < entity.score <= 1.0001
+
+
 def test_a_symbol_beside_a_name_is_outside(tmp_path):
     """BERT reads `Anna♥` as one unknown word: the name had the symbol's tag, or went on with it."""
-    folder = build_classifier("bert", tmp_path / "model", kind="tokens")
-    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
-    with torch.no_grad():  # every word is a B-LOC
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0]))
-    model.save_pretrained(folder)
+    folder = _build_tagger(tmp_path / "model", "B-LOC")
     tagger = Tagger.load(folder)
     found = [[one.text for one in tagger.predict(text)] for text in ("Xq♥", "♥Xq", "Xq♥Yq")]
     assert found == [["Xq"], ["Xq"], ["Xq", "Yq"]]
@@ -321,6 +337,23 @@ def test_text_csv_and_tsv_keep_their_other_columns(tagger, tmp_path):
     (tmp_path / "head.csv").write_text("text,b\n")
     assert redact_file(tagger, tmp_path / "head.csv", tmp_path / "none.csv").rows == 0
     assert (tmp_path / "none.csv").read_text() == "text,b\n"
+
+
+def test_a_count_of_words_is_no_text(classifier_folder, tmp_path):
+    """Of a model that learnt from a column `tokens`, a CSV's counts were redacted, and its texts passed on in clear."""
+    folder = shutil.copytree(classifier_folder("bert", "tokens"), tmp_path / "model")
+    edit_json(folder / "config.json", kdlora_task=replace(TASK, text=("tokens",)).to_dict())
+    tagger = Tagger.load(folder)
+    text = next(text for text in TEXTS if tagger.predict(text))
+    (tmp_path / "in.csv").write_text(f'id,text,tokens\n7,"{text}",153\n')
+    redact_file(tagger, tmp_path / "in.csv", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1] == ["7", redact(text, tagger.predict(text)), "153"]
+    predict_file(tagger, tmp_path / "in.csv", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["entities"]
+    (tmp_path / "in.csv").write_text(f'id,body,tokens\n7,"{text}",153\n')
+    with pytest.raises(DataError, match="Name the text column"):
+        redact_file(tagger, tmp_path / "in.csv", tmp_path / "out.csv")
 
 
 def test_json_lines_keep_every_value(tagger, tmp_path):

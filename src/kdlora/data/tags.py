@@ -11,7 +11,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,10 +36,12 @@ _RARE_TAGS = tuple(
     for form in ("MARK[_:]TYPE", "TYPE[-_]MARK")
 )
 NO_SPACES = (
-    r"\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff"
-    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
 """Characters of scripts that put no spaces between words, as ranges of a regular expression: each of them is a word."""
+CLOSE = f"[{NO_SPACES}\u3001-\u303f\uff01-\uff65]"
+"""These, and their marks of punctuation: between two of them words that are joined have no space."""
 
 
 class Span(NamedTuple):
@@ -125,10 +127,14 @@ def rows_with(words: npt.NDArray[np.bool_], offsets: Integers) -> Integers:
 def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
     """Decide tags from the logits (or probabilities) of words: the first largest, strays `I-` made to begin.
 
-    A word that the model could not see, whose values are NaN, is outside.
+    A word that the model could not see, whose values are NaN, goes on with the entity around it, or is outside.
     """
-    tags = np.argmax(values, axis=1).astype(np.int64)
-    return tags - ((tags > 0) & (tags % 2 == 0) & ~_joined((tags + 1) // 2, offsets))
+    unseen = np.isnan(values).all(axis=1)
+    count = np.cumsum(~unseen)
+    own = np.argmax(values[~unseen], axis=1).astype(np.int64)
+    own -= (own > 0) & (own % 2 == 0) & ~_joined((own + 1) // 2, np.append(0, count)[offsets])
+    tags = np.append(own, 0)[count - ~unseen]  # of an unseen word that of the next one that is seen
+    return np.where(unseen & (tags % 2 == 1), 0, tags)
 
 
 def go_on(values: npt.NDArray[np.floating], names: Sequence[str], words: Integers) -> None:
@@ -167,13 +173,17 @@ def _joined(types: Integers, offsets: Integers) -> npt.NDArray[np.bool_]:
 
 @lru_cache(maxsize=1)
 def _words() -> re.Pattern[str]:
-    """Match letters, digits, marks and `_` in a row, or any other character that is no white space, with its marks."""
+    """Match letters, digits, marks and `_` in a row, or any other character that is no white space, with its marks.
+
+    A sign that nobody sees, such as a soft hyphen, does not end a row of letters (as UAX 29 has it).
+    """
     codes = {code for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M"}
     begins, ends = (sorted(code for code in codes if code + step not in codes) for step in (-1, 1))
     # As ranges: a set of single characters takes twenty times as long.
     marks = "".join(f"{chr(begin)}-{chr(end)}" for begin, end in zip(begins, ends, strict=True))
     marks += "\U000e0100-\U000e01ef"  # selectors of variants
-    return re.compile(rf"(?:(?![{NO_SPACES}])[\w{marks}])+|\S[{marks}\u200d]*")
+    run = rf"(?:(?![{NO_SPACES}])[\w{marks}])+"
+    return re.compile(rf"{run}(?:[\u00ad\u200c\u200d\u2060]+{run})*|\S[{marks}\u200d]*")
 
 
 def split_words(text: str) -> tuple[list[int], list[int]]:
@@ -182,7 +192,7 @@ def split_words(text: str) -> tuple[list[int], list[int]]:
 
 
 def join_words(given: Sequence[object], where: str) -> Words:
-    """Make a text of words as training does: a space between them, without WikiANN's `en:` and words of white space."""
+    """Make a text of words as training does, without WikiANN's `en:` and words of white space."""
     words = [word.strip() for word in given if isinstance(word, str)]
     prefix = LANGUAGE.match(words[0]) if len(words) > 1 else None
     if prefix and all(word.startswith(prefix[0]) for word in words):
@@ -192,8 +202,11 @@ def join_words(given: Sequence[object], where: str) -> Words:
         raise DataError(f"{where}: expected a list of words, got {given!r:.60}.")
     if not words:
         raise DataError(f"{where}: no words. Remove the row.")
-    starts = [0, *accumulate(len(word) + 1 for word in words[:-1])]
-    return Words(" ".join(words), starts, [start + len(word) for start, word in zip(starts, words, strict=True)])
+    close = re.compile(CLOSE)
+    gaps = ["" if close.match(last[-1]) and close.match(word) else " " for last, word in pairwise(words)]
+    pieces = [*chain(*zip(words, [*gaps, ""], strict=True))]
+    edges = [0, *accumulate(map(len, pieces))]
+    return Words("".join(pieces), edges[:-1:2], edges[1::2])
 
 
 def tags_from_spans(text: str, spans: Sequence[Span], where: str) -> tuple[list[int], list[int], list[str]]:

@@ -17,6 +17,7 @@ from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text, named_codes
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
+    CLOSE,
     LANGUAGE,
     OUTSIDE,
     SPAN_KEYS,
@@ -228,17 +229,22 @@ def _refuse_tag(raw: RawTable, flat: pa.Table, offsets: Integers, word: int, lab
 
 
 def _batches_of_words(flat: pa.Table, offsets: Integers) -> Iterator[pa.RecordBatch]:
-    """Join words by one space; they lie in the text where they were put."""
+    """Join words as `join_words` does; they lie in the text where they were put."""
     lengths = pc.utf8_length(flat["words"]).to_numpy().astype(np.int64)
-    ends = np.cumsum(lengths + 1)
-    ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + 1
+    closes, opens = (pc.match_substring_regex(flat["words"], one).to_numpy() for one in (f"{CLOSE}$", f"^{CLOSE}"))
+    apart = ~closes | ~np.append(opens[1:], False)  # from the next word
+    apart[offsets[1:] - 1] = False
+    ends = np.cumsum(lengths + apart)
+    ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + apart
     for name, places in (("starts", ends - lengths), ("ends", ends)):
         flat = flat.append_column(name, pa.array(places, pa.int32()))
     for start in range(0, len(offsets) - 1, _ROWS):
         edges = offsets[start : start + _ROWS + 1]
         words = flat.slice(edges[0], edges[-1] - edges[0])
         part = {name: as_lists(words[name].combine_chunks(), edges - edges[0]) for name in flat.column_names}
-        yield pa.record_batch({"text": pc.binary_join(part.pop("words"), " "), **part})
+        gaps = pc.if_else(pa.array(apart[edges[0] : edges[-1]]), " ", "")
+        spaced = pc.binary_join_element_wise(part.pop("words").values, gaps, "")
+        yield pa.record_batch({"text": pc.binary_join(as_lists(spaced, edges - edges[0]), ""), **part})
 
 
 def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[bool]) -> Iterator[pa.RecordBatch]:

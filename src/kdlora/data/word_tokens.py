@@ -85,7 +85,7 @@ def words_joined(dataset: Dataset) -> Integers:
     column = read_column(dataset, "places")
     places, rows = pc.list_flatten(column).to_numpy(), pc.list_parent_indices(column).to_numpy()
     seen = np.flatnonzero(places >= 0)
-    return seen[1:][(np.diff(places[seen]) == 0) & (np.diff(rows[seen]) == 0)]
+    return seen[1:][(np.diff(places[seen]) == 0) & (np.diff(rows[seen]) == 0) & (np.diff(seen) == 1)]
 
 
 def encode_windows(

@@ -164,6 +164,9 @@ class RowReader:
         if self.form == "text":
             return ("text",)
         wanted, recorded = self._columns.text, self._columns.recorded
+        lists = self._columns.words and self.form not in ("csv", "tsv")  # of words: no CSV holds any, none is redacted
+        if recorded and recorded[0] in WORD_COLUMNS and (self._columns.words or self._columns.keep) and not lists:
+            recorded = None
         listed = f"{', '.join(available):.{_SHOWN}}"
         named = () if self._columns.id == "id" else (self._columns.id,)
         if missing := [column for column in (*(wanted or ()), *named) if column not in available]:
@@ -173,7 +176,7 @@ class RowReader:
             return wanted
         if recorded and all(column in available for column in recorded):
             return recorded
-        if known := [name for name in WORD_COLUMNS if self._columns.words and name in available]:
+        if known := [name for name in WORD_COLUMNS if lists and name in available]:
             return (known[0],)
         if "text" in available:
             may_be_pair = self._columns.cut is not None and self._columns.texts != 1

@@ -99,7 +99,7 @@ class Tagger(Network):
             row, column = int(np.searchsorted(offsets, first, side="right")) - 1, int(tags[first])
             text, starts, ends = given[row]
             start, end = int(starts[first - offsets[row]]), int(ends[after - 1 - offsets[row]])
-            score = float(table[first:after, column : column + 2].sum(axis=1).mean())
+            score = float(np.nanmean(table[first:after, column : column + 2].sum(axis=1)))  # of words that are seen
             found[row].append(Entity(text[start:end], start, end, self.types[column // 2], score))
         return found
 
@@ -116,7 +116,7 @@ class Tagger(Network):
             for row, values in zip(rows, found, strict=True):
                 logits[windows[row].words] = values[windows[row].places]
         read = np.concatenate([window.words for window in windows] or [np.empty(0, np.int64)])
-        joined = [window.words[1:][np.diff(window.places) == 0] for window in windows]
+        joined = [one.words[1:][(np.diff(one.places) == 0) & (np.diff(one.words) == 1)] for one in windows]
         go_on(logits, self.label_names, np.concatenate(joined or [read]))
         if not np.isfinite(logits[read]).all():
             word = read[~np.isfinite(logits[read]).all(axis=1)][0]

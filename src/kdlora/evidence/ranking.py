@@ -80,7 +80,7 @@ def counts_from_logits(
     """Count the entities of each row and type: (rows, types, 3), of right, predicted and wanted ones.
 
     Strict: an entity is right where its first word, its last word and its type are. Words without a label (-100) are
-    left out of both. A word that has no logits was not seen, and is outside.
+    left out of both. A word that has no logits was not seen: see `decode`.
     """
     words = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets, np.int64)
     if logits.shape != (words[-1], len(names)) or labels.shape != (words[-1],):

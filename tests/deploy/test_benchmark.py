@@ -53,6 +53,26 @@ def test_models_of_pairs_are_timed_on_pairs(trained_on, exported, monkeypatch):
         benchmark([trained_on("review"), pairs], **QUICK)
 
 
+def test_a_slow_model_reads_little(exported, monkeypatch):
+    """A teacher took half of the time: 100 texts alone and three batch sizes, in each of three rounds."""
+    ask, asked = module.ModelProcess.ask, []
+
+    def note(self, do, **arguments):
+        if do == "time" and "batches" in arguments:
+            asked.append((self.name, arguments.get("batch_size"), len(arguments["batches"])))
+        return ask(self, do, **arguments)
+
+    monkeypatch.setattr(module.ModelProcess, "ask", note)
+    monkeypatch.setattr(module, "_LEAST_SECONDS", 1e-9)  # any model is slow
+    result = benchmark({"int8": exported()}, TEXTS[:8], **QUICK)
+    singles = [count for _, size, count in asked if size is None]
+    assert (singles[1:], sum(singles[1:])) == ([4, 4], len(TEXTS[:8])), "after the warm-up each text once"
+    sizes = [size for _, size, _ in asked if size is not None][1:]
+    assert sizes[:2] == [4, 8]
+    assert len(sizes) == 3
+    assert set(result.models[0].speeds) == {1, 4, 8}
+
+
 def test_dead_process_is_named(exported, monkeypatch):
     """Prevents a benchmark that waits for ever for a process that was killed."""
     ask = module.ModelProcess.ask

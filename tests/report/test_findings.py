@@ -21,7 +21,7 @@ from kdlora.evidence.stats import Difference
 from kdlora.experiment.preview import ExperimentPlan
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
-from kdlora.report.findings import Comparison, _reason, align, compare_arms, read_choice
+from kdlora.report.findings import Comparison, _reason, align, choose_student, compare_arms, read_choice
 from kdlora.report.outputs import OUTCOMES, Outputs, _label_confusions, count_labels, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.plots import arm_style
@@ -195,6 +195,16 @@ def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):
         edit_record(layout.run("kd-lora", seed).record, score=None)
     found = load_experiment(layout.root).choice
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)
+
+
+def test_of_equal_distilled_students_the_fully_tuned_one_ships(tmp_path):
+    """With few validation rows ties are frequent, and it is the better one on most sets."""
+    root, task = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "kd-fft"), seeds=(0,)).root, BINARY
+    by_adapters = next(run for run in load_experiment(root).runs if run.record.arm == "kd-lora")
+    fully = replace(by_adapters, record=by_adapters.record.model_copy(update={"arm": "kd-fft"}))
+    assert choose_student(task, [by_adapters, fully]).arm == "kd-fft"
+    better = by_adapters.record.model_copy(update={"score": by_adapters.record.score + 0.25})
+    assert choose_student(task, [replace(by_adapters, record=better), fully]).arm == "kd-lora"
 
 
 def test_the_report_goes_by_what_was_shipped(tmp_path):

@@ -84,10 +84,10 @@ def predict_logits(
     # Where the answers of each row begin among all: a word or a window has one of its own.
     edges = as_offsets(np.ones(len(lengths)) if counts is None else counts) if words is None else words
     answered = np.ones(edges[-1], bool) if words is None else words_seen(data.dataset)
-    collator = Collator.of(tokenizer, "single-label" if words is None else "tokens", data.max_length)
     inputs = data.dataset.select_columns([name for name in (*INPUTS, *READ) if name in data.dataset.column_names])
     device = next(model.parameters()).device
     batch_tokens = min(batch_tokens, CPU_TOKENS) if device.type == "cpu" else batch_tokens
+    collator = Collator.of(tokenizer, "single-label" if words is None else "tokens", data.max_length, device)
     order: list[np.ndarray] = []
     outputs: list[torch.Tensor] = []
 
@@ -107,7 +107,7 @@ def predict_logits(
 
     with freed_memory_kept(device), evaluating(model), torch.inference_mode(), autocast(precision, device):
         # The batches are those of a single process, so that the figures are the same to the bit.
-        for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
+        for rows in length_sorted_batches(lengths, batch_tokens, collator.multiple)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
             places = np.concatenate([np.arange(*edges[row : row + 2]) for row in rows])
             order.append(places[answered[places]])

@@ -109,7 +109,7 @@ def train_model(
     ingredients = _ingredients(model, train, validation, task, settings, options)
     limits = (settings.micro_batch_tokens, 2 * CPU_TOKENS if device.type == "cpu" else None)
     most = min((limit for limit in limits if limit is not None), default=None)
-    collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), most)
+    collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length, device), most)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(
             model,

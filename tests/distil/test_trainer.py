@@ -157,7 +157,7 @@ def test_checkpoints_that_take_long_are_written_seldom(make_setup, tmp_path, mon
 
 
 def test_passes_on_a_cpu_fit_its_caches(make_setup, tmp_path, monkeypatch):
-    """Passes of 16,384 tokens made a large teacher label at a third of its speed, and padding took a fifth of all time."""
+    """Passes of 16,384 tokens made a large teacher label at a third of its speed; padding took a fifth of all time."""
     for module in (inference, train_module):
         monkeypatch.setattr(module, "CPU_TOKENS", 48)
     setup, sizes, widths = make_setup(epochs=1), {True: [], False: []}, set()

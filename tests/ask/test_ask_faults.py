@@ -16,7 +16,7 @@ import pytest
 from experiments import write_lines
 from kdlora.asking import server
 from kdlora.asking.answers import Answers
-from kdlora.asking.ask import ask
+from kdlora.asking.ask import ask, plan_asking
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from tiny import sentiment_rows, write_csv
@@ -313,6 +313,16 @@ def test_bad_prompts_and_labels(asking, cli):
         assert message in refused(asking, cli, "--labels", labels)
     assert not asking.model.seen
     assert not asking.to.exists()
+
+
+def test_spans_are_not_asked_for(asking):
+    """Questions about the whole text would be paid for, and the table refused by the run that it is for."""
+    rows = [{"text": "Ada met Alan", "spans": [{"start": 0, "end": 3, "label": "PER"}]}]
+    settings = asking.settings(labels={"PER": "", "LOC": ""})
+    with pytest.raises(ConfigError, match="'spans' holds spans or tags, and ask asks for one label of a whole text"):
+        plan_asking(write_lines(asking.folder / "a.jsonl", rows), settings)
+    rows = [{"text": "Ada met Alan", "tags": ["a", "b"]}]
+    assert plan_asking(write_lines(asking.folder / "b.jsonl", rows), settings).rows == 1
 
 
 def test_bad_numbers_and_data(asking, cli):

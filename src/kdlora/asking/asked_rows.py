@@ -22,6 +22,7 @@ from kdlora.data.labels import KNOWN_COLUMNS, infer_columns, infer_task
 from kdlora.data.read import Source, open_file
 from kdlora.data.spool import read_column, slice_rows, text_columns
 from kdlora.data.tasks import Task
+from kdlora.data.token_rows import SPANS, TAGS, holds_tokens
 from kdlora.errors import ConfigError, DataError, first_line
 from kdlora.system.integrity import hash_file
 
@@ -108,6 +109,13 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     if not label:
         if len(names) < 2:
             raise ConfigError(f"{source.name} has no label column; name the labels in a file: --labels FILE")
+        for name in (name for name in source.columns if name in (*SPANS, *TAGS)):
+            if holds_tokens(source.read((text[0], name)), text[0], name):
+                raise ConfigError(
+                    f"{source.name}: the column {name!r} holds spans or tags, and ask asks for one label of a whole "
+                    "text. For names in a text give a tagger (teacher.fine_tuned) or a table with a list a label; to "
+                    "ask about whole texts, leave the column out"
+                )
         return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True

@@ -137,6 +137,21 @@ def test_an_evaluation_counts_for_the_next_checkpoint(make_setup, tmp_path, monk
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000006"]
 
 
+def test_many_epochs_are_validated_seldom_where_the_last_one_counts(make_setup, tmp_path):
+    """With 100 rows and 1,000 to validate, scores that chose nothing took four times as long as the training."""
+
+    def setup(select="last"):
+        return make_setup(epochs=23, rows=8, select=select)
+
+    whole = setup().run(tmp_path / "last").history
+    assert [entry["epoch"] for entry in whole] == [*range(2, 23, 2), 23]
+    every = setup("best").run(tmp_path / "best").history
+    assert (len(every), every[-1]) == (23, whole[-1])
+    with pytest.raises(PowerCutError):
+        setup().run(tmp_path / "cut", callbacks=[CutAfter(5)], checkpoint_seconds=1e-9)
+    assert setup().run(tmp_path / "cut").history == whole
+
+
 def test_checkpoints_that_take_long_are_written_seldom(make_setup, tmp_path, monkeypatch):
     """A teacher of 110M parameters wrote 1.3 GB every minute, and stood still meanwhile."""
     clock, written = [0.0], []

@@ -196,7 +196,7 @@ def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, 
     assert [one.number for one in counted_trials(search.study())] == [1]
 
     def train(job, *others, **options):
-        done = 50.0, [{"score": 50.0}]
+        done = 50.0, [{"epoch": 1.0, "score": 50.0}]
         return done if job is train_trial else run_in_child(job, *others, **options)
 
     monkeypatch.setattr("kdlora.experiment.search.run_in_child", train)

@@ -189,6 +189,10 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         settings, outcome, means = self.settings, self.outcome, self._epoch_means(everywhere=True)
+        if not control.should_training_stop and round(state.epoch or 0.0) % settings.scored_every(self.kind):
+            control.should_save = self._is_due() or self.postponed
+            self._tell()
+            return
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self.rate}
         with self._paused():
             start = time.monotonic()

@@ -260,8 +260,8 @@ def _train(search: Search, trial: Trial, hear: Callable[[Any], None]) -> float |
             remove(stop)
             if score is not None:
                 write_json_atomic(known, {"settings": settings, "score": score, "history": history})
-        for epoch, entry in enumerate(history, start=1):  # those before an interruption among them
-            reporter.report(epoch, float(entry["score"]))
+        for entry in history:  # those before an interruption among them
+            reporter.report(math.ceil(entry["epoch"]), float(entry["score"]))
     return score
 
 

@@ -14,6 +14,7 @@ from kdlora.data.spool import hash_columns
 from kdlora.distil import inference as teacher_module
 from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.losses import TargetScale, fold_into_head
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.models.encoders import load_encoder
 
@@ -52,6 +53,22 @@ def forwards(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(teacher_module, "predict_logits", watch)
     return seen
+
+
+@pytest.mark.parametrize("scale", [TargetScale(2003.0, 12.0), TargetScale(310_000.0, 9_000.0)])
+def test_a_regression_says_its_values_in_their_own_scale(tiny_model_folder, tasks, make_examples, tmp_path, scale):
+    """In bf16 years were multiples of 8, and in fp16 prices infinite."""
+    task = tasks["regression"]
+    encoder = load_encoder(str(tiny_model_folder("bert")), task, seed=1)
+    with torch.no_grad():
+        fold_into_head(encoder.model, scale)
+    said = {}
+    for precision in ("fp32", "bf16"):
+        options = {"max_length": 48, "device": "cpu", "precision": precision}
+        found = teacher_logits(encoder, [0], make_examples("regression", 23), task, tmp_path / precision, **options)
+        said[precision] = (found.logits - scale.mean) / scale.std
+    np.testing.assert_allclose(said["bf16"], said["fp32"], atol=0.02)
+    assert "forward" not in vars(encoder.model.classifier)
 
 
 def made_up(ids, width: int = 2) -> TeacherLogits:

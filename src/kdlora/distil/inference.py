@@ -48,7 +48,16 @@ from kdlora.data.word_tokens import (
     words_seen,
 )
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import DTYPES, autocast, evaluating, freed_memory_kept, resolve_device, resolve_precision
+from kdlora.distil.losses import last_linear
+from kdlora.distil.precision import (
+    DTYPES,
+    autocast,
+    evaluating,
+    freed_memory_kept,
+    kept_exact,
+    resolve_device,
+    resolve_precision,
+)
 from kdlora.distil.processes import ALONE, Processes, current_processes
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.models.encoders import Encoder
@@ -336,15 +345,17 @@ class Teacher:
         return Shard(file=path.name, sha256=digest, rows=rows, truncated=truncated)
 
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
-        logits = predict_logits(
-            self.encoder.model,
-            self.encoder.tokenizer,
-            tokens,
-            precision=self.precision,
-            batch_tokens=self.batch_tokens,
-            progress=progress,
-            processes=processes,
-        )
+        # The head of a regression has the labels' scale, where bf16 has steps of 8 at 2,000, and fp16 ends at 65,504.
+        with kept_exact(last_linear(self.encoder.model, 1) if self.task.kind == "regression" else None):
+            logits = predict_logits(
+                self.encoder.model,
+                self.encoder.tokenizer,
+                tokens,
+                precision=self.precision,
+                batch_tokens=self.batch_tokens,
+                progress=progress,
+                processes=processes,
+            )
         source = self.encoder.source
         if max(self.columns) >= logits.shape[1]:
             raise ModelError(f"{source} has {logits.shape[1]} outputs; expected {max(self.columns) + 1} at least")

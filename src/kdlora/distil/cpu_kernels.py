@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -137,9 +138,14 @@ class _Packed:
 
     def __init__(self, layer: Any) -> None:
         weight = layer.weight.detach()
-        self.dtype, self.bias = weight.dtype, None if layer.bias is None else layer.bias.detach()
+        self.weight, self.dtype = weight, weight.dtype
+        self.bias = None if layer.bias is None else layer.bias.detach()
         self.forward = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
+
+    @cached_property
+    def backward(self) -> Tensor:
+        backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous(), None)
+        return backward
 
     def product(self, rows: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
@@ -290,6 +296,20 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
             module.__class__ = original
             vars(module).pop("packed", None)
             vars(module).pop("casts", None)
+
+
+@contextmanager
+def fast_reading(model: nn.Module) -> Iterator[None]:
+    """Let a model that learns nothing meanwhile read as `fast_on_cpu` does: in fp32 in half the time."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with fast_on_cpu(model, next(model.parameters()).device):
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, type[nn.Module]]]:

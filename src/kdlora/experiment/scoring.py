@@ -29,6 +29,7 @@ from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import split_windows, word_columns, word_offsets
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import TEMPERATURE_KEY, read_model_folder
+from kdlora.distil.cpu_kernels import fast_reading
 from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import evaluating, resolve_device
@@ -92,7 +93,8 @@ def evaluate(
     if "label" not in examples.column_names:
         raise DataError("these examples have no labels, so there is nothing to score; use predict")
     data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length, windows=task.windows)
-    logits = predict_logits(model, tokenizer, data)
+    with fast_reading(model):
+        logits = predict_logits(model, tokenizer, data)
     return _judge(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)
 
 

@@ -94,13 +94,12 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave copies of the texts out: no model labels them, the user has more texts than copies, or no data at all."""
-    data, teacher = values.get("data"), values.get("teacher")
+    """Leave copies of the texts out where no model labels them, or there are no data at all."""
+    teacher = values.get("teacher")
     has_table = isinstance(teacher, Mapping) and any(
         teacher.get(key) is not None for key in ("logits", "probabilities")
     )
-    has_texts = isinstance(data, Mapping) and data.get("unlabelled") is not None
-    without_copies = has_table or has_texts or not data
+    without_copies = has_table or not values.get("data")
     return {key: section for key, section in recipe.items() if key != "data"} if without_copies else recipe
 
 

@@ -152,6 +152,10 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     assert with_copies.train["id"] == plain.train["id"]
     chosen = {int(name.partition("~")[2]) for name in load(**files, augment=None).unlabelled["id"] if "~" in name}
     assert chosen == set(range(1, 16))
+    # 200 real texts took more from a student by the copies that they switched off than they gave it.
+    write_csv(files["unlabelled"], [{"text": f"another text {number}"} for number in range(15 * 40)])
+    assert load(**files, augment=None).copies == 0
+    assert load(**files, augment=1).copies > 0
 
 
 def test_copies_that_no_student_draws_are_not_made():

@@ -16,6 +16,7 @@ from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import infer_columns, infer_task
+from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
@@ -112,17 +113,19 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     for note in reading.notes:
         logger.info(note)
     read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
-    return add_copies(read, data.augment, seed=data.split_seed, keep_in=copies_in)
+    return add_copies(read, data, keep_in=copies_in)
 
 
-def add_copies(splits: Splits, copies: int | None, *, seed: int, keep_in: Path | None = None) -> Splits:
-    """Put perturbed copies of the training texts beside the unlabelled rows."""
-    if not (each := copies_for(copies, len(splits.train))):
+def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None) -> Splits:
+    """Put perturbed copies of the training texts beside the unlabelled rows, where these are fewer."""
+    each, texts = copies_for(data.augment, len(splits.train)), splits.unlabelled
+    enough = texts is not None and (len(texts) >= each * len(splits.train) or is_collection(Path(str(data.unlabelled))))
+    if each == 0 or (data.augment is None and enough):
         return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
     of_rows = share_copies(splits.task, splits.train, each)
-    made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
-    parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
+    made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)
+    parts = [texts.select_columns(made.column_names)] if texts is not None else []
     note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
     unlabelled, notes = concatenate_datasets([*parts, made]), (*splits.notes, note)
     return replace(splits, unlabelled=unlabelled, copies=len(made), notes=notes)

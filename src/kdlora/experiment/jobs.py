@@ -55,7 +55,7 @@ def inspect_task(
         plain = section.without_copies
         if plain.row_settings not in read:
             read[plain.row_settings] = load_splits(config.task, plain)
-        own = add_copies(read[plain.row_settings], section.augment, seed=section.split_seed, keep_in=copies_in)
+        own = add_copies(read[plain.row_settings], section, keep_in=copies_in)
         more = look_at(own, section)
         facts.fingerprints.update(more.fingerprints)
         facts.rows.update(more.rows)

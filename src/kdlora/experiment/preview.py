@@ -193,14 +193,14 @@ def make_plan(
 
 
 def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: Looks, processes: int = 1) -> float:
-    """Estimate how long a training takes, from forward passes that were timed; `rows` by split, copies aside."""
+    """Estimate how long a training takes, from forward passes that were timed; `rows` by split, with the copies."""
     if arm == "words":
         longer = max([1.0, *(float(one.lengths.mean()) / 50 for one in looks.values())])
         return WORDS_SECONDS * min(rows["train"], MOST_ROWS) * longer
     settings = closed(settings_for(config, arm))
     epochs, scores = settings.epochs, settings.epochs / settings.scored_every("single-label")  # `select` is settled
     scored = (scores / processes + 1) * rows.get("validation", 0) + rows.get("test", 0)
-    copied = 2 if config.data.augment != 0 and arm in DISTILLED_ARMS else 1  # a copy beside every row
+    copied = 2 if rows.get("copies") and arm in DISTILLED_ARMS else 1  # a copy beside every row
     passes = (ADAPTERS if arm in LORA_ARMS else FULL) * epochs * _drawn(config, arm, rows) * copied / processes + scored
     return passes * _row_seconds(config, looks, arm)
 

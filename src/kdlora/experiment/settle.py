@@ -170,7 +170,7 @@ def check_table(config: Config, splits: Splits) -> list[str]:
     if not set(config.run.arms) & DISTILLED_ARMS:
         return []  # it teaches nobody
     collection, table = _collection(config.data.unlabelled), _collection(config.teacher.logits)
-    if collection is not None and config.data.augment != 0:
+    if collection is not None and config.data.augment:
         raise ConfigError(
             "data.augment makes new texts, which the labelled collection in data.unlabelled has no answers for; set "
             "data.augment to 0, or data.unlabelled to the files that were labelled"

@@ -266,7 +266,7 @@ def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None =
     """Load the split that a search sees: part of the training rows is its validation split, and nothing else is."""
     plain = config.data.without_copies  # no copy may be made of a held-out text, or of part of one
     held = hold_out(load_splits(config.task, plain), search)
-    return add_copies(held, config.data.augment, seed=config.data.split_seed, keep_in=copies_in)
+    return add_copies(held, config.data, keep_in=copies_in)
 
 
 def hold_out(splits: Splits, search: SearchConfig) -> Splits:

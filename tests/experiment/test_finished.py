@@ -21,10 +21,11 @@ def layout(experiment):
     return experiment.layout
 
 
-def test_the_folder_holds_what_it_promises_and_nothing_half_done(layout, workshop):
+def test_the_folder_holds_what_it_promises_and_nothing_half_done(experiment, layout, workshop):
     """A missing file shows when the user needs it; leftovers of a training fill the disk."""
-    for path in (layout.results, layout.report_md, layout.report_html, layout.student, layout.adapter):
+    for path in (layout.results, layout.report_md, layout.report_html, layout.student):
         assert path.exists(), path
+    assert layout.adapter.exists() == experiment.shipped.arm.endswith("lora")
     assert (layout.teacher / "model.safetensors").exists()
     assert list(layout.teacher_logits.iterdir())
     assert load_config(layout.config) == workshop.config({"run": {"arms": ARMS, "seeds": [0, 1]}})
@@ -96,9 +97,11 @@ def test_student_and_adapter_reload_and_say_what_was_recorded(experiment, layout
     assert student.config.problem_type == "single_label_classification"
     texts = [row["text"] for row in read_rows(workshop.validation)]
     batch = AutoTokenizer.from_pretrained(layout.student)(texts, padding=True, return_tensors="pt")
-    for model in (student, AutoPeftModelForSequenceClassification.from_pretrained(layout.adapter, num_labels=2)):
+    place = layout.run("kd-lora", 0)
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(place.adapter, num_labels=2)
+    for model, said in ((student, recorded), (adapted, read_predictions(place.predictions))):
         with torch.no_grad():
-            np.testing.assert_allclose(model.eval()(**batch).logits.numpy(), recorded.logits, atol=1e-4)
+            np.testing.assert_allclose(model.eval()(**batch).logits.numpy(), said.logits, atol=1e-4)
     classify = pipeline("text-classification", model=str(layout.student), device="cpu")
     assert classify("what a wonderful film")[0]["label"] in {"negative", "positive"}  # `LABEL_1` is no answer
 

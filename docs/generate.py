@@ -18,7 +18,7 @@ from kdlora.defaults import RECIPES
 FOLDER = Path(__file__).parent
 RECIPES_TEXT = (
     "`recipe` fills in these values where your config sets none. [Recipes](recipes.md) has figures. `default` sets no "
-    "`data.augment` if `data.unlabelled` is set or a table is the teacher. `null`: chosen by the model or the data."
+    "`data.augment` if a table is the teacher. `null`: chosen by the model or the data."
 )
 
 

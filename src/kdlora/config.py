@@ -33,9 +33,9 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
-STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")  # of equal ones the first ships
+STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
 ROUNDING_KEYS = ("micro_batch_tokens", "gradient_checkpointing")
-"""Keys of a training that change its figures by rounding alone; after a lack of memory it goes on with others."""
+"""Keys of a training that change its figures as rounding does; after a lack of memory it goes on with others."""
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 # The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
 _SPELT = BeforeValidator(
@@ -273,8 +273,8 @@ class RunConfig(Section):
     fail_fast: bool = False
     """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
-    """Seconds between two checkpoints. A crash costs no more, besides the step or evaluation that it hits. Where
-    writing one takes longer than 4 seconds, they are up to 10 minutes apart."""
+    """Least seconds between two checkpoints. Where writing one takes more than a second, they are 20 times what is
+    above it apart, up to 10 minutes. A crash costs no more, besides the step or evaluation that it hits."""
     keep_checkpoints: int = Field(default=1, ge=1, le=MOST)
     """Number of checkpoints that a training keeps. A second one helps if the newest is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()

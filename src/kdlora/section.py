@@ -138,9 +138,10 @@ class DataConfig(Section):
     """Tokens that a window shares with the one before, as transformers' `stride`. null: a quarter of the window."""
     augment: int | None = Field(default=0, ge=0, le=1000)
     """Perturbed copies of each training text (TinyBERT, arXiv 1909.10351). The teacher labels them. Each step of a
-    distilled arm has one copy beside every labelled row. null: 15 of few texts, 4 of many, between them 24,000 in all,
-    of very many fewer, and none beside as many unlabelled texts. A text of a rare class has more copies, one of a
-    frequent class fewer, where classes count alike (macro F1, balanced accuracy), and in multi-label tasks."""
+    distilled arm has one copy beside every row. null: 15 of few texts, 4 of many, between them 24,000 in all, of very
+    many fewer; none where `unlabelled` has as many texts as these would be, or is a labelled collection. A text of a
+    rare class has more copies, one of a frequent class fewer, where classes count alike (macro F1, balanced accuracy),
+    and in multi-label tasks."""
 
     @property
     def row_settings(self) -> tuple[Any, ...]:

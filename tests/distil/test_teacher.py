@@ -57,7 +57,7 @@ def forwards(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("scale", [TargetScale(2003.0, 12.0), TargetScale(310_000.0, 9_000.0)])
 def test_a_regression_says_its_values_in_their_own_scale(tiny_model_folder, tasks, make_examples, tmp_path, scale):
-    """In bf16 years were multiples of 8, and in fp16 prices infinite."""
+    """In bf16 years were multiples of 8; in fp16, by the same way, prices were infinite."""
     task = tasks["regression"]
     encoder = load_encoder(str(tiny_model_folder("bert")), task, seed=1)
     with torch.no_grad():

@@ -85,7 +85,8 @@ def redact(
     ],
     to: Annotated[str, Option("--to", help="Output file, or - for standard output.")] = "-",
     text: Annotated[
-        str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")
+        str | None,
+        Option(metavar="COLUMN", help="Text column. Default: that of the training data (no column of words), or text."),
     ] = None,
     input_format: InputFormat = None,
     types: Annotated[str | None, Option(metavar="TYPE,...", help="Only these types. Default: all.")] = None,

@@ -62,7 +62,8 @@ def benchmark(
             needs labels and their task; a slow model limits how many are timed, the same for all.
         max_length: longest input in tokens, for all models; by default each model's own.
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core, within a container's CPU limit.
-        rounds: interleaved rounds.
+        rounds: interleaved rounds. A slow model reads each text alone in one of them, and after the first only in
+            batches of its best size.
         batch_sizes: tried for the best throughput.
         scores: name to score on these texts, 0..100, of models that need not be scored again.
         progress: called with a short sentence at each step.

@@ -85,7 +85,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, float | None] = Field(default_factory=dict, description="validation, fractions")
     test_score: float | None = Field(default=None, description="test, 0 to 100")
     test_metrics: dict[str, float | None] = Field(default_factory=dict, description="test, fractions")
-    history: list[dict[str, Any]] = Field(default_factory=list, description="one entry an epoch")
+    history: list[dict[str, Any]] = Field(default_factory=list, description="one entry a validation")
     trainable_parameters: int | None = None
     adapter_parameters: int | None = None
     head_parameters: int | None = None

@@ -178,6 +178,12 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
     found = build_suite(SUITE | {"tasks": own}, ["tasks=[cola, a]", "families=two"])
     assert found.tasks == {"a": own["a"], "cola": {"task": {"name": "cola"}}}
     assert found.families == {"two": SUITE["families"]["two"]}
+    spelt = ["tasks.SST-2.data.max_train_examples=9", "tasks.sst_2.data.max_length=8", "tasks.RTE.task.text=a"]
+    found = build_suite(SUITE | {"tasks": ["SST-2", "rte"]}, spelt).tasks
+    sst2 = {"task": {"name": "sst2"}, "data": {"max_train_examples": 9, "max_length": 8}}
+    assert found == {"sst2": sst2, "rte": {"task": {"name": "rte", "text": "a"}}}
+    named = {"SST-2": {"task": {"name": "sst2"}, "data": {"max_train_examples": 9}}, "rte": {}}
+    assert build_suite(SUITE | {"tasks": named}, ["tasks=[sst2]"]).tasks == {"SST-2": named["SST-2"]}
     with pytest.raises(ConfigError, match=r"suite: unknown task 'cloa'.*Did you mean 'cola'"):
         build_suite(SUITE | {"tasks": own}, ["tasks=[a, cloa]"])
 

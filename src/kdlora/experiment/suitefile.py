@@ -64,7 +64,7 @@ def _parse_tasks(value: object) -> Any:
 
 
 def _glue_name(name: str) -> str:
-    folded = name.lower().replace("-", "").replace("_", "")
+    folded = _folded(name)
     if folded == "ax":
         raise ValueError("'ax' has no training data; train on mnli, and predict AX with that model")
     if folded not in _TRAINABLE:
@@ -73,6 +73,16 @@ def _glue_name(name: str) -> str:
             "For your own data, write `tasks: {NAME: {task: ..., data: ...}}`"
         )
     return folded
+
+
+def _folded(name: object) -> str:
+    """Spell a name as it is compared: the benchmark's own SST-2 is sst2."""
+    return str(name).lower().replace("-", "").replace("_", "")
+
+
+def _own_name(name: str, there: Mapping[str, Any]) -> str:
+    """Give the name under which a part stands in the file: this one, or else one that compares the same."""
+    return next((one for one in (name, *there) if one in there and _folded(one) == _folded(name)), name)
 
 
 def _parse_families(value: object) -> Any:
@@ -223,10 +233,14 @@ def build_suite(
         for key, parse in (("tasks", _parse_tasks), ("families", _parse_families)):
             there, asked = ([one] if isinstance(one, str) else one for one in (merged.get(key), changes.get(key)))
             if isinstance(there, list | tuple) and isinstance(asked, dict):  # a key of one leaves the others in
-                merged[key] = parse(there)
+                merged[key] = there = parse(there)
+            if isinstance(there, dict) and isinstance(asked, dict):
+                for name, part in changes.pop(key).items():
+                    merge(there, {_own_name(name, there): part}, None)
             elif isinstance(there, dict) and isinstance(asked, list):  # names choose among the file's own, too
-                own = {name: there[name] for name in map(str, asked) if name in there}
-                changes[key] = own | parse([name for name in map(str, asked) if name not in there])
+                names = [_own_name(str(name), there) for name in asked]
+                own = {name: there[name] for name in names if name in there}
+                changes[key] = own | parse([name for name in names if name not in there])
                 del merged[key]
         merge(merged, changes, SuiteConfig)
         return SuiteConfig.model_validate(merged)

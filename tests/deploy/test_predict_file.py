@@ -1,5 +1,6 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -17,6 +18,7 @@ import pytest
 from deploy_folders import PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.rows import Columns, RowReader
 from kdlora.deploy.stream import csv_bytes, predict_file
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from tiny import write_csv
@@ -243,6 +245,16 @@ def test_the_text_is_in_no_other_column_without_a_word(tmp_path, model, caplog):
     (tmp_path / "in.csv").write_text("a superb plot\nan awful ending\n")
     assert predict_file(model, tmp_path / "in.csv", tmp_path / "out.jsonl").rows == 1
     assert "in.csv: the texts are those of the column 'a superb plot', the only one left; --text" in caplog.text
+
+
+def test_long_rows_are_not_held_to_look_for_columns(tmp_path):
+    """A hundred texts of a million words each filled the memory before the first was predicted."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(f"{json.dumps({'text': 'a' * 200_000})}\n" * 100)
+    reader = RowReader(path, Columns(None, None, "id", cut=10))
+    with contextlib.closing(iter(reader)) as rows:
+        assert next(rows).text == "a" * 10
+        assert 0.3 < reader.fraction() < 0.5
 
 
 def test_a_carriage_return_in_a_cell_makes_no_other_row():

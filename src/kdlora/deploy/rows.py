@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -91,7 +91,10 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self.text_columns = columns, self._find_columns(columns) if columns else ()
-            ahead = [] if columns else list(islice(rows, _LOOKED_AT))
+            ahead, held = list[Numbered](), 0
+            while not columns and len(ahead) < _LOOKED_AT and held < _WINDOW_CHARACTERS and (row := next(rows, None)):
+                ahead.append(row)
+                held += len(str(row[1]))
             keys = dict.fromkeys(chain(*(values for _, values in ahead if not isinstance(values, str))))
             # As in training: by sentences, and without empty lines.
             for number, (_, values) in enumerate(chain(ahead, rows)):

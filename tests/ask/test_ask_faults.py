@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -319,10 +320,12 @@ def test_spans_are_not_asked_for(asking):
     """Questions about the whole text would be paid for, and the table refused by the run that it is for."""
     rows = [{"text": "Ada met Alan", "spans": [{"start": 0, "end": 3, "label": "PER"}]}]
     settings = asking.settings(labels={"PER": "", "LOC": ""})
-    with pytest.raises(ConfigError, match="'spans' holds spans or tags, and ask asks for one label of a whole text"):
-        plan_asking(write_lines(asking.folder / "a.jsonl", rows), settings)
-    rows = [{"text": "Ada met Alan", "tags": ["a", "b"]}]
-    assert plan_asking(write_lines(asking.folder / "b.jsonl", rows), settings).rows == 1
+    file = write_lines(asking.folder / "a.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"'spans' holds spans or tags, and ask asks .* their column: --text text"):
+        plan_asking(file, settings)
+    assert plan_asking(file, replace(settings, text=("text",))).rows == 1
+    rows = [{"text": "Ada met Alan", "tags": ["a", "b"], "ner": 1}, {"text": "Ada", "tags": ["a"], "ner": "b"}]
+    assert plan_asking(write_lines(asking.folder / "b.jsonl", rows), settings).rows == 2
 
 
 def test_bad_numbers_and_data(asking, cli):
@@ -449,3 +452,6 @@ def test_a_server_that_takes_no_seed_is_asked_without(asking):
     asking.model.fault = lambda number: "422 extra_forbidden: body, seed" if "seed" in asking.model.seen[-1] else None
     done = asking(votes=3, rows=20)
     assert (done.rows, done.unanswered, done.requests) == (20, 0, 61)
+    asking.model.fault = {61: "400 doubao-seed-1-6: the text is flagged"}.get  # says nothing of the parameter
+    asking(votes=3, rows=22)
+    assert all("seed" in one for one in asking.model.seen[61:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -109,13 +110,15 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     if not label:
         if len(names) < 2:
             raise ConfigError(f"{source.name} has no label column; name the labels in a file: --labels FILE")
-        for name in (name for name in source.columns if name in (*SPANS, *TAGS)):
-            if holds_tokens(source.read((text[0], name)), text[0], name):
-                raise ConfigError(
-                    f"{source.name}: the column {name!r} holds spans or tags, and ask asks for one label of a whole "
-                    "text. For names in a text give a tagger (teacher.fine_tuned) or a table with a list a label; to "
-                    "ask about whole texts, leave the column out"
-                )
+        for name in () if settings.text else (*SPANS, *TAGS):
+            with contextlib.suppress(DataError):  # of a column that nobody asks about
+                if name in source.columns and holds_tokens(source.read((text[0], name)), text[0], name):
+                    raise ConfigError(
+                        f"{source.name}: the column {name!r} holds spans or tags, and ask asks for one label of a "
+                        "whole text. For names in a text give a tagger (teacher.fine_tuned) or a table with a list a "
+                        "label; to ask about whole texts all the same, name their column: "
+                        f"--text {' --text '.join(text)}"
+                    )
         return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ _ABOVE = 0.01
 _LEAST_KEY = 8
 """Letters of a key that is one; a server of your own may be given `x`."""
 _SHOWN = 200
+_SEED = re.compile(r"(?<![\w-])seed(?![\w-])")
+"""The parameter's name, and no part of a model's."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading an answer that is none may raise."""
 
@@ -94,7 +97,7 @@ class Server:
                 if limited_by == "max_tokens" and "max_completion_tokens" in str(fault):
                     self._limit = "max_completion_tokens"
                     continue
-                if seeded and fault.status_code in (400, 422) and "seed" in str(fault):
+                if seeded and fault.status_code in (400, 422) and _SEED.search(str(fault)):
                     self._seeded = False
                     continue
                 if (refusal := self._judge(fault)) is not None:
@@ -145,7 +148,7 @@ class Server:
             raise ConfigError(f"{where} says that the account is used up ({said}); the answers so far are kept")
         if status in _AGAIN or status >= 500:
             return None
-        if not self.answered and "logprobs" in str(fault):
+        if not self._settings.votes and not self.answered and "logprobs" in str(fault):
             advice = "ask for fewer (--top-logprobs), or with votes in their place: --votes 5"
             raise ConfigError(f"{where} gives no such log-probabilities ({said}); {advice}")
         return Reply(refused=f"{REFUSED}: {said}")

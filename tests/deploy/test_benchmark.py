@@ -63,14 +63,18 @@ def test_a_slow_model_reads_little(exported, monkeypatch):
         return ask(self, do, **arguments)
 
     monkeypatch.setattr(module.ModelProcess, "ask", note)
-    monkeypatch.setattr(module, "_LEAST_SECONDS", 1e-9)  # any model is slow
-    result = benchmark({"int8": exported()}, TEXTS[:8], **QUICK)
-    singles = [count for _, size, count in asked if size is None]
-    assert (singles[1:], sum(singles[1:])) == ([4, 4], len(TEXTS[:8])), "after the warm-up each text once"
-    sizes = [size for _, size, _ in asked if size is not None][1:]
-    assert sizes[:2] == [4, 8]
-    assert len(sizes) == 3
-    assert set(result.models[0].speeds) == {1, 4, 8}
+    monkeypatch.setattr(module, "_LEAST_SECONDS", 1e-9)
+    paces = {"slow": 1.0, "fast": 1e-3}
+    monkeypatch.setattr(
+        module.ModelProcess, "pace", property(lambda self: paces[self.name], lambda self, _: None), raising=False
+    )
+    result = benchmark(dict.fromkeys(paces, exported()), TEXTS[:8], **QUICK)
+    for model, (alone, batches) in zip(result.models, (([4, 4], 3), ([8, 8], 4)), strict=True):
+        mine = [(size, count) for name, size, count in asked if name == model.name]
+        assert [count for size, count in mine if size is None][1:] == alone, "after the warm-up"
+        sizes = [size for size, _ in mine if size is not None][1:]
+        assert (sizes[:2], len(sizes)) == ([4, 8], batches)
+        assert set(model.speeds) == {1, 4, 8}
 
 
 def test_dead_process_is_named(exported, monkeypatch):

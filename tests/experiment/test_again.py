@@ -77,6 +77,11 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     copied.config.write_text(save_config(before))
     edit_json(copied.root / MANIFEST, open={"data.augment": False, "data.unlabelled": False})
     experiment_run.check_folder(with_recorded(opened, copied.config), copied, opened)
+    copied.config.write_text(
+        save_config(before.model_copy(update={"data": before.data.model_copy(update={"augment": 5})}))
+    )
+    with pytest.raises(ArtifactError, match=r"data\.augment: 5 there, None here"):
+        experiment_run.check_folder(with_recorded(opened, copied.config), copied, opened)
     copied.config.write_text(kept)
 
     # The remedy of a want of memory, or of cores, was "another config"; so were data that had moved with the folder.

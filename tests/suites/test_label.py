@@ -130,7 +130,7 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
     label(model, texts, out, rows_per_shard=16)
     before = contents(out)
     monkeypatch.setattr("kdlora.experiment.labelling.label_unit", lambda *_: pytest.fail("labelled again"))
-    assert label(model, texts, out, rows_per_shard=16).resumed == 90
+    assert label(model, texts, out).resumed == 90, "by the number that it was begun with"
     nobody = label_collection(str(model), str(texts), out, LabelSettings(rows_per_shard=16), on="ray://127.0.0.1:1")
     assert nobody.resumed == 90  # nothing is left that a cluster would have to do
     monkeypatch.undo()

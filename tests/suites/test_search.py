@@ -300,11 +300,12 @@ def test_the_pruner_gets_each_epochs_own_score_and_the_training_stops(search_of,
         report=lambda score, epoch: reports.append((epoch, score)), should_prune=lambda: reports[-1][0] == 2
     )
     reporter = Reporter(trial, stop, lambda event: None)
-    for epoch, score in [(0.5, None), (1.0, None), (1.0, 70.0), (1.4, 70.0), (2.0, 70.0), (2.0, 60.0)]:
-        reporter.hear(ProgressEvent(epoch, 3, 0, 0, 0.0, score))
+    events = [(0.5, None, 0), (1.0, None, 0), (1.0, 70.0, 1), (1.4, 70.0, 1), (2.0, 70.0, 1), (2.0, 60.0, 2)]
+    for epoch, score, scored in events:
+        reporter.hear(ProgressEvent(epoch, 3, 0, 0, 0.0, score, scored=scored))
     assert (reports, stop.exists()) == ([(1, 70.0)], False)
-    for _ in range(2):
-        reporter.hear(ProgressEvent(2.3, 3, 0, 0, 0.0, 60.0))
+    for epoch in (2.3, 2.6, 3.4):  # of many epochs few are scored
+        reporter.hear(ProgressEvent(epoch, 3, 0, 0, 0.0, 60.0, scored=2.0))
     assert (reports, stop.exists()) == ([(1, 70.0), (2, 60.0)], True)
     config, settings = search_of(validation_fraction=0.2)
     layout = ExperimentLayout(tmp_path / "trial")

@@ -176,7 +176,10 @@ class Label:
     max_length: Annotated[
         int | None, Option(help="Longest input in tokens. Default: as the model was trained, else 128.")
     ] = None
-    rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 10_000
+    rows_per_shard: Annotated[
+        int | None,
+        Option(help="Rows per output file. A kill costs no more. Default: 10,000, or as it was begun."),
+    ] = None
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
     texts: Annotated[bool, Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")] = True

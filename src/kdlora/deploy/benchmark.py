@@ -62,8 +62,8 @@ def benchmark(
             needs labels and their task; a slow model limits how many are timed, the same for all.
         max_length: longest input in tokens, for all models; by default each model's own.
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core, within a container's CPU limit.
-        rounds: interleaved rounds. A slow model reads each text alone in one of them, and after the first only in
-            batches of its best size.
+        rounds: interleaved rounds. A model that is slow beside others reads each text alone in one of them, and after
+            the first only in batches of its best size.
         batch_sizes: tried for the best throughput.
         scores: name to score on these texts, 0..100, of models that need not be scored again.
         progress: called with a short sentence at each step.
@@ -136,11 +136,12 @@ def _time_models(
         model.pace = model.ask("time", batches=[some], batch_size=batch_sizes[0], repeats=2)[1] / len(some)
     # All read the same texts, since batches of more texts are filled better.
     some = spread(texts, max(_WARM_UP_TEXTS, int(_PASS_SECONDS / max(model.pace for model in models))))
+    fastest = min(model.pace for model in models)
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
-            # Of a slow one, each text is read alone in one round of all, and a batch size that is no good in the first.
-            slow = model.pace * len(some) > 2 * _LEAST_SECONDS
+            # One that is slow beside others reads each text alone in one round, and after the first its best batches.
+            slow = model.pace * len(some) > 2 * _LEAST_SECONDS and model.pace > 2 * fastest
             model.latencies += model.ask("time", batches=singles[turn::rounds] if slow else singles)
             repeats = math.ceil(_LEAST_SECONDS / (model.pace * len(some)))
             for size in [min(batch_sizes, key=lambda size: model.seconds[size][0])] if slow and turn else batch_sizes:

@@ -346,7 +346,7 @@ class Teacher:
 
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
         # The head of a regression has the labels' scale, where bf16 has steps of 8 at 2,000, and fp16 ends at 65,504.
-        with kept_exact(last_linear(self.encoder.model, 1) if self.task.kind == "regression" else None):
+        with kept_exact(last_linear(self.encoder.model, 1, biased=False) if self.task.kind == "regression" else None):
             logits = predict_logits(
                 self.encoder.model,
                 self.encoder.tokenizer,

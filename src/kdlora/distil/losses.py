@@ -282,14 +282,14 @@ def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: T
         head.bias.copy_(torch.from_numpy(bias if task.kind == "multi-label" else bias - bias.mean()))
 
 
-def last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:
+def last_linear(model: nn.Module, outputs: int, *, biased: bool = True) -> nn.Linear | None:
     """Find the layer that gives the prediction, if it has a bias; of one that PEFT keeps twice, the copy in use."""
     found = [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == outputs and "original_module" not in name.split(".")
     ]
-    return found[-1] if found and found[-1].bias is not None else None
+    return found[-1] if found and not (biased and found[-1].bias is None) else None
 
 
 def _probe(model: nn.Module) -> np.ndarray:

@@ -144,7 +144,7 @@ def kept_exact(layer: nn.Linear | None) -> Iterator[None]:
         with torch.autocast(rows.device.type, enabled=False):
             return forward(rows.float())
 
-    layer.forward = exact  # type: ignore[method-assign]
+    layer.forward = exact  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

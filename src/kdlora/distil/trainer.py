@@ -56,6 +56,7 @@ class ProgressEvent:
     steps: int
     examples_per_second: float  # without evaluation
     score: float | None = None  # the newest
+    scored: float = 0.0  # the epoch that it is of
     loss: float | None = None
     hard_loss: float | None = None
     soft_loss: float | None = None
@@ -224,6 +225,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
                 steps=self.state.max_steps,
                 examples_per_second=self.outcome.examples / max(seconds, 1e-9),
                 score=self.outcome.history[-1]["score"] if self.outcome.history else None,
+                scored=self.outcome.history[-1]["epoch"] if self.outcome.history else 0.0,
                 **self._epoch_means(),
             )
         )

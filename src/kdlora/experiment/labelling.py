@@ -52,7 +52,8 @@ class LabelSettings:
         label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
         revision: commit, tag or branch of a Hub id.
         max_length: longest input in tokens; by default as the model's training noted it in its folder, else 128.
-        rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost.
+        rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost. By default 10,000,
+            or what the folder was begun with.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
@@ -65,7 +66,7 @@ class LabelSettings:
     label_names: tuple[str, ...] | None = None
     revision: str | None = None
     max_length: int | None = None
-    rows_per_shard: int = 10_000
+    rows_per_shard: int | None = None
     precision: str = "auto"
     device: str = "auto"
     texts: bool = True
@@ -77,9 +78,9 @@ class LabelSettings:
         for name in ("text", "label_names"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.rows_per_shard < 1 or (self.max_length is not None and self.max_length < 4):
-            numbers = f"{self.rows_per_shard} and {self.max_length}"
-            raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {numbers}")
+        for name, least in (("rows_per_shard", 1), ("max_length", 4)):
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ConfigError(f"{name} is at least {least}; got {number}")
         if self.text is not None and len(self.text) not in (1, 2):
             raise ConfigError(f"expected one text column or the two of a pair, got {', '.join(self.text) or 'none'}")
 
@@ -118,6 +119,7 @@ class _Job:
     task: Task
     folder: Path
     files: tuple[Path, ...]
+    rows_per_shard: int = 10_000
     weights: str = ""  # a hash, so that a worker with other weights refuses
 
     def columns(self, longest: int) -> Columns:
@@ -193,7 +195,7 @@ def label_collection(
         teacher = _load_teacher(job.model, job.settings, job.task)
         job = replace(job, weights=teacher.weights)
         ingredients = teacher.ingredients() | _ingredients(job)
-        store = teacher.new_store(folder / COLLECTION_MANIFEST, ingredients, job.settings.rows_per_shard)
+        store = teacher.new_store(folder / COLLECTION_MANIFEST, ingredients, job.rows_per_shard)
         store = begin_store(store.model_copy(update={"model": job.model, "task": job.task.to_dict()}))
         done = {unit: unit.finished_shards(folder) for unit in _cut_work(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
@@ -244,7 +246,8 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
         precision = resolve_precision(settings.precision, settings.device)[0]
     noted = read_config(open_source(model, settings.revision, settings.trust_remote_code))
     longest = settings.max_length or begun.get("max_length") or getattr(noted, "kdlora_max_length", None) or 128
-    return replace(job, settings=replace(settings, max_length=longest, precision=precision))
+    shard = settings.rows_per_shard or begun.get("rows_per_shard") or job.rows_per_shard
+    return replace(job, settings=replace(settings, max_length=longest, precision=precision), rows_per_shard=shard)
 
 
 def _about_model(settings: LabelSettings) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _find_files(data: str, out: Path) -> tuple[Path, ...]:
 
 
 def _ingredients(job: _Job) -> dict[str, Any]:
-    own = {name: getattr(job.settings, name) for name in ("id_column", "texts", "rows_per_shard")}
+    own = {"id_column": job.settings.id_column, "texts": job.settings.texts, "rows_per_shard": job.rows_per_shard}
     inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files]
     return own | {"inputs": inputs, "text": None if job.settings.text is None else list(job.settings.text)}
 
@@ -282,7 +285,7 @@ def _cut_work(job: _Job) -> list[_Unit]:
     units: list[_Unit] = []
     for number, file in enumerate(job.files):
         lines = file.suffix.lower() != ".parquet"
-        shards = 1 if lines else max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
+        shards = 1 if lines else max(1, -(-_count_rows(file) // job.rows_per_shard))
         units += [_Unit(number, shard, to_the_end=lines) for shard in range(shards)]
     return units
 
@@ -337,11 +340,11 @@ def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None
             f"{job.model}: the weights on this machine are not those that the job began with; bring the same model here"
         )
     longest = sys.maxsize if job.task.kind == "tokens" else most_characters(teacher.max_length, job.task.windows)
-    start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
+    start = unit.shard * job.rows_per_shard + sum(shard.rows_read for shard in shards)
     with contextlib.closing(iter(RowReader(job.files[unit.file], job.columns(longest), start=start))) as rows:
         ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
         while not unit.is_done(shards):
-            part = islice(chain(ahead, rows), settings.rows_per_shard)
+            part = islice(chain(ahead, rows), job.rows_per_shard)
             shard = _write_shard(job, teacher, job.files[unit.file], unit.name(len(shards)), part, hear)
             ahead = list(islice(rows, 1))
             shards.append(shard.model_copy(update={"ends": not ahead}))

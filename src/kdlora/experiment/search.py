@@ -271,15 +271,12 @@ class Reporter:
     def __init__(self, trial: Trial, stop: Path, tell: Callable[[Any], None]) -> None:
         self._trial, self._stop, self._tell = trial, stop, tell
         self._reported: set[int] = set()
-        self._heard: float | None = None
 
     def hear(self, event: ProgressEvent) -> None:
         """Take an event of the training; within an epoch it has the score of the one before."""
         self._tell(event)
-        epoch = math.floor(event.epoch + 1e-6)
-        is_new = event.score != self._heard  # not all epochs are scored
-        if event.score is not None and is_new and event.epoch > epoch + 1e-6 and epoch not in self._reported:
-            self._heard = event.score
+        epoch = math.ceil(event.scored)
+        if event.score is not None and event.epoch > epoch + 1e-6 and epoch not in self._reported:
             self.report(epoch, event.score)
             if self._trial.should_prune():
                 self._stop.touch()

@@ -24,7 +24,7 @@ from kdlora.data.word_tokens import READ, WORDS, encode_windows, join_words, spl
 from kdlora.errors import ConfigError, ModelError
 
 PAD_MULTIPLE, PAD_ON_CPU = 8, 2
-"""Widths that matrix units take well. A CPU gains more by less padding: a fifth of the time with short texts."""
+"""Widths that matrix units take well. A CPU gains more by less padding."""
 MICRO_BATCHES = "micro_batches"
 _TOKENISE_ROWS = 1000
 _COUNT_ROWS = 50  # whole texts of any length

@@ -108,8 +108,7 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     _check_labels(reading.task, data, train, scored)
     _check_scored(reading, scored)
     unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
-    if reading.task.kind == "tokens":
-        train = _cut_words(reading, train)
+    train = _cut_words(reading, train) if reading.task.kind == "tokens" else train
     for note in reading.notes:
         logger.info(note)
     read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
@@ -125,10 +124,9 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
     scored = [part for part in (splits.validation, splits.test) if part is not None]
     of_rows = share_copies(splits.task, splits.train, each)
     made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)
-    parts = [texts.select_columns(made.column_names)] if texts is not None else []
+    both = made if texts is None else concatenate_datasets([texts.select_columns(made.column_names), made])
     note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
-    unlabelled, notes = concatenate_datasets([*parts, made]), (*splits.notes, note)
-    return replace(splits, unlabelled=unlabelled, copies=len(made), notes=notes)
+    return replace(splits, unlabelled=both, copies=len(made), notes=(*splits.notes, note))
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:

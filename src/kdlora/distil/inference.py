@@ -73,7 +73,7 @@ BATCH_TOKENS = 4096
 """Tokens of one pass: a larger pass is no faster, and its activations would be the peak of a small student's memory."""
 TEACHER_TOKENS = 16384
 CPU_TOKENS = 1024
-"""At most so many on a CPU, whose caches hold their activations: a large teacher is up to three times as fast."""
+"""At most so many on a CPU, whose caches hold their activations: a large teacher is about twice as fast."""
 LOGITS_MANIFEST = "manifest.json"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,8 +108,7 @@ def train_model(
         beside=options.copies,
     )
     ingredients = _ingredients(model, train, validation, task, settings, options)
-    limits = (settings.micro_batch_tokens, 2 * CPU_TOKENS if device.type == "cpu" else None)
-    most = min((limit for limit in limits if limit is not None), default=None)
+    most = min(settings.micro_batch_tokens or sys.maxsize, 2 * CPU_TOKENS if device.type == "cpu" else sys.maxsize)
     collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length, device), most)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(

@@ -141,7 +141,8 @@ class DataConfig(Section):
     distilled arm has one copy beside every row. null: 15 of few texts, 4 of many, between them 24,000 in all, of very
     many fewer; none where `unlabelled` has as many texts as these would be, or is a labelled collection. A text of a
     rare class has more copies, one of a frequent class fewer, where classes count alike (macro F1, balanced accuracy),
-    and in multi-label tasks."""
+    and in multi-label tasks. A pass draws one copy of each text: if you set fewer `student.train.epochs` than copies,
+    set as many here, and the teacher has less to label."""
 
     @property
     def row_settings(self) -> tuple[Any, ...]:

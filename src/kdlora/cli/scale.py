@@ -38,7 +38,7 @@ def suite(
 
     Example: kdlora suite configs/paper-small.yaml --dry-run
 
-    Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
+    Example: kdlora suite configs/paper.yaml --set 'families=[bert]' --set config.data.path=/data/glue
     """
     from kdlora.experiment.suitefile import load_suite
     from kdlora.system.children import prepare_children

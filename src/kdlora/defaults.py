@@ -78,7 +78,8 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     recipe, family = values.get("recipe", "default"), values.get("family")
     filled, teacher = dict(values), values.get("teacher")
     if isinstance(teacher, Mapping) and teacher.get("tuning") == "lora":
-        filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", "student-lora"]}})
+        fully = ["kd-fft"] if recipe == "default" else []  # the paper's recipes keep its arms
+        filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", *fully, "student-lora"]}})
     if isinstance(recipe, str) and recipe in RECIPES:
         filled = lay_under(filled, _fitting(RECIPES[recipe], values))
     teacher, student = (filled.get(key) or {} for key in ("teacher", "student"))

@@ -164,7 +164,7 @@ def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder):
+def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder, monkeypatch):
     """Prevents exporting a random head, an adapter, or an export."""
     out, adapter = tmp_path / "out", tmp_path / "adapter"
     adapter.mkdir()
@@ -182,6 +182,9 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
     ):
         with pytest.raises(ModelError, match=message):
             export_onnx(folder, out, texts=TEXTS)
+    monkeypatch.setattr(export_module, "_MOST_BYTES", 1000)  # beyond it PyTorch's second file was called a stranger's
+    with pytest.raises(ModelError, match=r"GB of weights, and models above .* not exported"):
+        export_onnx(classifier_folder(), out, texts=TEXTS)
     assert not out.exists()
 
 

@@ -243,7 +243,8 @@ def test_who_teaches_counts_for_a_suite_and_is_among_the_arms(workshop):
     assert reset_unused(config, "lora").teacher == config.teacher
     assert reset_unused(workshop.config(values | {"teacher": {"seed": 7}}), "lora").teacher.seed is None
     data = {"data": {"train": "rows.csv"}, "student": {"model": "small"}}
-    arms = build_config({**data, "teacher": {"model": "large", "tuning": "lora"}}).run.arms
-    assert arms == ("words", "lora", "kd-lora", "student-lora")
+    tuned = {**data, "teacher": {"model": "large", "tuning": "lora"}}
+    assert build_config(tuned).run.arms == ("words", "lora", "kd-lora", "kd-fft", "student-lora")
+    assert build_config(tuned | {"recipe": "paper"}).run.arms == ("words", "lora", "kd-lora", "student-lora")
     with pytest.raises(ConfigError, match=r"teacher\.fine_tuned gives one"):
         build_config({**data, "teacher": {"fine_tuned": "large", "tuning": "lora"}})

@@ -200,6 +200,21 @@ def test_a_tokenizer_may_have_the_token_of_images_beyond_the_table(tiny_model_fo
         load_encoder(str(folder), THREE_WAY, seed=0)
 
 
+def test_a_sparse_attention_that_goes_at_a_short_text_is_full_from_the_start(tmp_path):
+    """BigBird changed for good at its first short batch; a teacher labelled long texts as it had not been trained."""
+    tokenizer, sizes = tiny.train_tokenizer(), {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    sparse = {"block_size": 2, "num_random_blocks": 1, "max_position_embeddings": 66, "num_attention_heads": 2}
+    config = transformers.BigBirdConfig(vocab_size=len(tokenizer), **sizes, **sparse)
+    transformers.BigBirdForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_encoder(str(tmp_path), THREE_WAY, seed=0).model.eval()
+    long, short = (torch.arange(5, 5 + length)[None] for length in (40, 8))
+    with torch.no_grad():
+        before = model(long).logits
+        model(short)
+        assert torch.equal(model(long).logits, before)
+
+
 def test_decoders_that_cannot_answer_are_refused(tmp_path, tiny_model_folder):
     """XLNet reads the last place of a row, which is padding in all rows but the longest."""
     tokenizer = tiny.train_tokenizer("llama")
@@ -208,6 +223,12 @@ def test_decoders_that_cannot_answer_are_refused(tmp_path, tiny_model_folder):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="depends on the padding"):
         load_encoder(str(tmp_path), THREE_WAY, seed=0)
+
+    (tmp_path / "fnet").mkdir()
+    transformers.FNetConfig().save_pretrained(tmp_path / "fnet")
+    (tmp_path / "fnet" / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="reads padding as text"):
+        load_encoder(str(tmp_path / "fnet"), THREE_WAY, seed=0)
 
     # A model of texts and images has no width of its own: a traceback after gigabytes of its weights.
     (tmp_path / "both").mkdir()

@@ -50,6 +50,8 @@ _FILES: Mapping[Format, tuple[str, ...]] = {
     "onnx-int8": (ONNX_INT8,),
     "openvino": (OPENVINO_INT8, str(Path(OPENVINO_INT8).with_suffix(".bin"))),
 }
+_MOST_BYTES = 1536 * 2**20
+"""Above it PyTorch writes weights into a second file, and a graph with such is never read here."""
 _NOT_EXPORTED = ("README", "LICENSE", "NOTICE", "generation_config", "model.safetensors", "model-")
 """How files of a model begin that no export writes."""
 
@@ -163,6 +165,12 @@ def _open_encoder(folder: ModelFolder) -> TorchBackend:
         raise ModelError(
             f"{folder.path} is a decoder ({backend.model.config.model_type}), and only encoders are exported to ONNX. "
             "It predicts as it is, by PyTorch; for a file without it choose an encoder as student"
+        )
+    size = sum(one.numel() * one.element_size() for one in backend.model.parameters())
+    if size > _MOST_BYTES:
+        raise ModelError(
+            f"{folder.path} has {size / 1e9:.1f} GB of weights, and models above {_MOST_BYTES / 1e9:.1f} GB are not "
+            "exported to ONNX. It predicts as it is, by PyTorch; for a file without it choose a smaller student"
         )
     return backend
 

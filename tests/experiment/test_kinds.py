@@ -19,9 +19,10 @@ from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, write_record
-from kdlora.experiment.run import run_experiment
+from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.system.ownership import MANIFEST
 from tiny import sentiment_rows, write_csv
 
 
@@ -117,6 +118,12 @@ def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_pa
     assert list(shipped.id2label.values()) == ["praise", "film", "music"]
     assert "not available" in result.layout.report_md.read_text()
     assert not result.layout.teacher.exists()
+    # Another table at the same place: the old student was shown as its, for no run was left that would have noticed.
+    before = snapshot(result.layout.root)
+    pd.DataFrame(table).replace({0.9: 0.2, 0.2: 0.9}).to_parquet(tmp_path / "teacher.parquet")
+    with pytest.raises(ArtifactError, match=r"teacher\.parquet is another teacher than the one that finished runs"):
+        run_experiment(workshop.config(sections | {"run": {"arms": ["fft", "kd-lora"]}}), tmp_path / "out")
+    assert snapshot(result.layout.root) == before
 
 
 def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_layers(workshop, tmp_path):
@@ -201,8 +208,12 @@ def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(
     np.testing.assert_allclose(predicted(layout, "fft").logits, predicted(before, "fft").logits, atol=1e-5)
     said, wanted = (read_stored_logits(one.teacher_logits, task).logits for one in (layout, before))
     np.testing.assert_allclose(said, wanted, atol=1e-5)
-    shutil.rmtree(layout.teacher_logits)
+    edit_json(layout.root / MANIFEST, made_by="kdlora", kind="experiment")
+    plan_experiment(config, layout.root)  # whose look at the models is a child, too
     shutil.copy(experiment.layout.teacher / "model.safetensors", turned)
+    with pytest.raises(ArtifactError, match="reversed is another teacher than the one that finished runs in"):
+        plan_experiment(config, layout.root)
+    shutil.rmtree(layout.teacher_logits)
     with pytest.raises(ArtifactError, match=r"other weights than when it was scored.*fft-seed0 to have it scored anew"):
         label_training_rows(config, layout)
 

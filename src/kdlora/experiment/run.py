@@ -26,7 +26,7 @@ from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.recording import TaskFacts, keep_examples, keep_shipped, logged, look_at, ship_student
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import check_table, with_metric, with_recorded, with_values
-from kdlora.experiment.stages import Stage
+from kdlora.experiment.stages import Stage, refuse_exchanged_teacher
 from kdlora.experiment.team import Team, gather_team
 from kdlora.extras import check_installed
 from kdlora.report.collect import load_run
@@ -167,7 +167,9 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
         splits = replace(splits, notes=(*splits.notes, f"The arm words is left out: {told}."))
     _check_wishes(config, splits, layout)
     facts = look_at(splits, config.data)
-    return config, splits, facts, _finished(config, layout, facts.fingerprint(config), {})
+    finished = _finished(config, layout, facts.fingerprint(config), {})
+    refuse_exchanged_teacher(config, layout, splits, finished.values())
+    return config, splits, facts, finished
 
 
 def _check_wishes(config: Config, splits: Splits, layout: ExperimentLayout) -> None:

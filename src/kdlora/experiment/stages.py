@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.logit_table import open_store
 from kdlora.data.spool import label_array, read_texts, slice_rows, spread_rows, text_columns
+from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import words_seen
 from kdlora.distil.inference import LOGITS_MANIFEST, TEACHER_TOKENS, hash_model, teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
@@ -62,7 +64,9 @@ from kdlora.experiment.settle import (
 )
 from kdlora.models.adapters import add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
+from kdlora.system.children import run_in_child
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
+from kdlora.system.integrity import hash_json
 
 Progress = Callable[[ProgressEvent], None]
 Counted = Callable[[int, int], None]
@@ -220,6 +224,35 @@ def _check_scored(config: Config, layout: ExperimentLayout, teacher: Encoder) ->
             f"{teacher.source} (teacher.fine_tuned) has other weights than when it was scored. Put back what was "
             f"there, or delete {place.root} to have it scored anew"
         )
+
+
+def refuse_exchanged_teacher(
+    config: Config, layout: ExperimentLayout, splits: Splits, finished: Iterable[RunRecord]
+) -> None:
+    """Refuse a given teacher other than the one that finished runs learnt from, or scored, at the same place."""
+    teacher, taught = config.teacher, [one for one in finished if one.arm == "fft" or one.arm in DISTILLED_ARMS]
+    place = Path(teacher.logits or teacher.probabilities or teacher.fine_tuned or "")
+    if not taught or not config.given_teacher or not place.exists():
+        return
+    told = {one.fingerprints.get("teacher" if teacher.is_table else "given") for one in taught}
+    if teacher.is_table:
+        here = hash_json([one.fingerprint for one in stored_logits(config, None, splits)])
+    else:
+        changed = max((file.stat().st_ctime for file in place.glob("*") if file.is_file()), default=0.0)
+        if datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds") < min(one.started for one in taught):
+            return  # to load a large model takes seconds
+        if (manifest := layout.teacher_logits / LOGITS_MANIFEST).exists():
+            told.add(open_store(manifest).ingredients.get("weights"))
+        here = run_in_child(hash_teacher, config, splits.task)
+    if told - {None, here}:
+        raise ArtifactError(
+            f"{place} is another teacher than the one that finished runs in {layout.root} learnt from, or scored. Put "
+            "back what was there, or name another folder with --out"
+        )
+
+
+def hash_teacher(config: Config, task: Task) -> str:
+    return hash_model(load_teacher(config, task)[0].model)
 
 
 def train_teacher(

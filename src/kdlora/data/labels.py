@@ -43,6 +43,7 @@ _STRANGE_NUMBERS = (
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
 """A whole number that is written as a decimal; without its decimals it is the same label."""
+_ABSENT = frozenset(("nan", "null", "none", "na", "n/a", "#n/a", "<na>"))
 _SET_KIND = "set task.kind to single-label or regression"
 _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
@@ -270,8 +271,9 @@ def infer_task(
     if kind == "single-label" and len(names) < 2:
         told = f"one class only ({', '.join(names)}); a classifier needs two or more. Check the file, or task.label"
         raise _holds(raw, label[0], told)
+    given = config.label_names is not None or label[0] in raw.class_names
     if kind != "regression":
-        refuse_names(raw.source, label, names, given=config.label_names is not None or label[0] in raw.class_names)
+        refuse_names(raw.source, label, names, given=given)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
@@ -279,8 +281,10 @@ def infer_task(
             notes.append("Where these numbers are a quantity, as ratings are, set task.kind to regression.")
     if config.label_names is None and kind != "regression":
         notes.append(f"The {len(names)} label names and their order were taken from the data: {listed(names)}.")
-        if {"-1", "2"} <= set(names) and "-2" not in names:
-            notes.append("-1 became a class; where it marks rows without a label, as on the Hub, remove these rows.")
+    if kind == "single-label" and not given:
+        absent = [name for name in names if name.strip().casefold() in _ABSENT]
+        absent += ["-1"] if {"-1", "2"} <= set(names) and "-2" not in names else []
+        notes += [f"{one} became a class; where it marks rows without a label, remove these rows." for one in absent]
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
 
 

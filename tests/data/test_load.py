@@ -80,6 +80,14 @@ def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     ]
 
 
+def test_a_column_of_splits_that_is_not_followed_is_told(csv_file) -> None:
+    """Test rows of a file with all splits, as Kaggle has them, were learnt from without a word."""
+    for last, told in (("Test", True), ("train", False)):
+        path = csv_file("a.csv", text=TEXTS, label=WORDS, Split=["train"] * 15 + [last] * 5)
+        notes = " ".join(load(train=path).notes)
+        assert ("a.csv: its column 'Split' (train, Test) is not followed, and every row is a" in notes) == told
+
+
 def test_pairs_several_labels_and_kinds_that_are_set(csv_file):
     """The second text of a pair is dropped in silence by tools that know one column."""
     path = csv_file("a.csv", premise=TEXTS, hypothesis=TEXTS[::-1], label=WORDS)
@@ -205,6 +213,16 @@ def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...])
     assert said == [told] * (names == ("a", "b"))
 
 
+@pytest.mark.parametrize(("more", "told"), [(["a"], True), ([], False), (["a", "b"], False)])
+def test_lists_of_one_label_each_are_doubted(tmp_path: Path, more: list[str], told: bool) -> None:
+    """Labels of which each text has one, in lists as doccano writes them, got a model that may name none or two."""
+    rows = [{"text": text, "label": [word]} for text, word in zip(TEXTS, "ab" * 10, strict=True)]
+    path = write_lines(tmp_path / "a.jsonl", [*rows, {"text": "t", "label": more}])
+    for task, doubted in ((None, told), ({"kind": "multi-label"}, False)):
+        notes = load(task, train=path, validation=path).notes
+        assert any(note.startswith("Every training row has exactly one label") for note in notes) == doubted
+
+
 def test_columns_of_lists_and_of_texts_are_not_mixed(tmp_path: Path, csv_file):
     """Lists of labels in one file and `a;b` in another, as a spreadsheet saves them, ended in a traceback."""
     path = write_lines(tmp_path / "a.jsonl", [{"text": "t", "labels": value} for value in (["b"], ["a", "b"])])
@@ -237,6 +255,10 @@ def test_names_with_commas_are_one_label_and_joined_names_several():
     assert find_joined(["a", "b", "a|b"]) == "a|b"
     for names in (["[0, 1, 0]", "[1, 0, 0]"], ["[0 1\n 0]", "[1 0\n 0]"], ["['a', 'b']", "['b', 'c']", "[]"]):
         assert find_joined(names) == names[0]
+    pairs = ["a;b", "a;c", "b;c", "a;d", "b;d", "c;d"]
+    assert find_joined(pairs) == find_joined(["none", *pairs]) == "a;b"
+    assert find_joined([pair.replace(";", ",") for pair in pairs]) is None
+    assert find_joined([f"{place}|{kind}" for place in "ABC" for kind in "xyz"]) is None  # each part in its place
     for names in (["bed, bath", "toys", "toys, games"], ["a > x", "a > y"], ["x, 1", "x, 2", "y, 1", "y, 2", "z, 1"]):
         assert find_joined(names) is None
 
@@ -347,6 +369,9 @@ def test_negative_labels_are_labels(tmp_path: Path) -> None:
 
 def test_a_mark_for_no_label_is_no_class(csv_file) -> None:
     """SNLI's `-` and the Hub's -1 became a small class, for whose sake macro F1 and class weights were taken."""
+    for absent in ("NULL", "nan"):
+        path = csv_file("a.csv", text=TEXTS, label=[absent, "a"] * 10)
+        assert any(note.startswith(f"{absent} became a class;") for note in load(train=path).notes)
     path = csv_file("a.csv", text=TEXTS, label=["-", "a", "b", "a"] * 5)
     assert "the label column 'label' holds '-', by which SNLI and MNLI mark a row" in refused(train=path)
     assert load({"label_names": ["a", "b", "-"]}, train=path).task.num_labels == 3

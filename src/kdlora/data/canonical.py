@@ -20,6 +20,8 @@ from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean, listed
 
 _ROWS = 65_536
+_SPLITS = ("split", "set", "subset", "partition")
+_SCORED = frozenset(("test", "dev", "eval", "val", "valid", "validation"))
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ class Reading:
             hidden = pc.is_in(values.cast(pa.float64(), safe=False), pa.array([-1.0, -100.0]))
             return not pc.all(hidden, min_count=0).as_py()
         return len(values) > 0
+
+
+def unread_splits(train: Source) -> list[str]:
+    """Say that a column of splits is not followed, or test rows are learnt from without a word."""
+    for name in (column for column in train.columns if column.casefold() in _SPLITS):
+        values = train.read((name,)).table[name]
+        parts = pc.unique(values.cast(pa.string())).drop_null().to_pylist() if is_text(values.type) else []
+        if not _SCORED.isdisjoint(part.strip().casefold() for part in parts):
+            return [
+                f"{train.name}: its column {name!r} ({listed(parts)}) is not followed, and every row is a training "
+                "row. Write each split to a file of its own (data.train, data.validation, data.test)."
+            ]
+    return []
 
 
 def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:

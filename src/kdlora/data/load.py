@@ -14,18 +14,18 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
-from kdlora.data.canonical import Reading
+from kdlora.data.canonical import Reading, unread_splits
 from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
-from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
+from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import GIVEN, cut_words
 from kdlora.defaults import copies_for
-from kdlora.errors import ConfigError, DataError, listed
+from kdlora.errors import DataError, listed
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,16 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
         raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
     splits = open_splits(known, data)
     reading = _begin(task, known, data, next(iter(splits["train"].values())))
-    _settle_windows(reading, data)
+    reading.task = with_windows(reading.task, data)
     train = reading.read(splits["train"], labelled=True)
     if known is None:
         _settle_metric(reading, task.metric, train)
+        reading.notes += unread_splits(splits["train"][""])
+        if task.kind == "auto" and reading.task.kind == "multi-label" and (label_array(train).sum(axis=1) == 1).all():
+            reading.notes.append(
+                "Every training row has exactly one label, yet none or several may be predicted (multi-label). Where a "
+                'text always has one, write it as a plain name ("a", not ["a"]), in one column.'
+            )
     if "validation" in splits:
         validation = reading.read(splits["validation"], labelled=True)
     else:
@@ -186,21 +192,6 @@ def _begin_tokens(task: TaskConfig, data: DataConfig, train: Source, columns: tu
     if task.text is None or task.label is None:
         reading.notes.append(f"Columns inferred from their names: {text} and {label}.")
     return reading
-
-
-def _settle_windows(reading: Reading, data: DataConfig) -> None:
-    """Read long texts in windows where the config says so, and an example is one text with labels of the whole."""
-    windows, task = window_settings(data), reading.task
-    if windows is not None and task.kind == "tokens":
-        raise ConfigError(
-            "data.long_texts: tasks of tokens always read long texts in windows, each word in one of them; leave it out"
-        )
-    if windows is not None and task.is_pair:
-        raise ConfigError(
-            f"data.long_texts: windows are of one text, and this task has pairs ({', '.join(task.text)}); set it to "
-            "cut, or put both texts into one column"
-        )
-    reading.task = replace(task, windows=windows)
 
 
 def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> None:

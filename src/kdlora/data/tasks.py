@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -111,11 +111,6 @@ class Task:
         """Label name to column of the logits, as in a transformers config."""
         return {label: column for column, label in enumerate(self.label_names)}
 
-    @property
-    def problem_type(self) -> str:
-        """The kind in the words of a transformers config."""
-        return PROBLEM_TYPES[self.kind]
-
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
         unset = {"windows"} if self.windows is None else None  # as earlier versions wrote it, for hashes
@@ -138,6 +133,21 @@ _STORED = TypeAdapter(Task)
 def window_settings(data: DataConfig) -> WindowSettings | None:
     """Say how texts are read in windows; None where they are cut."""
     return WindowSettings(data.window_stride, data.window_pool) if data.long_texts == "windows" else None
+
+
+def with_windows(task: Task, data: DataConfig) -> Task:
+    """Read long texts in windows where the config says so, and an example is one text with labels of the whole."""
+    windows = window_settings(data)
+    if windows is not None and task.kind == "tokens":
+        raise ConfigError(
+            "data.long_texts: tasks of tokens always read long texts in windows, each word in one of them; leave it out"
+        )
+    if windows is not None and task.is_pair:
+        raise ConfigError(
+            f"data.long_texts: windows are of one text, and this task has pairs ({', '.join(task.text)}); set it to "
+            "cut, or put both texts into one column"
+        )
+    return replace(task, windows=windows)
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,9 @@ def find_joined(values: Sequence[str]) -> str | None:
         return lists[0]
     for mark in ";|,":
         parts = {value: [part.strip(" []'\"") for part in value.split(mark)] for value in values}
-        single = {own[0] for own in parts.values() if len(own) == 1}
+        # A label stands alone, or first here and last there; with commas the latter may be one name (low, high).
+        first = {own[0] for own in parts.values() if len(own) == 1 or mark != ","}
+        single = first.intersection(own[-1] for own in parts.values())
         joined = [value for value, own in parts.items() if len(own) > 1 and not single.isdisjoint(own)]
         if joined and len({part for own in parts.values() for part in own}) < len(values):
             return joined[0]

@@ -49,8 +49,8 @@ class Candidate:
 def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
     """Put experiments and single runs into one table and one plot.
 
-    The first student (or, without one, the first run) is the reference; every other row of the same task is
-    paired with it, example by example, where the validation (or test) examples are the same.
+    The reference is what the first experiment shipped, or would ship (without any student, the first run). Every other
+    row of the same task is paired with it, example by example, where the validation (or test) examples are the same.
 
     Args:
         folders: experiment folders, or folders of single runs with a `run.json`.
@@ -97,7 +97,7 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
     if not candidates:
         nothing = Prose("There is <strong>nothing to compare</strong>: no run has finished.")
         return Page("Comparison", "comparison", nothing, ())
-    reference = next((one for one in candidates if one.arm in STUDENT_ARMS), candidates[0])
+    reference = next((one for one in candidates if one.arm == one.experiment.student_arm), candidates[0])
     paired = {one.name: _against(one, reference, draws) for one in candidates if one is not reference}
     states = [
         Paragraph(f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}", "warning")
@@ -123,8 +123,11 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
     known = [one for one in candidates if one.name in paired and paired[one.name].plain == paired[one.name].plain]
     if not known:
         return Prose("No row can be compared with <strong>{}</strong>.").format(reference.name)
-    best = max([reference, *known], key=lambda one: one.score.mean)
-    told = strong(best.name) + f" scores highest of {1 + len(known)} comparable rows ({plus_minus(best.score)})"
+    rows, what = [reference, *known], "rows"
+    if len(students := [one for one in rows if one.arm in STUDENT_ARMS]) > 1:
+        rows, what = students, "students"  # a teacher is nearly always above them, and never ships
+    best = max(rows, key=lambda one: one.score.mean)
+    told = strong(best.name) + f" scores highest of {len(rows)} comparable {what} ({plus_minus(best.score)})"
     if best is reference:
         return told + "."
     found = paired[best.name]

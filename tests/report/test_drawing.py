@@ -56,6 +56,7 @@ def test_a_drawing_takes_its_colours_from_the_page_and_is_always_the_same():
     assert one == again
     assert not re.search(r"#[0-9a-f]{6}\b", one.svg)
     assert len({arm_style(arm).marker for arm in ARMS}) == len(ARMS)
+    assert len({(style.colour, style.marker) for style in map(Style, range(14))}) == 14  # rows of several experiments
 
 
 def test_points_lie_where_their_values_are():
@@ -128,7 +129,9 @@ def test_figures_are_written_as_people_read_them():
         *("39% fewer than", "about as many as", "about as many as", "2% more than"),
     ]
     assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 500), (1, 0))] == ["200×", "15.0×", "0.002×", "–"]
-    assert shorten("a  long\nname", 7) == "a long…"
+    assert shorten("a  long\nname", 7) == "a …name"
+    rows = {f"reviews (reviews-{place}): {arm}" for place in ("minilm, 1", "mpnet, 2") for arm in ARMS}
+    assert len({shorten(row, 28) for row in rows}) == len(rows)  # two experiments of one name
 
     # The report travels; the user's home folder need not.
     assert model_title("/home/me/models/minilm-l6/") == "minilm-l6"

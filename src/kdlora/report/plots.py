@@ -59,7 +59,7 @@ class Style:
 
     @property
     def marker(self) -> str:
-        return _MARKERS[self.number % len(_MARKERS)]
+        return _MARKERS[(self.number + self.number // len(_MARKERS)) % len(_MARKERS)]  # in each round by one further
 
 
 def arm_style(arm: str) -> Style:
@@ -149,9 +149,9 @@ def named(name: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cut a name that would run into its neighbours."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+    """Cut the middle out of a name that would run into its neighbours; its end tells it from others."""
+    flat, kept = " ".join(text.split()), length // 3
+    return flat if len(flat) <= length else f"{flat[:kept]}…{flat[kept + 1 - length :]}"
 
 
 def _for_page(svg: str, title: str, description: str, identity: str) -> str:

@@ -111,7 +111,15 @@ def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatc
     for place in (tmp_path / "weak").glob("runs/fft*/run.json"):
         config = read_record(place).config
         edit_record(place, config=config | {"teacher": {"probabilities": "asked/probabilities.parquet"}})
-    assert "longer training" not in make_report(tmp_path / "weak").html
+    given = _report(tmp_path / "weak")
+    assert "longer training" not in given.html
+    assert "FFT: the teacher, all weights tuned" in report.markdown
+    assert "FFT: the teacher, as it was given" in given.markdown
+    for place in (tmp_path / "weak").glob("runs/*/run.json"):
+        edit_record(place, config={"teacher": {"tuning": "lora"}})
+    told = _report(tmp_path / "weak").markdown
+    assert "FFT: a model of the teacher's size, all weights tuned" in told
+    assert "LoRA: the teacher, tuned by adapters" in told
     assert "below" not in _opening(reviews[1])
 
 
@@ -136,6 +144,11 @@ def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(t
     assert _opening(report).startswith("The distilled student (kd-lora) was shipped")
     row = next(line for line in report.markdown.splitlines() if line.startswith("| KD-LoRA − bag of words"))
     assert row.split("|")[-2].strip() == "3"  # one baseline beside every seed
+    assert "may need no transformer" in report.markdown
+    monkeypatch.setitem(fabricate._NOISE, "words", 0.46)  # not as good as the teacher, which needs its transformer
+    told = _report(make_experiment(tmp_path / "between", arms=("fft", "kd-lora", "words"), seeds=(0,)).root).markdown
+    assert "a transformer helps here" in told
+    assert "need no transformer" not in told
 
 
 @pytest.mark.parametrize(

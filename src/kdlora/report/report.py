@@ -67,7 +67,12 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     runs = {arm: experiment.finished(arm) for arm in experiment.arms}
     curves = [Series.of(arm_title(arm), arm_style(arm), [run.record for run in own]) for arm, own in runs.items()]
     training = learning_curves(curves, title="Validation score", value="score on validation", identity="curve")
-    explained = tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS)
+    told = {arm: what for arm, (_, what) in ARMS.items()}
+    if is_teacher_given(experiment.runs):
+        told["fft"] = "the teacher, as it was given: scored, not trained here"
+    elif experiment.teacher_arm == "lora":
+        told |= {"lora": "the teacher, tuned by adapters", "fft": "a model of the teacher's size, all weights tuned"}
+    explained = tuple(f"{arm_title(arm)}: {told[arm]}." for arm in experiment.arms if arm in told)
     sections = (
         Section("In short", "short", short),
         Section("Score", "score", score_blocks(experiment, comparisons, links)),

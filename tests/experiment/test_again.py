@@ -41,6 +41,7 @@ def logits(layout, arm, seed):
 def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tmp_path, monkeypatch):
     """A second call that trains again, as where a check of damage cries wolf, costs hours, and may ship another."""
     (copied.root / MANIFEST).unlink()  # which version 0.1 did not write
+    (copied.student / "LICENSE").write_text("put there by hand")  # it was exported anew, and its thresholds were gone
     before = snapshot(copied.root)
     for module in (
         experiment_run,
@@ -133,6 +134,7 @@ def test_what_cannot_be_had_of_the_student_is_refused_and_takes_nothing(copied, 
     for changes, told in (
         ({"export": {"formats": ["onnx", "openvino"]}}, r"export\.formats: openvino.*openvino-export"),
         ({"export": {"thresholds": {"negativ": "f1"}}}, r"no label 'negativ'.*Did you mean 'negative'"),
+        ({"export": {"min_recall": {"PER": 0.9}}}, r"export\.min_recall: only a task of tokens"),
         ({"defer": {"error": 0.1}}, r"defer\.error: .*on its test split"),
     ):
         with pytest.raises(KdLoraError, match=told):

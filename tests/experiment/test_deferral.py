@@ -22,7 +22,7 @@ from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment
-from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds
+from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds, is_decided
 from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
@@ -142,10 +142,19 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     config = load_config(layout.config)
     store_speeds({Way(layout.onnx, precision="int8"): {1: 100.0}})
     assert is_deployed(config, layout)
+    for place in (layout.onnx / "LICENSE", layout.onnx / "service.py", layout.student / ".DS_Store"):
+        place.write_text("put there by hand")
+        assert is_deployed(config, layout)
+    export = config.export.model_copy(update={"max_metric_drop": 0.9})
+    with pytest.raises(ArtifactError, match=r"is no file of a model, and would be lost where \S*student-onnx is made"):
+        deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
+    assert layout.onnx.exists()
     config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
     layout.decided.write_text("earlier")
     with hold_lock(layout.lock, "runs it"):  # as a run does
         assert "What kdlora defer had decided is gone." in decide_student(config, layout)
+    (layout.student / "NOTICE").write_text("put there by hand")
+    assert is_decided(config, layout)
     assert layout.thresholds.exists()
     assert not layout.deferral.exists()
 

@@ -15,7 +15,6 @@ from kdlora.data.load import Splits, load_examples
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
-from kdlora.deploy.folder import MEASURED
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.evidence.defer import (
@@ -45,7 +44,7 @@ from kdlora.evidence.defer import (
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
-from kdlora.experiment.recording import forget_decisions, write_card
+from kdlora.experiment.recording import forget_decisions, model_files, write_card
 from kdlora.experiment.scoring import open_finished
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
@@ -368,8 +367,6 @@ def _mark(config: Config, layout: ExperimentLayout) -> str | None:
     """Fingerprint what the decisions depend on, and the files that they are in; None where the config asks for none."""
     if config.export.thresholds is None and config.defer.error is None:
         return None
-    files = hash_files(layout.root, [layout.student, layout.onnx, layout.deferral, layout.thresholds])
-    for other in (f"{layout.student.name}/README.md", f"{layout.onnx.name}/{MEASURED}"):
-        files.pop(other, None)
+    own = [*model_files(layout.student, layout.onnx), layout.deferral, layout.thresholds]
     wanted = {"thresholds": config.export.thresholds, "defer": config.defer.model_dump(mode="json")}
-    return hash_json({**wanted, "files": files})
+    return hash_json({**wanted, "files": hash_files(layout.root, own)})

@@ -22,7 +22,7 @@ from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import DECISIONS, MEASURED, OPENVINO_INT8, Way, read_model_folder
+from kdlora.deploy.folder import DECISIONS, OPENVINO_INT8, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts, count_spans
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
@@ -31,7 +31,14 @@ from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, read_record
-from kdlora.experiment.recording import forget_decisions, logged, prepare_process, splits_by_name
+from kdlora.experiment.recording import (
+    forget_decisions,
+    logged,
+    model_files,
+    prepare_process,
+    refuse_loss,
+    splits_by_name,
+)
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import closed
 from kdlora.foreign import read_json
@@ -163,6 +170,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     splits = load_without_copies(config, layout)
     notes: list[str] = []
     if not holds(layout.exported, _mark(config, layout)):
+        refuse_loss(layout, layout.onnx)
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
         for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx, layout.page):
             remove(place)
@@ -201,9 +209,8 @@ def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
 
 def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     """Fingerprint what a deployment depends on, and the files that it left."""
-    files = hash_files(layout.root, [layout.student, layout.onnx, *more])
-    # The card, what becomes of the outputs and how fast they come may change, and are of these files.
-    own = {name: digest for name, digest in files.items() if Path(name).name not in ("README.md", DECISIONS, MEASURED)}
+    files = [file for file in model_files(layout.student, layout.onnx) if file.name != DECISIONS]  # which is of these
+    own = hash_files(layout.root, [*files, *more])
     settings = without_later_keys(config.export.model_dump(mode="json", exclude={"thresholds"}))
     return hash_json({"export": settings, "files": own})
 

@@ -20,7 +20,7 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
-from kdlora.deploy.folder import DECISIONS, TEMPERATURE_KEY
+from kdlora.deploy.folder import DECISIONS, MEASURED, TEMPERATURE_KEY, is_model_file
 from kdlora.distil.inference import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, settle_precision
@@ -242,6 +242,7 @@ def keep_weights(
 def ship_student(config: Config, layout: ExperimentLayout, task: Task, choice: Choice) -> None:
     """Put the chosen run's merged model into `student/`, its adapter into `adapter/`, and the choice beside them."""
     prepare_process(config)
+    refuse_loss(layout, layout.student, layout.onnx)
     arm, seed, place = cast("Arm", choice.arm), choice.seed, layout.run(choice.arm, choice.seed)
     remove(layout.deployed)
     remove(layout.shipped)
@@ -270,6 +271,23 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, choice: C
     write_card(config, layout, choice)
     # Last: once it is there, nothing is shipped again.
     write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": _shipped_files(layout)})
+
+
+def model_files(*folders: Path) -> list[Path]:
+    """List what shipped models consist of: neither the card, nor what people put beside them."""
+    files = (file for folder in folders for file in folder.glob("*") if is_model_file(file))
+    return [file for file in files if file.name not in ("README.md", "LICENSE", "NOTICE")]
+
+
+def refuse_loss(layout: ExperimentLayout, *folders: Path) -> None:
+    """Refuse to replace folders of what ships in which something lies that was put there by hand."""
+    own = {*model_files(*folders), layout.student / "README.md", layout.onnx / MEASURED}
+    for entry in (entry for folder in folders for entry in folder.glob("*")):
+        if entry not in own:
+            raise ArtifactError(
+                f"{entry} is no file of a model, and would be lost where {entry.parent} is made anew; move it away, "
+                "and run the same command again"
+            )
 
 
 def write_card(config: Config, layout: ExperimentLayout, choice: Choice | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, find_label
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.defer import settle_goals
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results, write_results
@@ -176,6 +176,10 @@ def _check_wishes(config: Config, splits: Splits, layout: ExperimentLayout) -> N
     """Refuse what is asked of the shipped student and could not be had after all trainings."""
     if "openvino" in config.export.formats and not is_deployed(config, layout):
         check_installed("export.formats: openvino", "openvino-export")
+    if config.export.min_recall and splits.task.kind != "tokens":
+        raise ConfigError("export.min_recall: only a task of tokens has types of entities; leave it out")
+    for name in config.export.min_recall:
+        find_label(name, splits.task.label_types, "export.min_recall")
     if config.export.thresholds is not None:
         settle_goals(splits.task, config.export.thresholds)
     if config.defer.error is not None and (splits.task.kind != "single-label" or splits.test is None):

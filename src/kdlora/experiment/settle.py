@@ -24,7 +24,7 @@ from kdlora.data.batches import PAD_MULTIPLE, count_tokens, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.spool import label_array, read_column, read_texts
-from kdlora.data.tasks import Task, find_label, named_weights, window_settings
+from kdlora.data.tasks import Task, named_weights, window_settings
 from kdlora.data.windows import tokens_read
 from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import hash_model, predict_logits, read_stored_logits
@@ -80,15 +80,11 @@ Looks = Mapping[Role, ModelLook]
 def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> Looks:
     """Load each model that the experiment names, count the tokens of its texts, and time it; for a child.
 
-    Its adapters are checked, and weights of labels, types of entities and trackers.
+    Its adapters are checked, and weights of labels and trackers.
     """
     check_trackers(config.run.report_to)
     for train in (config.teacher.train, config.student.train):
         named_weights(task, train.class_weights)
-    if config.export.min_recall and task.kind != "tokens":
-        raise ConfigError("export.min_recall: only a task of tokens has types of entities; leave it out")
-    for name in config.export.min_recall:
-        find_label(name, task.label_types, "export.min_recall")
     found: dict[Role, ModelLook] = {}
 
     def look_at(role: Role, encoder: Encoder) -> None:

@@ -39,7 +39,8 @@ class Writer:
         """Continue each list of texts; the last line of each is cut by the limit of tokens, and left out."""
         prompts = ["\n".join(f"- {text}" for text in shown) + "\n-" for shown in lists]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
-        median = int(np.median([len(ids) for ids in self.tokenizer([text for shown in lists for text in shown]).input_ids]))
+        shown = self.tokenizer([text for texts in lists for text in texts]).input_ids
+        median = int(np.median([len(ids) for ids in shown]))
         with torch.inference_mode():
             written = self.model.generate(
                 **inputs, do_sample=True, temperature=1.0, top_p=0.95, max_new_tokens=WRITTEN * (median + 2)
@@ -81,7 +82,7 @@ def main() -> int:
     kept, fates = write_texts(Writer(options.model, options.dtype), texts, options.number, options.seed)
     seconds = time.perf_counter() - start
     pd.DataFrame({options.column: kept}).to_csv(options.to, index=False)
-    print(json.dumps({"texts": len(kept), "lines": fates, "seconds": round(seconds), "per_second": len(kept) / seconds}))
+    print(json.dumps({"texts": len(kept), "lines": fates, "seconds": round(seconds)}))
     tell_machine()
     return 0
 

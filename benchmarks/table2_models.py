@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from kdlora.config import LoraSettings
 from kdlora.data.batches import PAD_MULTIPLE, LengthBucketSampler, Tokenised
-from kdlora.data.tasks import GLUE
+from kdlora.data.tasks import GLUE, PROBLEM_TYPES
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, fresh_modules
 from kdlora.models.loading import Loaded
@@ -85,7 +85,7 @@ def build_model(size: Size, rank: int | None, *, device: str = "cpu") -> tuple[n
     """
     config = AutoConfig.for_model(size.model_type, **size.settings)
     config.id2label, config.label2id = TASK.id2label, TASK.label2id
-    config.problem_type = TASK.problem_type
+    config.problem_type = PROBLEM_TYPES[TASK.kind]
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)

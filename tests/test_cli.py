@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_it_names_what_is_installed_and_what_is_missing(monkeypatch):
     assert extras == {"onnx": (), "ray": ("nowhere>=1 (not installed)",)}
 
 
-def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, monkeypatch):
+def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, monkeypatch, tmp_path):
     """People paste this into public issues: no host name, no user's folder. A check in CI must fail."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = cli("doctor").out
@@ -312,9 +313,14 @@ def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, m
         assert part in text
     assert str(Path.home()) not in text.replace("/root", "") or str(Path.home()) == "/"
     assert socket.gethostname() not in text
+    seen: list[Path] = []
+    usage = shutil.disk_usage
+    monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))  # also where XDG_CACHE_HOME sets it
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage(seen.append(place) or place))
     monkeypatch.setattr(doctor, "unmet_requirements", lambda: (("peft>=99 (0.1 is installed)",), {}))
     shown = cli("doctor", "--json", code=1)
     assert json.loads(shown.out)["problems"] == ["peft>=99 (0.1 is installed) is not met"]
+    assert tmp_path in seen
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://a mirror", "hub.example"])

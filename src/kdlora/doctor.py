@@ -13,6 +13,7 @@ from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from kdlora.errors import harmless
@@ -59,7 +60,7 @@ def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
         device, threads = _device()
     except (ImportError, OSError, RuntimeError) as error:
         problems.append(f"PyTorch cannot be used: {error}")
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+    cache = Path(constants.HF_HUB_CACHE).absolute()
     there = next(place for place in (cache, *cache.parents) if place.exists())
     memory = read_proc("meminfo").get("MemAvailable")
     return Diagnosis(

@@ -63,7 +63,9 @@ def test_offsets_point_at_the_text_they_claim(tagger, tmp_path):
         assert len(rest) == len(text) - sum(len(entity.text) for entity in entities)
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(texts)))
-    summary = redact_file(tagger, source, tmp_path / "out.jsonl")
+    done: list[tuple[int, float | None]] = []  # `kdlora redact` draws its bar by them
+    summary = redact_file(tagger, source, tmp_path / "out.jsonl", progress=lambda *now: done.append(now))
+    assert done[-1] == (summary.rows, 1.0)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["n"] for row in rows] == list(range(len(texts)))
     assert [row["text"] for row in rows] == [redact(*pair) for pair in zip(texts, found, strict=True)]

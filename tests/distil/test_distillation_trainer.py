@@ -10,6 +10,7 @@ from interruptions import callback, weights
 from transformers import AutoConfig, DataCollatorWithPadding, TrainingArguments
 
 from kdlora.config import DistilConfig
+from kdlora.data.tasks import PROBLEM_TYPES
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits
@@ -116,7 +117,7 @@ def test_the_saved_model_says_what_its_outputs_mean(make_setup, tmp_path, kind):
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert Classifier.load(tmp_path / "saved").folder.kind == kind
-    assert AutoConfig.from_pretrained(tmp_path / "saved").problem_type == setup.task.problem_type
+    assert AutoConfig.from_pretrained(tmp_path / "saved").problem_type == PROBLEM_TYPES[setup.task.kind]
 
 
 def test_terms_are_logged_separately(make_setup, tmp_path):

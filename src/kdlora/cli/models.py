@@ -13,11 +13,12 @@ from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, Threads, app, completing, print_json, print_table
 from kdlora.errors import ConfigError, did_you_mean, harmless
-from kdlora.terminal import draw_bars
+from kdlora.terminal import Show, draw_bars
 
 if TYPE_CHECKING:
     from kdlora.data.lines import Format
     from kdlora.deploy.cascade import CascadeCurve
+    from kdlora.deploy.stream import Progress
 
 _FORMATS = ("onnx", "onnx-int8", "all", "openvino")
 InputFormat = Annotated[
@@ -56,10 +57,6 @@ def predict(
 
     to_stdout = to == "-"  # as JSON, a line for each row
     with draw_bars() as show:
-
-        def advance(done: int, share: float | None) -> None:
-            show("rows", done, done / share if share else None, f"{done:,}")
-
         summary = predict_file(
             model,
             source,
@@ -69,12 +66,16 @@ def predict(
             input_format=cast("Format | None", input_format),
             batch_size=batch_size,
             strict=strict,
-            progress=None if to_stdout else advance,
+            progress=None if to_stdout else _advance(show),
         )
     if as_json and not to_stdout:
         print_json(asdict(summary))
     elif not to_stdout:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
+
+
+def _advance(show: Show) -> Progress:
+    return lambda done, share: show("rows", done, done / share if share else None, f"{done:,}")
 
 
 @app.command()
@@ -110,15 +111,17 @@ def redact(
 
     tagger = load_for_many(model, Tagger.load)
     replaced = [name.strip() for name in types.split(",")] if types else list(tagger.types)
-    summary = redact_file(
-        tagger,
-        source,
-        to,
-        text=text,
-        placeholders=_placeholders(replaced, replacements or ()),
-        input_format=cast("Format | None", input_format),
-        batch_size=batch_size,
-    )
+    with draw_bars() as show:
+        summary = redact_file(
+            tagger,
+            source,
+            to,
+            text=text,
+            placeholders=_placeholders(replaced, replacements or ()),
+            input_format=cast("Format | None", input_format),
+            batch_size=batch_size,
+            progress=None if to == "-" else _advance(show),
+        )
     if as_json and to != "-":
         print_json(asdict(summary))
     else:
@@ -244,7 +247,7 @@ def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
         if point in (curve.points[0], curve.points[-1]) or round(100 * point.handed_on) % 5 == 0
     ]
     print_table(("handed on", "least probability", "score", "time, of the teacher's"), rows)
-    best = curve.as_good_as_teacher()
+    best = next(point for point in curve.points if point.score >= curve.points[-1].score - 0.2)
     print(
         f"within 0.2 points of the teacher ({curve.points[-1].score:.2f}) where {best.handed_on:.0%} are handed on, at "
         f"{best.cost:.0%} of its time; this was chosen on these {curve.texts} rows, so score it on others"

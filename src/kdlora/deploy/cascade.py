@@ -166,14 +166,8 @@ class CascadePoint:
 class CascadeCurve:
     """Cascades of one student and one teacher, from none to all of the texts handed on."""
 
-    student_seconds: float  # for all texts
-    teacher_seconds: float  # for all texts
     texts: int  # how many
     points: tuple[CascadePoint, ...]  # in the order of what is handed on
-
-    def as_good_as_teacher(self) -> CascadePoint:
-        """Give the cheapest point that is at most 0.2 points below the teacher alone."""
-        return next(point for point in self.points if point.score >= self.points[-1].score - 0.2)
 
 
 def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTexts) -> CascadeCurve:
@@ -205,4 +199,4 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         share = float(passed.mean())
         total = given.score(given.task, np.where(passed[:, None], large, small))
         points.append(CascadePoint(float(threshold), share, total, seconds[0] / seconds[1] + share))
-    return CascadeCurve(seconds[0], seconds[1], len(texts), tuple(points))
+    return CascadeCurve(len(texts), tuple(points))

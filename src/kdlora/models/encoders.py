@@ -224,7 +224,7 @@ def _start_afresh(loaded: Loaded, seed: int) -> None:
 
 def _encoder(place: Source, loaded: Loaded, task: Task) -> Encoder:
     model, fresh = loaded.model, fresh_modules(loaded)
-    model.config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
+    model.config.problem_type = None if place.words else PROBLEM_TYPES[task.kind]  # of words it is in the class alone
     tokenizer = read_tokenizer(place, model)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))) not in ([], _OF_IMAGES):

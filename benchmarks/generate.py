@@ -1,9 +1,10 @@
-"""Have a language model write texts like those of a file, for `data.unlabelled` where there are none of one's own.
+"""Make texts like those of a file, for `data.unlabelled` where there are none of one's own.
 
     python benchmarks/generate.py --model DIR --texts train.csv --column text --number 2700 --to generated.csv
 
-Each prompt is a list of some texts of the file, drawn at random; the model goes on with the list. A line that is a text
-of the file, was written before, or is shorter or longer than nearly all texts of the file is left out, and counted.
+Without --model, two texts of the file in a row are a new one. With it, a language model writes: each prompt is a list
+of some texts of the file, drawn at random, and the model goes on with it. A line that is a text of the file, was
+written before, or is shorter or longer than nearly all texts of the file is left out, and counted.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def write_texts(writer: Writer, texts: list[str], number: int, seed: int) -> tup
 
 def main() -> int:
     """Write the file, and print how fast it went."""
-    parser = command_line(__doc__, "model", "texts", "to")
+    parser = command_line(__doc__, "texts", "to")
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--column", required=True)
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +81,11 @@ def main() -> int:
     torch.manual_seed(options.seed)
     texts = pd.read_csv(options.texts, dtype=str, keep_default_na=False)[options.column].tolist()
     start = time.perf_counter()
-    kept, fates = write_texts(Writer(options.model, options.dtype), texts, options.number, options.seed)
+    if options.model is None:
+        draw, fates = np.random.default_rng(options.seed), Counter[str]()
+        kept = [" ".join(draw.choice(texts, 2, replace=False)) for _ in range(options.number)]
+    else:
+        kept, fates = write_texts(Writer(options.model, options.dtype), texts, options.number, options.seed)
     seconds = time.perf_counter() - start
     pd.DataFrame({options.column: kept}).to_csv(options.to, index=False)
     print(json.dumps({"texts": len(kept), "lines": fates, "seconds": round(seconds)}))

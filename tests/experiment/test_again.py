@@ -166,7 +166,11 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     result = run_experiment(workshop.config({"run": {"arms": ["student-fft"]}}), copied.root)
     assert (result.shipped.arm, result.shipped.seed) == ("student-fft", 0)
     assert not copied.adapter.exists()  # the old one belongs to another student
-    assert "`student-fft`" in (copied.student / "README.md").read_text()
+    card = (copied.student / "README.md").read_text()
+    assert "`student-fft`" in card
+    told = "it is the only student with a score, among the arms and seeds that the last call named."
+    for text in (copied.shipped.read_text(), card, copied.report_md.read_text()):  # which shows the other arms, too
+        assert told in text
     np.testing.assert_array_equal(logits(copied, "student-fft", 0), before)  # the same seed, the same numbers
 
 

@@ -84,6 +84,7 @@ def test_the_shipped_arm_and_seed_are_the_best_on_validation(experiment, layout)
     assert (experiment.shipped.arm, experiment.shipped.seed) == (choice.arm, choice.seed)
     assert choice.scores[choice.arm] == pytest.approx(np.mean(list(scores.values())))
     assert set(choice.scores) == set(ARMS) - {"fft", "lora"}
+    assert "the last call" not in choice.sentence  # which named all
     for text in (layout.report_md.read_text(), (layout.student / "README.md").read_text()):
         assert choice.sentence.partition(" was shipped")[2] in text
 

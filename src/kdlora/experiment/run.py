@@ -16,7 +16,7 @@ from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task, find_label
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.defer import settle_goals
-from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results, write_results
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, read_results, write_results
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
@@ -344,6 +344,11 @@ def _ship_best(
     choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed)) for one in records])
     if choice is None:
         return None, []
+    named = {(one.arm, one.seed) for one in records}
+    kept = [read_record(path) for path in layout.runs.glob("*/run.json")]  # which the report shows, too
+    if {(one.arm, one.seed) for one in kept if one.status == "finished" and one.arm in STUDENT_ARMS} - named:
+        told = f"{choice.sentence[:-1]}, among the arms and seeds that the last call named."
+        choice = choice.model_copy(update={"sentence": told})
     notes, before = list[str](), read_choice(layout.shipped)
     if before is not None and before.arm not in config.run.arms:
         notes.append(

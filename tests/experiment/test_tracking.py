@@ -47,7 +47,7 @@ def tracking_folder(workshop, machine):
     changes = {"run": {"seeds": [0, 3], "report_to": trackers}}
     result = run_experiment(workshop.config(changes), machine / "out")
     assert not result.failed, [record.error for record in result.failed]
-    host = socket.gethostname()
+    host, above = socket.gethostname(), str(machine.parent).encode()
     for path in result.folder.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
@@ -55,6 +55,8 @@ def tracking_folder(workshop, machine):
             wanted = (HOST, USER, COMMAND, REMOTE, f'"{host}"')  # in quotes: short names occur by chance
             assert not [name for name in wanted if name.encode() in content], path
             assert host not in path.name.split("."), path
+        if path.suffix == ".wandb" or "tfevents" in path.name:
+            assert above not in content, f"{path} has the path of a folder"
     return result.folder / "tracking"
 
 
@@ -113,8 +115,10 @@ def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(tracking_folder):
         assert sorted(runs) == ["student-lora-seed0", "student-lora-seed3"]
         tags = dict(database.execute("select key, value from tags where run_uuid = ?", [runs["student-lora-seed3"]]))
         scores = database.execute("select count(*) from metrics where key = 'eval_score'").fetchone()
+        folders = dict(database.execute("select key, value from params where key in ('output_dir', '_name_or_path')"))
     assert (tags["arm"], tags["seed"]) == ("student-lora", "3")
     assert scores == (4,)
+    assert folders == {"output_dir": "checkpoints", "_name_or_path": "distilbert"}, "a path names the user"
 
 
 def test_wandb_is_offline_unless_it_is_asked_for(tracking_folder):

@@ -56,7 +56,26 @@ def tracked(trackers: Sequence[str], run: TrackedRun) -> Iterator[list[TrainerCa
     """Open a run with each tracker, and close it as done or failed."""
     openers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     with contextlib.ExitStack() as opened:
-        yield [opened.enter_context(openers[name](run)) for name in trackers]
+        yield [_placeless(opened.enter_context(openers[name](run))) for name in trackers]
+
+
+def _placeless(tracker: TrainerCallback) -> TrainerCallback:
+    """Tell a tracker the last names of folders alone: their paths say who works here, and on what."""
+    begin = tracker.on_train_begin
+
+    def on_train_begin(args: Any, state: Any, control: Any, model: Any, **others: Any) -> None:
+        told = [vars(one) for one in (args, model.config, *getattr(model, "peft_config", {}).values())]
+        paths = [{key: text for key, text in one.items() if Path(str(text)).is_absolute()} for one in told]
+        try:
+            for one, places in zip(told, paths, strict=True):
+                one.update({key: Path(text).name for key, text in places.items()})
+            begin(args, state, control, model=model, **others)
+        finally:
+            for one, places in zip(told, paths, strict=True):
+                one.update(places)
+
+    tracker.on_train_begin = on_train_begin
+    return tracker
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 # The HTTP server with what predicts: neither PyTorch nor transformers.
 #   docker build -t kdlora-serve .
-#   docker run -p 8000:8000 -v "$PWD/runs/reviews/student-onnx:/models/reviews:ro" kdlora-serve /models/reviews
+#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/runs/reviews/student-onnx:/models/reviews:ro" kdlora-serve /models/reviews
 FROM python:3.12-slim
 COPY pyproject.toml README.md LICENSE /source/
 COPY src /source/src

@@ -57,6 +57,15 @@ def test_the_main_pages_are_found_and_have_commands_and_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_no_printed_command_opens_a_port_to_the_network():
+    """Docker and Python's own server listen at every address, unless they are told one, and ask nobody who they are."""
+    files = [ROOT / "Dockerfile", *pages(), *(ROOT / "src").rglob("*.py")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    opening = [line for line in lines if re.search(r"docker run .*-p |-m http\.server", line)]
+    assert len(opening) > 3
+    assert [line for line in opening if "127.0.0.1" not in line] == []
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md"])
 def test_the_files_and_names_of_a_page_exist(page):
     """A map of rooms that were rebuilt since sends the newcomer astray."""

@@ -109,7 +109,7 @@ def test_what_was_not_shipped_is_said_and_a_page_is_linked(layout):
     (layout.page / "index.html").touch()
     html = _report(layout).html
     assert 'href="page/index.html"' in html
-    assert "python -m http.server -d page" in html
+    assert "python -m http.server --bind 127.0.0.1 -d page" in html
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,8 @@ def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
     benchmark = shipped.benchmark
     blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *benchmark.notes)]
     if (page := layout.page / "index.html").is_file():
-        how = f"a page for the browser, once its folder is served: python -m http.server -d {layout.page.name}"
+        served = f"python -m http.server --bind 127.0.0.1 -d {layout.page.name}"
+        how = f"a page for the browser, once its folder is served: {served}"
         blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))
     if benchmark.models:
         link = Link("benchmark.json", links.file(layout.benchmark))

@@ -16,11 +16,15 @@ from experiments import edit_json
 from fabricate import make_record
 from kdlora.cli.app import print_table
 from kdlora.configfile import save_config
+from kdlora.data.load import load_splits
 from kdlora.deploy.hub import _contents, plan_push
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, KdLoraError, ModelError, harmless
 from kdlora.evidence.records import ExperimentLayout, write_results
+from kdlora.experiment import team
 from kdlora.experiment.engines import connect
+from kdlora.experiment.jobs import Job, carry_out
+from kdlora.experiment.recording import look_at
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.team import Team, _meet
 from kdlora.system.environment import git_state
@@ -199,6 +203,19 @@ def test_passwords_of_addresses_are_not_shown(url):
         assert harmless(plain) == plain
 
 
+def test_a_record_keeps_no_password_of_a_trackers_address(workshop, tmp_path):
+    """What MLflow says of a server that does not answer has its address, which went on into report and tables."""
+    config, layout = workshop.config(), ExperimentLayout(tmp_path)
+    facts = look_at(load_splits(config.task, config.data), config.data)
+
+    def fail(*_, **__):
+        raise RuntimeError("API request to https://jane:hunter2hunter2@h/api failed")
+
+    record = carry_out(Job("train", "one", config, layout, "student-lora", 0, facts, ships=True), in_child=fail).record
+    assert record.error == "RuntimeError: API request to https://***@h/api failed"
+    assert "hunter2" not in layout.run("student-lora", 0).record.read_text(encoding="utf-8")
+
+
 def test_names_from_data_do_not_steer_the_terminal(cli, workshop, tmp_path):
     """A column's name could set the window's title, hide an error, or paint a line that kdlora never wrote."""
     evil = "te\x1b]0;owned\x07xt\x1b[2K\x9b1A\u202e"
@@ -258,7 +275,7 @@ def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path,
     assert "another config or folder" in json.loads(store["outcome-1-1"])["text"]
 
 
-def test_the_store_of_one_machine_listens_to_that_machine():
+def test_the_store_of_one_machine_listens_to_that_machine(monkeypatch):
     """PyTorch opens it on every interface, and asks nobody who they are."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -269,6 +286,13 @@ def test_the_store_of_one_machine_listens_to_that_machine():
         pass
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.2", port), timeout=5):
         pass  # another address of this machine stands for those that others reach
+
+    # Where the launcher has one, which listens everywhere, kdlora opens no second.
+    asked = {}
+    monkeypatch.setattr(team.socket, "create_server", lambda *_: pytest.fail("a door was opened"))
+    monkeypatch.setattr(team, "TCPStore", lambda *_, **options: asked.update(options) or store)
+    _meet(Launch(rank=0, count=2, hosted=True))
+    assert (asked["is_master"], asked["master_listen_fd"]) == (False, None)
 
 
 def test_a_ray_cluster_has_no_dashboard_and_is_nobody_elses(monkeypatch, tmp_path):

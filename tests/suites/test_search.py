@@ -186,13 +186,14 @@ def test_a_trial_whose_child_was_killed_is_tried_once_more(search_of, tmp_path, 
     search = begin_search(config, settings, tmp_path / "s")
 
     def die(*_, **__):
-        raise ChildDiedError("killed by SIGKILL")
+        raise ChildDiedError("killed at https://jane:hunter2hunter2@h/api")
 
     monkeypatch.setattr("kdlora.experiment.search.run_in_child", die)
     assert [carry_out_trial(search)[0] for _ in range(2)] == [0, 1]
     assert carry_out_trial(search) is None
     first, second = search.study().trials
     assert (second.params, second.user_attrs["continues"]) == (first.params, 0)
+    assert first.user_attrs["error"] == "ChildDiedError: killed at https://***@h/api"
     assert [one.number for one in counted_trials(search.study())] == [1]
 
     def train(job, *others, **options):

@@ -17,7 +17,7 @@ from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.resume import OtherTrainingError
-from kdlora.errors import ArtifactError, ConfigError, KdLoraError, listed
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, harmless, listed
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record
 from kdlora.experiment.plan import Lesson, PlannedRun, run_identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
@@ -170,7 +170,7 @@ def record_failure(
     run: Job | PlannedRun, layout: ExperimentLayout, facts: TaskFacts, fault: str, notes: Sequence[str] = ()
 ) -> RunRecord:
     record = blank_record(run.config, run.arm, run.seed, facts)
-    update = {"status": "failed", "error": fault, "finished": now(), "notes": [*record.notes, *notes]}
+    update = {"status": "failed", "error": harmless(fault), "finished": now(), "notes": [*record.notes, *notes]}
     record = record.model_copy(update=update)
     write_record(layout.run(run.arm, run.seed).record, record)
     return record

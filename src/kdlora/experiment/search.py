@@ -18,7 +18,7 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import KdLoraError
+from kdlora.errors import KdLoraError, harmless
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
@@ -221,7 +221,7 @@ def carry_out_trial(search: Search, hear: Callable[[tuple[int, Any]], None] | No
     except OSError:
         raise
     except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
+        fault = harmless(f"{type(error).__name__}: {error}")
         logger.error("trial %d failed: %s", trial.number, fault, exc_info=not isinstance(error, KdLoraError))
         trial.set_user_attr("error", fault)
         study.tell(trial, state=TrialState.FAIL)

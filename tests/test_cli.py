@@ -323,6 +323,14 @@ def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, m
     assert tmp_path in seen
 
 
+def test_a_pytorch_without_cuda_beside_a_card_is_told(cli, monkeypatch):
+    """As from PyPI on Windows: hours on the CPU, while the doctor had found no problem."""
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "built without CUDA" in " ".join(cli("doctor").out.split())
+
+
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://a mirror", "hub.example"])
 def test_a_hub_that_does_not_answer_is_no_crash(monkeypatch, endpoint):
     """Behind a firewall the doctor is needed most."""

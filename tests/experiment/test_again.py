@@ -20,6 +20,7 @@ from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import train_run
+from kdlora.experiment.study import with_settings
 from kdlora.report.shipped import BenchmarkResult
 from kdlora.section import DataConfig
 from kdlora.system.ownership import MANIFEST
@@ -111,6 +112,17 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
     notes = deployment.deploy_student(config.model_copy(update={"export": export}), result.layout, print)
     assert measured == ["student"]
     assert not [note for note in notes if "was not" in note]
+
+
+def test_a_calibration_says_what_no_temperature_takes_back(copied):
+    """Rare classes stayed three times too probable, and the documentation said that a temperature takes that back."""
+    config = load_config(copied.config)
+    calibrating = config.model_copy(update={"export": config.export.model_copy(update={"calibrate": True})})
+    for weights, told in (("balanced", 1), (None, 0)):
+        wanted = with_settings(calibrating, {"student.train.class_weights": weights})
+        notes = deployment.deploy_student(wanted, copied, print)
+        assert notes[0].startswith("Calibrated with temperature")
+        assert sum("which no temperature takes back" in note for note in notes) == told
 
 
 def test_arms_may_be_added_whose_models_nobody_looked_at(workshop, tmp_path):

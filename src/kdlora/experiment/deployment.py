@@ -176,7 +176,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
             remove(place)
         notes += forget_decisions(config, layout)
         save_temperature(layout.student, 1.0)
-        calibration, told = _calibrate(layout, splits) if config.export.calibrate else (None, [])
+        calibration, told = _calibrate(config, layout, splits) if config.export.calibrate else (None, [])
         lasting = _score_plain_texts(layout, splits)  # what no other file of the export says
         notes += told + lasting
         if formats := config.export.formats:
@@ -219,7 +219,7 @@ def holds(file: Path, mark: str) -> bool:
     return file.exists() and file.read_text(encoding="utf-8", errors="replace") == mark
 
 
-def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:
+def _calibrate(config: Config, layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:
     """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
     logits = load_model(layout.student).predict_logits(texts_of(splits.validation))
     labels, kind = label_array(splits.validation), splits.task.kind
@@ -233,10 +233,16 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
     save_temperature(layout.student, fitted.temperature)
     if fitted.temperature == 1:
         return fitted, ["Not calibrated: all validation rows are right, and tell no temperature (export.calibrate)."]
-    return fitted, [
+    told = [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
         f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."
     ]
+    if config.student.train.class_weights is not None:
+        told.append(
+            "Class weights (student.train.class_weights) make rare classes too probable, which no temperature takes "
+            "back; set the key to null where probabilities count."
+        )
+    return fitted, told
 
 
 def _score_plain_texts(layout: ExperimentLayout, splits: Splits) -> list[str]:

@@ -86,7 +86,10 @@ def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, 
 
 
 def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) -> None:
-    """Figures of the rows that the thresholds were fitted on are too good, and were told as if they were not."""
+    """Figures of the rows that the thresholds were fitted on are too good, and were told as if they were not.
+
+    Those of every label are of no thresholds, and were told as if they were of what ships.
+    """
     rows = flags(120, 3)
     found = json.loads((fitted / "thresholds.json").read_text())
     assert (found["source"], found["judged"], found["rows"]) == ("test", 120, 200)
@@ -98,6 +101,8 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
     report = (fitted / "report.md").read_text()
     assert "Above which probability a label is said" in report
     assert "120 rows of the test split" in report
+    assert "These figures are without fitted thresholds, by which the shipped student answers." in report
+    assert "These figures are without" not in (finished / "report.md").read_text()
     card = (fitted / "student" / "README.md").read_text()
     assert f"film is said above a probability of {read(fitted)['film']:.4f}" in card
 
@@ -246,6 +251,8 @@ def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> No
         ("recall@0.9:ham", 0.5, {"ham": 0.5}),
         ("recall@0.9:ham", {"spam": None}, {"spam": "f1"}),
         ("f1:ham", None, {"ham": "f1"}),
+        ("average_precision:ham", None, {"ham": "f1"}),
+        ("average_precision:ham", 0.5, {"ham": 0.5}),
         ("matthews", None, {"spam": "matthews"}),
         ("accuracy", 0.8, {"spam": 0.8}),
         ("recall@0.8:music", None, {"film": "f1", "music": 0.8, "praise": "f1"}),

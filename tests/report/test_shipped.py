@@ -93,6 +93,7 @@ def test_calibration_stands_with_both_errors(layout):
     assert "| before | 1 | 8.71% | 0.4120 |" in text
     assert "| after | **1.730** | **1.94%** | **0.3050** |" in text
     assert "Fitted on 400 validation rows" in text
+    assert "These figures are without the temperature, by which the shipped student answers." in text
     assert "measured side by side" not in text
     assert "int8 file" not in text
 

@@ -51,7 +51,12 @@ def error_blocks(experiment: Experiment) -> list[Block]:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
         return [_residual_plot(student)]
-    blocks: list[Block] = [_class_table([one for one in (teacher, student, other) if one is not None])]
+    calibration = experiment.shipped.benchmark.calibration if experiment.shipped else None
+    decided = ["fitted thresholds"] if experiment.layout.thresholds.exists() else []
+    decided += ["the temperature"] if calibration and calibration.temperature != 1 else []
+    told = f"These figures are without {' and '.join(decided)}, by which the shipped student answers."
+    blocks: list[Block] = [Paragraph(told, "note")] if decided else []
+    blocks.append(_class_table([one for one in (teacher, student, other) if one is not None]))
     if task.kind == "tokens":
         found = [outcomes(task, tags, student.labels, np.asarray(student.offsets)) for tags in _decisions(student)]
         confusions = np.mean([taken for _, taken, _ in found], axis=0)

@@ -9,16 +9,19 @@ import torch
 from transformers import TrainerCallback
 
 from kdlora import (
+    Config,
+    LoraSettings,
     StudentTrainConfig,
     TeacherTrainConfig,
     attach_teacher,
+    build_config,
     load_encoder,
     load_splits,
     merge_student,
     train_student,
     train_teacher,
 )
-from kdlora.config import DataConfig, TaskConfig
+from kdlora.config import DataConfig, StudentConfig, TaskConfig
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
@@ -34,11 +37,12 @@ def splits(workshop):
 
 
 class Steps(TrainerCallback):
-    def __init__(self):
-        self.count = 0
+    def __init__(self, most=100):
+        self.count, self.most = 0, most
 
     def on_step_end(self, args, state, control, **_):
-        self.count += 1
+        self.count, self.planned = self.count + 1, state.max_steps
+        control.should_training_stop = self.count == self.most
 
 
 def test_reprs_are_a_line_and_notebooks_show_tables(experiment, splits, workshop):
@@ -97,6 +101,29 @@ def test_a_teacher_made_by_hand_is_read_by_its_names(splits):
         attach_teacher(rows, TeacherLogits(numbers, values, ("good", "bad"), "by hand"))
 
 
+def test_a_config_made_of_parts_is_that_of_its_keys():
+    """Parts that were set kept the paper's other values, under a recipe that said `default`."""
+    parts = Config(
+        data=DataConfig(train="/data/reviews.csv"),
+        family="bert",
+        lora=LoraSettings(rank=8),
+        student=StudentConfig(train=StudentTrainConfig(epochs=3)),
+    )
+    keys = {"data": {"train": "/data/reviews.csv"}, "family": "bert", "lora": {"rank": 8}}
+    assert parts.model_dump() == build_config({**keys, "student": {"train": {"epochs": 3}}}).model_dump()
+    assert (parts.lora.targets, parts.data.augment, parts.student.train.dropout) == ("all-linear", None, 0.0)
+
+
+def test_students_by_adapters_and_with_all_weights_take_the_same_steps(workshop, splits, tmp_path):
+    """With all weights tuned it took a teacher's fewer passes."""
+    settings, seen = StudentTrainConfig(epochs=None, batch_size=16), {}
+    for name, lora in (("adapters", LoraSettings()), ("all", None)):
+        seen[name] = Steps(most=1)
+        given = {"folder": tmp_path / name, "lora": lora, "device": "cpu", "callbacks": [seen[name]]}
+        train_student(str(workshop.student), splits, settings, **given)
+    assert seen["all"].planned == seen["adapters"].planned == 600
+
+
 def test_a_loaded_student_stays_as_it_is(workshop, splits, tmp_path):
     """The control began at the distilled weights; and without adapters, at a rate that is theirs."""
     encoder = load_encoder(str(workshop.student), splits.task, seed=0)
@@ -123,5 +150,5 @@ def test_a_saved_student_reads_long_texts_as_it_was_trained(workshop, splits, tm
     save_encoder(replace(trained.encoder, model=merged), tmp_path / "saved")
     student = Classifier.load(tmp_path / "saved")
     assert student.folder.task == rows.task.to_dict()
-    expected = evaluate(merged, encoder.tokenizer, splits.validation, rows.task, max_length=8).logits
+    expected = evaluate(merged, encoder.tokenizer, splits.validation, rows.task).logits
     np.testing.assert_allclose(student.predict_logits(splits.validation["text"][:]), expected, atol=1e-5)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 from kdlora.section import (
@@ -302,6 +302,13 @@ class ReportConfig(Section):
     """Compare the claims of the KD-LoRA paper with its own tables and with this experiment."""
 
 
+def _as_set(value: Any) -> Any:
+    """Give what was set in sections that were made in Python, so that the recipe fills in the rest."""
+    if isinstance(value, BaseModel):
+        value = {key: getattr(value, key) for key in value.model_fields_set}
+    return {key: _as_set(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
 class Config(Section):
     """One experiment: arms and seeds on one task."""
 
@@ -325,7 +332,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        return fill_in(values) if isinstance(values, Mapping) else values
+        return fill_in(_as_set(values)) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:

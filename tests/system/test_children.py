@@ -1,5 +1,6 @@
 import errno
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -161,6 +162,16 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert not abandoned.exists()
     close_server()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_was_forked_leaves_its_parents_server_alone(way):
+    """A pool's worker removed the folder of temporary files under its parent, whose children then failed."""
+    if way == "started":
+        pytest.skip("nothing forks here")
+    run_in_child(children.name_temporary_file)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(run_in_child, (children.name_temporary_file,))
+    assert all(Path(path).exists() for path in run_in_child(children.name_temporary_file))
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path):

@@ -82,7 +82,7 @@ def evaluate(
         tokenizer: the model's own.
         examples: rows with `text`, `label`, for MNLI `group`, for tokens `starts` and `ends`.
         task: kind, labels and metrics.
-        max_length: longest input in tokens; default: the model's own limit.
+        max_length: longest input in tokens; default: what the model was trained on, else its own limit.
         columns: column of the model's output for each label of the task; default: the same order.
 
     Examples:
@@ -92,7 +92,8 @@ def evaluate(
     """
     if "label" not in examples.column_names:
         raise DataError("these examples have no labels, so there is nothing to score; use predict")
-    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length, windows=task.windows)
+    limit = max_length or getattr(model.config, "kdlora_max_length", None) or tokenizer.model_max_length
+    data = tokenise(examples, tokenizer, limit, windows=task.windows)
     with fast_reading(model):
         logits = predict_logits(model, tokenizer, data)
     return _judge(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)

@@ -338,14 +338,19 @@ def rows_per_epoch(splits: Splits, *, unlabelled: bool = True) -> int:
     return len(splits.train) + splits.held_out + more
 
 
-def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters: bool) -> SettledTraining:
-    """Settle the training of one model by its own texts and width, all of it or its adapters alone."""
+def settled(
+    settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters: bool, rows: int | None
+) -> SettledTraining:
+    """Settle the training of one model by its own texts and width, all of it or its adapters alone.
+
+    `rows` are those of a student's epoch; None is a teacher.
+    """
     length = settings.max_length
     if length is None:
         lengths, _ = count_tokens(sample_texts(splits.train), encoder.tokenizer)
         length = choose_max_length([lengths], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
-    role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
+    role, rows = ("teacher", len(splits.train)) if rows is None else ("student", rows)
     epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size * current_processes().count)
     return closed(_fill(settings, {"max_length": length, "epochs": epochs, "learning_rate": rate}))
 

@@ -349,7 +349,7 @@ def train_student(
 
 def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: TrainingOptions) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices."""
-    final = settled(settings, encoder, splits, adapters=options.lora is not None)
+    final = settled(settings, encoder, splits, adapters=options.lora is not None, rows=options.rows_per_epoch)
     model = encoder.model if options.lora is None else add_adapter(encoder, options.lora, seed=options.seed)
     parameters = count_parameters(model)
     parts = {"train": splits.train, "validation": splits.validation}

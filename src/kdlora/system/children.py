@@ -131,6 +131,12 @@ class Children:
             while True:
                 self.servers.pop().close()
 
+    def forget(self) -> None:
+        """Leave the server to the process that started it; this one was forked from it."""
+        for server in self.servers:
+            server.leave()
+        self.servers, self.interrupted, self._lock = [], threading.Event(), threading.Lock()
+
 
 class Server:
     """The process that has children, or is one, seen from its parent; it ends with this process, however this ends."""
@@ -217,11 +223,18 @@ class Server:
             self.process.wait()
         remove(self.scratch)
 
+    def leave(self) -> None:
+        """Let go of it, since it is no child of this process."""
+        self._requests.close()
+        self.process.returncode = 0  # else Python warns that it runs
+
 
 _shared = Children()
 _own: ContextVar[Children] = ContextVar("children", default=_shared)
 prepare_children, close_server = _shared.prepare, _shared.close
 atexit.register(close_server)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_shared.forget)
 
 
 def _write(number: int, content: bytes) -> None:

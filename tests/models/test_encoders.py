@@ -260,6 +260,11 @@ def test_generic_names_need_the_users_order(tiny_model_folder, tmp_path):
     save_encoder(load_encoder(str(tiny_model_folder("bert")), tiny.task("regression"), seed=0), tmp_path / "one")
     assert load_fine_tuned(str(tmp_path / "one"), tiny.task("regression"))[1] == [0]
 
+    # Names for a reranker's one output were asked for, and then refused.
+    for given in (None, ("negative", "positive")):
+        with pytest.raises(ModelError, match=r"has one output, a score, and the task has 2 labels.* teacher\.logits"):
+            load_fine_tuned(str(tmp_path / "one"), tiny.task(), label_names=given)
+
 
 def test_what_was_not_fine_tuned_is_not_a_teacher(tiny_model_folder, tmp_path):
     """A random head teaches dice; ModernBERT's token classifier even loads without a missing key."""

@@ -294,6 +294,13 @@ def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_na
                 f"{place.name} has {len(found)} outputs ({', '.join(found)}); a regression needs a teacher with one"
             )
         return [0]
+    if config.num_labels == 1 < task.num_labels:
+        raise ModelError(
+            f"{place.name} has one output, a score, and the task has {task.num_labels} labels "
+            f"({', '.join(task.label_names):.200}). It can still teach two labels: write a table for teacher.logits "
+            "with, for each id, 0 for the label of a low score and its raw score (before any sigmoid) for the other "
+            "(docs/howto/table-teacher.md)"
+        )
     names = _label_names(place, config, label_names)
     where = place.name if label_names is None else "teacher.label_names"
     remedy = (

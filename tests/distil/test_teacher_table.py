@@ -195,7 +195,12 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
         ({"positive": [1.0, math.inf]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
         ({"positive": ["high", "low"]}, "logits", "expected numbers in column 'positive', got (large_)?string"),
         ({"positive": [0.6, 1.5]}, "probabilities", "between 0 and 1; 1 rows are not, first id 'b'.*teacher.logits"),
-        ({"positive": [0.6, 0.51]}, "probabilities", "sum to 1 over the labels; 1 rows are not, first id 'b'"),
+        (
+            {"positive": [0.6, 0.51]},
+            "probabilities",
+            r"sum to 1 over the labels; 1 rows are not, first id 'b': \S+ \S+ If they were rounded, divide each row by "
+            "its sum$",
+        ),
         ({"positive": [0.6, math.nan]}, "probabilities", "1 rows are not, first id 'b'|lack a value"),
     ],
 )

@@ -82,6 +82,22 @@ def test_a_table_in_other_units_is_doubted_before_it_teaches(workshop, tmp_path,
     assert notes[0].startswith("The teacher's values (mean 60) are further from the training labels (mean 3) than")
 
 
+def test_probabilities_in_place_of_logits_are_doubted(workshop, tmp_path, caplog):
+    """The student learnt the softmax of probabilities, hardly more than that all labels are equal."""
+    rows = read_rows(workshop.train)
+    teacher = {"model": None, "logits": str(tmp_path / "table.csv")}
+    config = workshop.config({"teacher": teacher, "run": {"arms": ["kd-lora"]}})
+    splits = load_splits(config.task, config.data)
+    for times in (2, 1):
+        assert not caplog.messages
+        said = [{"id": row["id"], "negative": 0.9 * times, "positive": 0.12 * times} for row in rows]
+        write_csv(tmp_path / "table.csv", said)
+        notes = check_table(config, splits)
+    assert notes == caplog.messages
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{tmp_path / 'table.csv'}: each row of these logits sums to 1, as probabilities do")
+
+
 def flags(count, seed):
     """Make rows with three labels that may hold together."""
     return [

@@ -17,7 +17,7 @@ from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
-_TOLERANCE = 1e-3
+_TOLERANCE, _LOOSE = 1e-3, 0.05
 _SMOOTHING = 0.1
 """Of the probability of a named label, this is spread evenly over all labels (label smoothing, arXiv 1512.00567)."""
 
@@ -81,6 +81,17 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         source=str(file),
         from_probabilities=given,
     )
+
+
+def doubts_of_logits(table: TeacherLogits, task: Task) -> list[str]:
+    """Say whether a teacher's logits are probabilities, which lie so close together that they teach next to nothing."""
+    said = table.logits
+    if task.kind != "single-label" or said.min() < 0 or (np.abs(said.sum(axis=1) - 1) > _LOOSE).any():
+        return []
+    return [
+        f"{table.source}: each row of these logits sums to 1, as probabilities do, which would teach next to nothing. "
+        "Set teacher.probabilities in place of teacher.logits."
+    ]
 
 
 def _check_ids(table: pa.Table, file: Path) -> None:
@@ -222,11 +233,14 @@ def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file
             | (np.abs(probabilities.sum(axis=1) - 1.0) <= _TOLERANCE),
         }
         logits = np.log(probabilities) - (0.0 if is_single else np.log1p(-probabilities))
+    remedy = "If these are logits, set teacher.logits instead"
+    if fits["between 0 and 1"].all():
+        remedy = "If they were rounded, divide each row by its sum"
     for expected, is_fit in fits.items():
         if not is_fit.all():
             row = int(np.argmin(is_fit))
             raise DataError(
                 f"{file}: expected probabilities {expected}; {int((~is_fit).sum())} rows are not, first id "
-                f"{ids[row].as_py()!r}: {probabilities[row].tolist()}. If these are logits, set teacher.logits instead"
+                f"{ids[row].as_py()!r}: {probabilities[row].tolist()}. {remedy}"
             )
     return np.clip(logits, _NEVER, -_NEVER).astype(np.float32)

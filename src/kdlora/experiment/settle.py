@@ -31,7 +31,7 @@ from kdlora.distil.inference import hash_model, predict_logits, read_stored_logi
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.processes import current_processes
-from kdlora.distil.teacher_table import read_collection, read_teacher_table
+from kdlora.distil.teacher_table import doubts_of_logits, read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
 from kdlora.distil.words import Texts
 from kdlora.errors import ArtifactError, ConfigError, ModelError
@@ -188,12 +188,13 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         for table, (name, rows) in zip(tables, parts, strict=True)
         if (extra := table.count_extra(rows))
     ]
+    doubts = doubts_of_logits(tables[0], splits.task)
     if splits.task.kind == "regression":
         said = np.asarray(pc.list_flatten(read_column(tables[0].attach(splits.train), "teacher_logits")))
-        for doubt in doubts_of_units(said, label_array(splits.train), "training labels"):
-            logger.warning(doubt)
-            notes.append(doubt)
-    return notes
+        doubts = doubts_of_units(said, label_array(splits.train), "training labels")
+    for doubt in doubts:
+        logger.warning(doubt)
+    return notes + doubts
 
 
 def doubts_of_units(said: np.ndarray, labels: np.ndarray, what: str) -> list[str]:

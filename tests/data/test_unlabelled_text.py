@@ -9,12 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from loading import TEXTS, WORDS, load, refused, values
 
-from experiments import write_lines
+from experiments import write_collection, write_lines
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
 from kdlora.data import augment
 from kdlora.data.augment import augment_texts, keep_unscored, share_copies
-from kdlora.data.load import load_splits
+from kdlora.data.load import add_copies, load_splits
 from kdlora.data.tasks import Task
 from kdlora.defaults import copies_for, epochs_for
 from kdlora.deploy.predict import most_characters
@@ -156,6 +156,12 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     write_csv(files["unlabelled"], [{"text": f"another text {number}"} for number in range(15 * 40)])
     assert load(**files, augment=None).copies == 0
     assert load(**files, augment=1).copies > 0
+    # A labelled collection in place of the file cost the copies without a word.
+    many, data = load(**files, augment=0), {"unlabelled": str(write_collection(tmp_path / "labelled"))}
+    told = f"so 600 of them are left out beside its {len(plain.unlabelled)} texts"
+    for splits, each, is_told in ((plain, None, True), (plain, 0, False), (many, None, False)):
+        found = add_copies(splits, DataConfig(train=str(files["train"]), augment=each, **data))
+        assert (found.copies, any(told in note for note in found.notes)) == (0, is_told)
 
 
 def test_copies_that_no_student_draws_are_not_made():

@@ -124,9 +124,15 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
 def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None) -> Splits:
     """Put perturbed copies of the training texts beside the unlabelled rows, where these are fewer."""
     each, texts = copies_for(data.augment, len(splits.train)), splits.unlabelled
-    enough = texts is not None and (len(texts) >= each * len(splits.train) or is_collection(Path(str(data.unlabelled))))
-    if each == 0 or (data.augment is None and enough):
+    wanted = each * len(splits.train)
+    if each == 0 or (data.augment is None and texts is not None and len(texts) >= wanted):
         return splits
+    if data.augment is None and texts is not None and is_collection(Path(str(data.unlabelled))):
+        note = (
+            f"{data.unlabelled}: a labelled collection has no answers for perturbed copies, so {wanted} of them are "
+            f"left out beside its {len(texts)} texts. Name the file of the texts in data.unlabelled to have both."
+        )
+        return replace(splits, notes=(*splits.notes, note))
     scored = [part for part in (splits.validation, splits.test) if part is not None]
     of_rows = share_copies(splits.task, splits.train, each)
     made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)

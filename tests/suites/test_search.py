@@ -28,6 +28,7 @@ from kdlora.experiment.study import (
     counted_trials,
     grid_of,
     hold_out,
+    inspect_rows,
     load_held_out,
     make_teacher,
     open_study,
@@ -35,9 +36,10 @@ from kdlora.experiment.study import (
     train_trial,
     with_settings,
 )
+from kdlora.models.encoders import load_encoder, save_encoder
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import ChildDiedError, run_in_child
-from tiny import write_csv
+from tiny import task, write_csv
 
 SPACE = {"student.train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "lora.rank": [2, 4]}
 
@@ -270,6 +272,47 @@ def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training
     assert {one.detail.steps for one in heard if isinstance(one.detail, ProgressEvent)} == {64 // 8}
     trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
     assert trial["history"][-1]["step"] == 64 // 8
+
+
+def test_another_teacher_at_the_same_place_begins_another_search(search_of, workshop, tmp_path, monkeypatch):
+    """A rewritten table had the best settings of the old one at once, and old and new scores were ranked together."""
+    table, model, trained = tmp_path / "table.csv", tmp_path / "model", []
+
+    def train(job, *others, **options):
+        if job is not train_trial:
+            return run_in_child(job, *others, **options)
+        trained.append(others[2].root)
+        return 50.0, [{"epoch": 1.0, "score": 50.0}]
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", train)
+    arms = {"run": {"arms": ["kd-lora"]}}
+    for sure in (1, 2):
+        rows = [{"id": row["id"], "negative": sure, "positive": -sure} for row in read_rows(workshop.train)]
+        config, settings = search_of(
+            SPACE, arms | {"teacher": {"model": None, "logits": str(write_csv(table, rows))}}, trials=1
+        )
+        assert run_search(config, settings, tmp_path / "s").finished == 1
+    assert len(trained) == len(set(trained)) == 2
+    search, seen = search_of(SPACE, arms | {"teacher": {"fine_tuned": str(model)}}), []
+    for seed in (1, 2, 2):
+        save_encoder(load_encoder(str(workshop.teacher), task(), seed=seed), model)
+        seen.append(inspect_rows(*search)[0])
+    assert seen[0] != seen[1] == seen[2]
+
+
+def test_the_arm_that_is_searched_is_told_where_another_ships(search_of, tmp_path, monkeypatch, caplog):
+    """After hours of trials of kd-lora, kd-fft shipped, of which none of the found settings is."""
+
+    def end(*_):
+        raise ChildDiedError("that is enough")
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", end)
+    both = ["kd-lora", "kd-fft"]
+    for arms, arm, told in ((both, None, 1), (both, "kd-lora", 0), (["kd-lora"], None, 0)):
+        caplog.clear()
+        with pytest.raises(ChildDiedError):
+            begin_search(*search_of(SPACE, {"run": {"arms": arms}}, arm=arm), tmp_path / "s")
+        assert sum("--set search.arm=kd-fft searches that arm" in one for one in caplog.messages) == told
 
 
 def test_each_model_of_a_search_is_trained_at_its_own_rate(workshop, tmp_path, monkeypatch):

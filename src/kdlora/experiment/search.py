@@ -63,7 +63,7 @@ class Search:
     settings: SearchConfig
     arm: Arm
     folder: Path
-    rows: str  # fingerprint of those that are used
+    rows: str  # fingerprint of those that are used, and of a given teacher
 
     def study(self) -> Study:
         """Open the study, which all processes share; what makes its trials comparable names it."""
@@ -164,6 +164,11 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     arm = settings.arm or [*students, config.teacher_arm][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
     check_space(config, settings, arm)
+    if settings.arm is None and {"kd-lora", "kd-fft"} <= set(students):
+        logger.warning(
+            "the trials train kd-lora; best.yaml trains kd-fft too, which ships more often, with a rate of its own "
+            "(student.full_learning_rate) and without lora.*. --set search.arm=kd-fft searches that arm"
+        )
     folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)

@@ -40,7 +40,7 @@ from kdlora.experiment.settle import (
     settings_for,
     stored_logits,
 )
-from kdlora.experiment.stages import label_splits, train_splits
+from kdlora.experiment.stages import hash_teacher, label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
 from kdlora.system.integrity import hash_json
 
@@ -299,12 +299,15 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
 
 
 def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
-    """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
+    """Fingerprint a search's rows and given teacher, and say what data and models decide where the config does not."""
     splits = load_held_out(config, search)
     check_table(config, splits)
     rows, task = hash_splits(splits), splits.task
     if not task.name and task.metrics != DEFAULT_METRICS[task.kind]:
         rows = hash_json([rows, task.metrics])  # trials by another metric are another study
+    if config.given_teacher and set(config.run.arms) & DISTILLED_ARMS:  # so are those by another teacher
+        tables = stored_logits(config, None, splits) if config.teacher.is_table else []
+        rows = hash_json([rows, [one.fingerprint for one in tables] or hash_teacher(config, task)])
     looks = look_at_models(config, task, sample_texts(splits.train), timed=False)
     train = len(splits.train) + splits.held_out
     return rows, Chosen(looks, {"train": train, "unlabelled": rows_per_epoch(splits) - train}, task)

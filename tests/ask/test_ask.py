@@ -109,6 +109,28 @@ def test_thoughts_before_the_answer_are_no_part_of_it(asking):
     assert (table.idxmax(axis=1) == rows["label"]).all()
 
 
+def test_what_was_cut_is_asked_again_with_more_tokens(asking):
+    """The rows about which a model thinks longest had no answer for ever, and no word of the limit."""
+
+    def cut(answer: dict) -> None:
+        if asking.model.seen[-1]["max_tokens"] < 600 and asking.model.number % 9 in (1, 2, 3):
+            answer["choices"][0].update(finish_reason="length", message={"content": "<think>hm"})
+
+    said = "400 Could not finish the message because max_tokens or model output limit was reached."
+    asking.model.logprobs, asking.model.edit = False, cut
+    asking.model.fault = lambda number: said if number in (3, 4, 5) else None
+    given = {"votes": 3, "rows": 9, "concurrency": 1}
+    for _ in range(2):
+        done = asking(**given, answer_tokens=100)
+        assert (done.rows, done.unanswered, done.requests) == (5, 4, 27)
+    first, second = (one["unanswered"] for one in done.examples[:2])
+    assert first == "cut at answer_tokens 100: no label: '<think>hm'"
+    assert second.startswith("cut at answer_tokens 100: the server refuses it: ")
+    for tokens in (600, 100):
+        done = asking(**given, answer_tokens=tokens)
+        assert (done.rows, done.unanswered, done.requests) == (9, 0, 39)
+
+
 def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     """Seventy labels do not fit the likely tokens that a server shows: those beyond would have no probability."""
     names = [f"topic {number:02}" for number in range(70)]

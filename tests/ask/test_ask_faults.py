@@ -139,6 +139,13 @@ def test_what_answers_cost_beyond_the_expected_is_learnt(asking):
     done = asking(max_tokens=60_000)  # the next call knows nothing of it
     assert (done.requests, done.tokens_read, done.tokens_written) == (7, 21_000, 35_000)
 
+    # xAI, and gateways to Gemini, count thoughts in the total alone.
+    usage = {"prompt_tokens": 20, "completion_tokens": 1, "total_tokens": 521}
+    asking.model.edit, asking.to = lambda answer: answer.update(usage=usage), asking.folder / "thoughts"
+    done = asking(max_tokens=10_000)
+    assert done.left > 40
+    assert (done.tokens_read, done.tokens_written) == (20 * done.requests, 501 * done.requests)
+
 
 def test_a_budget_that_ends_before_the_audit_leaves_no_table(asking):
     """A table by a prompt that nobody chose, without the temperature."""
@@ -264,8 +271,13 @@ def test_bad_servers(asking, cli, monkeypatch):
     said = refused(asking, cli, "--timeout", 0.2)
     assert "none within 0.2 s (raise timeout, or lower concurrency)" in said
     assert "CancelledError" not in said
-    asking.model.fault = lambda number: "400 'logprobs' is not supported with this model"
-    assert "with votes in their place: --votes 5" in refused(asking, cli)
+    for fault in (
+        "400 'top_logprobs' must be at most 5",
+        "403 You are not allowed to request logprobs from this model",  # no word of the key, which is right
+        "400 Unsupported value: 'temperature' does not support 0 with this model",
+    ):
+        asking.model.fault = lambda number, fault=fault: fault
+        assert "with votes in their place: --votes 5 (a model that thinks" in refused(asking, cli)
     asking.model.fault = lambda number: None
     assert "no key: set the environment variable OPENAI_API_KEY" in refused(
         asking, cli, "--base-url", "https://api.openai.com/v1"
@@ -384,6 +396,25 @@ def test_answers_without_choices_leave_their_rows_out(asking):
     assert all("no answer of the protocol" in one["unanswered"] for one in done.examples)
 
 
+def test_an_outage_that_is_told_in_an_answer_loses_no_row(asking):
+    """OpenRouter's errors have status 200: rows were kept as empty answers, and never asked about again."""
+    error = {"code": 502, "message": "Provider returned error"}
+
+    def spoil(answer: dict) -> None:
+        if asking.model.number > 20:
+            answer["choices"][0].update(error=error, logprobs=None, message={"content": ""})
+            answer.update({"error": error, "choices": None} if asking.model.number % 2 else {})
+
+    asking.model.edit = spoil
+    done = asking(rows=30)
+    assert (done.rows, done.unanswered) == (20, 10)
+    lines = map(json.loads, (asking.to / "answers.jsonl").read_text().splitlines())
+    assert all("Provider returned error" in line["unanswered"] for line in lines if "unanswered" in line)
+    asking.model.edit = lambda answer: None
+    done = asking(rows=30)
+    assert (done.rows, done.unanswered) == (30, 0)
+
+
 def test_nan_huge_answers_and_half_characters(asking):
     """Nothing of it reaches the table, nor makes the log unreadable."""
 
@@ -448,10 +479,18 @@ def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):
 
 
 def test_a_server_that_takes_no_seed_is_asked_without(asking):
-    """Mistral's answered every vote by an error, and no option leaves the seed out."""
+    """Mistral's answered every vote by an error, and no option leaves the seed out; o3-mini takes no temperature."""
     asking.model.fault = lambda number: "422 extra_forbidden: body, seed" if "seed" in asking.model.seen[-1] else None
     done = asking(votes=3, rows=20)
     assert (done.rows, done.unanswered, done.requests) == (20, 0, 61)
     asking.model.fault = {61: "400 doubao-seed-1-6: the text is flagged"}.get  # says nothing of the parameter
     asking(votes=3, rows=22)
     assert all("seed" in one for one in asking.model.seen[61:])
+
+    unsupported = "400 Unsupported parameter: 'temperature' is not supported with this model"
+    asking.model.fault = lambda number: unsupported if "temperature" in asking.model.seen[-1] else None
+    assert asking(votes=3, rows=24).unanswered == 0
+    assert all(("seed" in one, "temperature" in one) == (True, False) for one in asking.model.seen[-6:])
+    asking.to = asking.folder / "another"  # votes at a temperature of one's own are not those at the model's
+    with pytest.raises(ConfigError, match=unsupported[4:]):
+        asking(votes=3, temperature=0.5)

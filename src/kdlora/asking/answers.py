@@ -6,6 +6,7 @@ import asyncio
 import errno
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,10 @@ from kdlora.system.storage import atomic_file, write_json_atomic
 
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
-REFUSED = "the server refuses it"
-"""Begins the reason of a row whose request was an error: it cost no tokens, and the next call asks again."""
+REFUSED, UNREAD = "the server refuses it", "no answer of the protocol"
+"""Begin the reason of a row whose request failed: the next call asks again."""
+CUT = "cut at answer_tokens "
+"""Begins the reason of a row whose votes were cut, before their limit and a colon; asked again with a higher one."""
 _SPLITS = {"data": b'"split":"train"', "audit": b'"split":"validation"', "unlabelled": b'"split":"unlabelled"'}
 """How a line of the log shows which file its row is of."""
 _MEANING = {
@@ -114,20 +117,22 @@ class Answers:
         self.spent = np.zeros(3, np.int64)  # requests, tokens read, tokens written
         self._beyond = np.zeros(2, np.int64)  # tokens of an answer above those asked for, at most
         self.done = self.good = self._under_way = 0
-        self.bad: list[dict[str, str]] = []
+        self.bad: dict[Key, dict[str, str]] = {}
         self._synchronised = 0.0
         self._changed = asyncio.Event()
 
     def __enter__(self) -> Self:
         """Read what is there; a line that a kill cut short goes."""
         self.path.touch()
-        whole, places = 0, dict[str, dict[str, int]]()
+        whole, places, most = 0, dict[str, dict[str, int]](), self._settings.answer_tokens
         with self.path.open("rb") as file:
             for text in file:
                 if not text.endswith(b"\n"):
                     break
                 whole += len(text)
-                if (line := self._read(text)).unanswered.startswith(REFUSED):
+                line = self._read(text)
+                limit = re.match(CUT + r"(\d{1,9}):", line.unanswered)
+                if line.unanswered.startswith((REFUSED, UNREAD)) or (limit and int(limit[1]) < most):
                     continue
                 if not places:
                     names = {split: ids.to_pylist() for split, ids in self._ids.items()}
@@ -161,11 +166,12 @@ class Answers:
         values, asked = self._table(line.prompt, line.split)
         self.done += not asked[place]
         asked[place] = True
+        self.bad.pop(key := Key(line.prompt, line.split, place), None)
         if line.probabilities is not None:
             self.good += 1
             values[place] = line.probabilities
         else:
-            self.bad.append({"split": line.split, "id": line.id, "unanswered": line.unanswered})
+            self.bad[key] = {"split": line.split, "id": line.id, "unanswered": line.unanswered}
 
     def _table(self, prompt: int, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Give the probabilities (rows, labels) and which rows were asked about."""
@@ -182,7 +188,7 @@ class Answers:
 
     def refuse_useless(self) -> None:
         """Refuse to go on where the first rows have no answer."""
-        reasons = [entry["unanswered"] for entry in self.bad]
+        reasons = [entry["unanswered"] for entry in self.bad.values()]
         refused = [reason for reason in reasons if reason.startswith(REFUSED)]
         if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
             raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")

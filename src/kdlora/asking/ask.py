@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import MANIFEST, Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import CUT, MANIFEST, Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -151,7 +151,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
         table=folder / TABLE,
         rows=written,
         unanswered=len(answers.bad),
-        examples=tuple(answers.bad[:_SHOWN]),
+        examples=tuple(answers.bad.values())[:_SHOWN],
         left=left,
         resumed=answers.resumed,
         requests=requests,
@@ -311,11 +311,14 @@ class _Asking:
         if questions.votes:
             replies = [await server.ask(prompt, vote) for vote in range(self.settings.votes)]
             votes = [None if reply.refused else read_vote(reply.text, options) for reply in replies]
-            counted = count_votes(votes, len(options))
-            return _reason(replies[votes.index(None)]) if counted is None else counted
+            if (counted := count_votes(votes, len(options))) is not None:
+                return counted
+            lost = [reply for reply, vote in zip(replies, votes, strict=True) if vote is None]
+            reply = max(lost, key=lambda reply: reply.cut)  # the first one that was cut, if any
+            return f"{CUT}{self.settings.answer_tokens}: {reply.reason}" if reply.cut else reply.reason
         found = _read(reply := await server.ask(prompt), options, known=known)
         if found is None:
-            return _reason(reply)
+            return reply.reason
         if len(questions.groups) == 1:
             return found
         within = {}
@@ -325,7 +328,7 @@ class _Asking:
                 continue
             inner = _read(reply := await server.ask(questions.fill(row, group)), group, known=known)
             if inner is None:
-                return _reason(reply)
+                return reply.reason
             within[place] = inner
         return join_groups(found, options, within)
 
@@ -345,10 +348,6 @@ def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | N
     if reply.likely is None:
         raise ConfigError("the server gives no log-probabilities; ask with votes in their place: --votes 5")
     return read_logprobs(reply.likely, options)
-
-
-def _reason(reply: Reply) -> str:
-    return reply.refused or f"no label: {reply.text!r}"
 
 
 def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from kdlora.asking.answers import REFUSED, Answers
+from kdlora.asking.answers import REFUSED, UNREAD, Answers
 from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
 from kdlora.errors import ConfigError, first_line
 from kdlora.extras import check_installed
@@ -32,8 +32,10 @@ _ABOVE = 0.01
 _LEAST_KEY = 8
 """Letters of a key that is one; a server of your own may be given `x`."""
 _SHOWN = 200
-_SEED = re.compile(r"(?<![\w-])seed(?![\w-])")
-"""The parameter's name, and no part of a model's."""
+_WORD = re.compile(r"[\w-]+")
+"""A parameter's name is one, and no part of a model's."""
+_CUT = "max_tokens or model output limit was reached"
+"""How OpenAI refuses where thoughts alone pass the limit."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading an answer that is none may raise."""
 
@@ -46,6 +48,12 @@ class Reply:
     likely: Sequence[tuple[str, float]] | None = None
     refused: str = ""
     used: tuple[int, int] | None = None
+    cut: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Say why it is no answer to a row."""
+        return self.refused or f"no label: {self.text!r}"
 
 
 class Server:
@@ -67,7 +75,9 @@ class Server:
         )
         self._not_before = 0.0
         self.answered = 0
-        self._limit, self._seeded = "max_tokens", True  # some servers call it otherwise, or take no seed, and say so
+        # Some servers call the limit otherwise, or take no seed or temperature with a vote, and say so.
+        self._limit, self._left_out = "max_tokens", frozenset[str]()
+        self._optional = {"seed", "temperature"} if settings.heat == 1 else {"seed"}  # 1 is their default
 
     @property
     def proven(self) -> bool:
@@ -84,7 +94,7 @@ class Server:
                 await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
             used = reserved = await self._budget.reserve(tokens)
             patience = ATTEMPTS if self.answered else FIRST_ATTEMPTS
-            limited_by, seeded = self._limit, self._seeded and vote is not None
+            limited_by, left_out = self._limit, self._left_out
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
@@ -97,8 +107,9 @@ class Server:
                 if limited_by == "max_tokens" and "max_completion_tokens" in str(fault):
                     self._limit = "max_completion_tokens"
                     continue
-                if seeded and fault.status_code in (400, 422) and _SEED.search(str(fault)):
-                    self._seeded = False
+                named = self._optional.intersection(_WORD.findall(str(fault))) - left_out
+                if named and vote is not None and fault.status_code in (400, 422):
+                    self._left_out |= named
                     continue
                 if (refusal := self._judge(fault)) is not None:
                     return refusal
@@ -113,7 +124,7 @@ class Server:
             except self._openai.APIConnectionError as fault:
                 wait, problem = None, self._mask(fault.__cause__ or fault)
             except UNREADABLE as fault:
-                wait, problem = None, f"no answer of the protocol ({type(fault).__name__}: {self._mask(fault)})"
+                wait, problem = None, f"{UNREAD} ({type(fault).__name__}: {self._mask(fault)})"
                 if self.answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
                     return Reply(refused=problem)
             finally:
@@ -131,16 +142,25 @@ class Server:
         if vote is None:
             shown = settings.top_logprobs
             asked |= {"logprobs": True, "top_logprobs": shown} if chat else {"logprobs": shown}
-        elif self._seeded:
+        else:
             asked["seed"] = settings.seed + vote
+            asked = {name: value for name, value in asked.items() if name not in self._left_out}
         # The typed methods copy the question and check the answer, which takes longer than all else here.
         path = "/chat/completions" if chat else "/completions"
         return str(await self.client.post(path, body=asked, cast_to=str))
 
     def _judge(self, fault: Any) -> Reply | None:
         """Say what an error means: raise where no row will fare better, None where another try may."""
-        status, said, where = fault.status_code, self._mask(fault), self._settings.url
-        if status == 401 or (status == 403 and "flagged" not in str(fault).casefold()):  # a text may be, by moderation
+        status, said, where, whole = fault.status_code, self._mask(fault), self._settings.url, str(fault)
+        flagged = "flagged" in whole.casefold()  # a text, by moderation
+        unproven = not (self._settings.votes or self.answered or flagged)  # no log-probabilities have come so far
+        if unproven and status in (400, 403, 422) and ("logprobs" in whole or "temperature" in whole):
+            raise ConfigError(
+                f"{where} gives no such log-probabilities ({said}); ask for fewer (--top-logprobs), at another "
+                "--temperature, or with votes in their place: --votes 5 (a model that thinks needs --answer-tokens "
+                "1000, too)"
+            )
+        if status == 401 or (status == 403 and not flagged):
             raise ConfigError(f"{where} refuses the key in {self._settings.key_variable} ({said}); set the right one")
         if status == 404:
             raise ConfigError(f"{where} has no model {self._settings.model!r}, or is no such server ({said})")
@@ -148,10 +168,7 @@ class Server:
             raise ConfigError(f"{where} says that the account is used up ({said}); the answers so far are kept")
         if status in _AGAIN or status >= 500:
             return None
-        if not self._settings.votes and not self.answered and "logprobs" in str(fault):
-            advice = "ask for fewer (--top-logprobs), or with votes in their place: --votes 5"
-            raise ConfigError(f"{where} gives no such log-probabilities ({said}); {advice}")
-        return Reply(refused=f"{REFUSED}: {said}")
+        return Reply(refused=f"{REFUSED}: {said}", cut=_CUT in whole)
 
     def _gave_up(self, attempts: int, problem: str) -> Exception:
         where = self._settings.url
@@ -180,21 +197,25 @@ class Server:
 def _read_reply(body: str) -> Reply:
     """Read an answer of either protocol; what is none raises one of `UNREADABLE`."""
     content = json.loads(body)
+    if said := content.get("error") or content["choices"][0].get("error"):  # OpenRouter's status is 200
+        raise ValueError(said)
     choice = content["choices"][0]
     message = choice.get("message") or {}
     text = str(message.get("content") or choice.get("text") or "").rpartition("</think>")[2]
-    used = _read_usage(content.get("usage") or {})
+    used, cut = _read_usage(content.get("usage") or {}), choice.get("finish_reason") == "length"
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}", used=used)
     likely = _likely_tokens(choice.get("logprobs"))
     if not text.strip() and not likely:
-        return Reply(refused="an empty answer", used=used)
-    return Reply(text, likely, used=used)
+        return Reply(refused="an empty answer", used=used, cut=cut)
+    return Reply(text, likely, used=used, cut=cut)
 
 
 def _read_usage(usage: Mapping[str, Any]) -> tuple[int, int] | None:
     """Read how many tokens were used; None where the server does not say, or says what cannot be."""
-    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    read, written, total = (usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    if type(read) is type(written) is type(total) is int:
+        written = max(written, total - read)  # xAI and gateways to Gemini count thoughts in the total alone
     return (read, written) if type(read) is type(written) is int and 0 < read < 10**9 > written >= 0 else None
 
 

@@ -1,5 +1,8 @@
 """What may be acted on: thresholds of labels by counting every cut, sureness, and the promise of an error rate."""
 
+import re
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
@@ -157,7 +160,7 @@ def test_the_largest_set_that_can_be_promised_is_answered():
 
     # Without the number nobody knows whether to label ten more rows or to give up.
     sure, right = np.full(100, 0.9), np.zeros(100, dtype=bool)
-    with pytest.raises(NoPromiseError, match=r"2.0% .* 95% confidence on 100 rows; about 160 "):
+    with pytest.raises(NoPromiseError, match=r"2.0% .* 95% confidence on 100 rows; about 690 "):
         promise_error(sure, right, other=(sure, right))
     assert promise_error(np.full(151, 0.9), np.zeros(151, dtype=bool), other=(sure, right)).answered == 151
     with pytest.raises(DataError, match="error must be above 0 and below 1, got 2"):  # 2 for 2% would promise nothing
@@ -167,3 +170,22 @@ def test_the_largest_set_that_can_be_promised_is_answered():
     wrong = np.arange(1_000) % 10 == 0
     with pytest.raises(NoPromiseError, match=r"nor on more: of the surest rows 10.0% are wrong"):
         promise_error(np.full(1_000, 0.9), wrong, other=(sure, right))
+
+
+def test_as_many_rows_as_are_told_are_mostly_enough():
+    """The luckiest of twenty shares was believed: who labelled as many rows as were told was refused once more."""
+    promised = []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        tested, other = draw(generator, 300), draw(generator, 300)
+        try:
+            promise_error(*tested, other=other, error=0.05)
+        except NoPromiseError as refusal:
+            told = re.search(r"about ([\d,]+) labelled rows", str(refusal))
+            if told and (rows := int(told[1].replace(",", ""))) < 20_000:
+                with suppress(NoPromiseError):
+                    promised.append(promise_error(*draw(generator, rows), other=other, error=0.05))
+                    continue
+                promised.append(None)
+    assert len(promised) > 15
+    assert sum(one is not None for one in promised) >= 0.7 * len(promised)

@@ -207,15 +207,18 @@ def _refuse(sureness: np.ndarray, wrong: np.ndarray, error: float, confidence: f
     said += f"{len(sureness)} rows"
     coverage, risk = risk_coverage(sureness, wrong)
     places = np.unique(np.searchsorted(coverage, np.arange(0.05, 1.0, 0.05)).clip(max=len(coverage) - 1))
-    coverage, risk = coverage[places], risk[places]
+    coverage, seen = coverage[places], risk[places]
+    risk = seen + 1 / (coverage * len(sureness))  # one mistake more, as in `order_thresholds`
     for rows in np.unique(np.geomspace(10, _MOST_ROWS, 200).astype(int)):
         answered = np.floor(coverage * rows)
         if (rarity(answered, np.ceil(risk * answered), error) <= _RISKS[0] * (1 - confidence)).any():
             if rows > len(sureness):
-                return f"{said}; about {rows:,} labelled rows would do."
+                return f"{said}; about {rows:,} labelled rows would probably do."
             said += ": the validation rows let the test begin where these rows do not show it"
             return f"{said}. Allow a larger error, or give more rows of either kind."
-    return f"{said}, nor on more: of the surest rows {risk.min():.1%} are wrong. Allow a larger error."
+    if seen.min() < error:
+        return f"{said}, too few to say how many would do. Allow a larger error, or give several times as many."
+    return f"{said}, nor on more: of the surest rows {seen.min():.1%} are wrong. Allow a larger error."
 
 
 @dataclass(frozen=True)

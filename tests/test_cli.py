@@ -1,7 +1,9 @@
 """The command line: verbs, exit codes, what comes before torch is loaded, help, JSON and completion."""
 
 import errno
+import io
 import json
+import logging
 import os
 import re
 import resource
@@ -21,7 +23,7 @@ from fabricate import make_experiment
 from kdlora import doctor
 from kdlora.cli import app
 from kdlora.configfile import load_config
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, log_to_stderr
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
 from kdlora.report.collect import load_experiment
@@ -218,11 +220,32 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
 
     monkeypatch.setattr(experiment_run, "run_experiment", fail)
     assert expected in cli("run", small, code=code).err
+    if code == 130:  # hours of predictions went with the file that the shell empties
+        monkeypatch.setattr("kdlora.deploy.stream.predict_file", fail)
+        for there, then in (("-", "begins again"), ("out.csv", "continues where it stopped")):
+            to = () if there == "-" else ("--to", there)
+            assert cli("predict", "model", "new.csv", *to, code=130).err.endswith(f"the same command {then}\n")
     fault = ZeroDivisionError()  # a bug comes with its traceback, or nobody can report it
     with pytest.raises(ZeroDivisionError):
         cli("run", small)
     monkeypatch.setenv("KDLORA_LOG", "loud")  # input, too: a mistake, and no fault of the machine
     assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in cli("tasks", code=2).err
+
+
+def test_a_file_of_data_is_no_config(cli, tmp_path):
+    """30 MB of CSV went through the YAML reader for minutes, to be called a text."""
+    (tmp_path / "reviews.csv").write_text("text,label\n")
+    assert "Give data by --train FILE" in cli("run", tmp_path / "reviews.csv", "--label", "sentiment", code=2).err
+
+
+def test_warnings_stand_above_the_bars(monkeypatch):
+    """Written past rich, which redraws its bars over it, that a teacher is worse than a bag of words was never seen."""
+    root, shown = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    log_to_stderr(root.level)
+    monkeypatch.setattr(sys, "stderr", shown)  # as rich does while it draws
+    logging.getLogger("kdlora").warning("The teacher is below a bag of words")
+    assert "below a bag" in shown.getvalue()
 
 
 COMMANDS = typer.main.get_command(app).commands

@@ -68,6 +68,15 @@ def test_overrides_are_yaml_and_reach_nested_keys():
         (["student.train.class_weights={1: 3}", "student.train.class_weights.b=2"], {"1": 3, "b": 2}),
     ):
         assert build_config(MINIMAL | weights, changes).student.train.class_weights == expected, changes
+    # Labels of a survey, in YAML 1.1 booleans: "'true' is no label of the task (no, yes)".
+    own = {"family": "bert", "data": {"train": "rows.csv"}}
+    words = build_config(
+        own, ["task.label_names=[no, yes]", "student.train.class_weights={yes: 5}", "run.fail_fast=on"]
+    )
+    assert (words.task.label_names, words.student.train.class_weights) == (("no", "yes"), {"yes": 5})
+    assert words.run.fail_fast is True
+    assert build_config(own, ["task.label_names=[0, 1]"]).task.label_names == ("0", "1")
+
     # A slip in the file, a value in place of a section, would be gone without a word.
     assert faults_of(MINIMAL | {"student": 5}, "student.train.epochs=2")[0] == (
         "config: student: expected keys such as 'model:', got 5"

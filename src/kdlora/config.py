@@ -41,7 +41,10 @@ _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else 
 _SPELT = BeforeValidator(
     lambda value: value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
 )
-Names = Annotated[tuple[str, ...], _LISTED]
+_NAMED = BeforeValidator(
+    lambda value: [str(one) if type(one) is int else one for one in value] if isinstance(value, list | tuple) else value
+)
+Names = Annotated[tuple[str, ...], _NAMED, _LISTED]
 
 
 class TaskConfig(Section):

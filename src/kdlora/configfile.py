@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import Choices, Range, SearchConfig
 
 Override = str | tuple[str, Any]
+_OF_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".xls")
 _MOST_PARTS = 400_000  # of JSON: about four for each value
 PATH_KEYS = [
     *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
@@ -40,6 +42,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise ConfigError(f"key {key!r} stands twice ({key_node.start_mark}); keep one of them")
             seen.add(key if not isinstance(key, list | dict) else repr(key))
         return super().construct_mapping(node, deep)
+
+
+_BOOL = "tag:yaml.org,2002:bool"  # as in YAML 1.2: yes, no, on and off are words, as labels are; switches take them
+
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != _BOOL]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
@@ -88,6 +99,11 @@ def load_search(
 
 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    if file.suffix.lower() in _OF_DATA:
+        raise ConfigError(
+            f"{str(file)!r} is a file of data, and a {what} is YAML. Give data by --train FILE --text COLUMN --label "
+            "COLUMN, or name them in the config (data.train)"
+        )
     try:
         return parse_mapping(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:

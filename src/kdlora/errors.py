@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import sys
 from collections.abc import Iterable
+from typing import TextIO
 
 MOST_LISTED = 10
 """Names that a message lists."""
@@ -33,8 +35,16 @@ class HarmlessFormatter(logging.Formatter):
         return harmless(super().format(record))
 
 
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the time: while bars are drawn, rich's, which prints above them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(level: int | str) -> None:
-    handler = logging.StreamHandler()
+    handler = _ToStderr()
     handler.setFormatter(HarmlessFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
 

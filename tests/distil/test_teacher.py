@@ -55,6 +55,20 @@ def forwards(monkeypatch) -> list[int]:
     return seen
 
 
+def test_a_teacher_reads_on_packed_weights_in_fp32(make_encoder, label, monkeypatch):
+    """Labels took twice as long as final scores, which make the same passes."""
+    encoder, seen = make_encoder(), set()
+
+    def watch(model, *given, **options):
+        seen.update(type(module).__name__ for module in model.modules())
+        return predict_logits(model, *given, **options)
+
+    monkeypatch.setattr(teacher_module, "predict_logits", watch)
+    label(encoder=encoder, precision="fp32")
+    assert "_FrozenLayer" in seen
+    assert "_FrozenLayer" not in {type(module).__name__ for module in encoder.model.modules()}
+
+
 @pytest.mark.parametrize("scale", [TargetScale(2003.0, 12.0), TargetScale(310_000.0, 9_000.0)])
 def test_a_regression_says_its_values_in_their_own_scale(tiny_model_folder, tasks, make_examples, tmp_path, scale):
     """In bf16 years were multiples of 8; in fp16, by the same way, prices were infinite."""

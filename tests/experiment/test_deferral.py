@@ -21,7 +21,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment import deployment
+from kdlora.experiment import deployment, recording
 from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds, is_decided
 from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
@@ -150,6 +150,7 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
         deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
     assert layout.onnx.exists()
     config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
+    recording.refuse_loss(layout, layout.student)  # what a file manager leaves there stops nothing
     layout.decided.write_text("earlier")
     with hold_lock(layout.lock, "runs it"):  # as a run does
         assert "What kdlora defer had decided is gone." in decide_student(config, layout)

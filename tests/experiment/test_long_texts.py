@@ -218,6 +218,10 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     asked = []
     monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
     export = config.export.model_copy(update={"formats": ("onnx",), "benchmark": True})
+    wished = config.model_copy(update={"export": export})
+    with pytest.raises(ZeroDivisionError):  # and the plan says so, before the hours
+        run_experiment(wished, tmp_path / "planned", before=lambda plan: plans.append(plan) or 1 / 0)
+    assert [any("only encoders are exported" in note for note in one.notes) for one in plans] == [False, True]
     notes = deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
     assert [note for note in notes if "only encoders are exported to ONNX" in note]
     assert (asked[0]["max_length"], asked[0]["scores"]) == (None, {"teacher": own["lora"].score})

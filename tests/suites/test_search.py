@@ -269,6 +269,7 @@ def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training
     assert result.best == {"student.train.learning_rate": 5e-3}
     assert "failed" in (result.folder / "search.md").read_text(encoding="utf-8")
     assert len(list(result.folder.glob("teachers/*/teacher/model.safetensors"))) == 1
+    assert not list(result.folder.glob("teachers/*/runs")), "a teacher's checkpoint is three times its weights"
     assert {one.detail.steps for one in heard if isinstance(one.detail, ProgressEvent)} == {64 // 8}
     trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
     assert trial["history"][-1]["step"] == 64 // 8

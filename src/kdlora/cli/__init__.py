@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -28,6 +29,12 @@ if hasattr(signal, "SIGHUP"):
     _SIGNALS[signal.SIGHUP] = "SIGHUP (the terminal was closed)"
 _NEW_OBJECTS = 50_000
 """So many come between two looks for garbage; with Python's 700 the imports look far too often, and find none."""
+
+
+def _goes_on(arguments: Sequence[str]) -> bool:
+    """Say whether the same command continues: predictions do from a file into a file."""
+    verb, into_file = " ".join(arguments[:1]), any(one.startswith("--to") for one in arguments) and "-" not in arguments
+    return verb in ("run", "demo", "suite", "search", "label", "ask", "push") or (verb == "predict" and into_file)
 
 
 def main() -> NoReturn:
@@ -53,7 +60,8 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         number = asked[0] if asked else signal.SIGINT
-        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
+        then = "continues where it stopped" if _goes_on(sys.argv[1:]) else "begins again"
+        _fail(f"interrupted by {_SIGNALS[number]}; the same command {then}", 128 + number)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         _fail(f"out of memory{what}; lower micro_batch_tokens in teacher.train or student.train", 1)

@@ -47,7 +47,8 @@ def predict(
 ) -> None:
     """Predict the label of every row of a file, or its entities, in constant memory.
 
-    After an interruption, the same command continues. Entities are written as JSON Lines.
+    From a file into a file (--to), the same command continues after an interruption. Entities are written as JSON
+    Lines.
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
 

@@ -346,6 +346,8 @@ def _packable(layer: nn.Module) -> bool:
         return False
     parameters = list(layer.parameters())
     alike = len({parameter.dtype for parameter in parameters}) == 1 and parameters[0].dtype in _PACKABLE
+    if alike and parameters[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # packing raises there; PyTorch's own product only is slow
     return alike and not any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in parameters)
 
 

@@ -47,6 +47,7 @@ from kdlora.data.word_tokens import (
     words_joined,
     words_seen,
 )
+from kdlora.distil.cpu_kernels import fast_reading
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.losses import last_linear
 from kdlora.distil.precision import (
@@ -346,7 +347,9 @@ class Teacher:
 
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
         # The head of a regression has the labels' scale, where bf16 has steps of 8 at 2,000, and fp16 ends at 65,504.
-        with kept_exact(last_linear(self.encoder.model, 1, biased=False) if self.task.kind == "regression" else None):
+        head = last_linear(self.encoder.model, 1, biased=False) if self.task.kind == "regression" else None
+        packed = fast_reading(self.encoder.model) if self.precision == "fp32" else contextlib.nullcontext()
+        with packed, kept_exact(head):
             logits = predict_logits(
                 self.encoder.model,
                 self.encoder.tokenizer,

@@ -176,7 +176,12 @@ def make_plan(
         more = rows.get("unlabelled", 0) + rows.get("copies", 0)
         read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
-    scored = splits_by_name(splits, scored=True)
+    notes, scored = splits.notes, splits_by_name(splits, scored=True)
+    if "student" in looks and looks["student"].decodes and config.export.formats:
+        notes += (
+            "The student is a decoder, and only encoders are exported: it will predict by PyTorch, without an ONNX or "
+            "int8 file (export.formats). For these choose an encoder as student.model.",
+        )
     return ExperimentPlan(
         config,
         splits.task,
@@ -187,7 +192,7 @@ def make_plan(
         count_duplicates({"train": splits.train} | scored),
         tuple(trainings),
         seconds / 3600,
-        splits.notes,
+        notes,
         len(gpus_for(config, processes)),
     )
 

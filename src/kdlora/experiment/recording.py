@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, STUDENT_ARMS, Arm, Config
@@ -96,6 +96,7 @@ def now() -> str:
 def prepare_process(config: Config) -> None:
     """Set the threads by config or CPU limit, and leave the terminal to the experiment's own progress."""
     disable_progress_bar()
+    disable_progress_bars()
     threads = config.run.threads or default_threads()
     if config.run.threads is not None or threads < torch.get_num_threads():
         torch.set_num_threads(threads)
@@ -279,11 +280,15 @@ def model_files(*folders: Path) -> list[Path]:
     return [file for file in files if file.name not in ("README.md", "LICENSE", "NOTICE")]
 
 
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file managers leave in a folder that somebody has looked at."""
+
+
 def refuse_loss(layout: ExperimentLayout, *folders: Path) -> None:
     """Refuse to replace folders of what ships in which something lies that was put there by hand."""
     own = {*model_files(*folders), layout.student / "README.md", layout.onnx / MEASURED}
     for entry in (entry for folder in folders for entry in folder.glob("*")):
-        if entry not in own:
+        if entry not in own and entry.name not in _LITTER:
             raise ArtifactError(
                 f"{entry} is no file of a model, and would be lost where {entry.parent} is made anew; move it away, "
                 "and run the same command again"

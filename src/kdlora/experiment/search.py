@@ -303,6 +303,7 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
                 lambda: run_in_child(make_teacher, made, search.settings, layout, on_message=hear), layout.runs
             )
             write_text_atomic(layout.root / "done", layout.root.name)
+            remove(layout.runs)  # its checkpoints, three times the weights, which nobody resumes any more
     return layout.teacher
 
 

@@ -38,6 +38,7 @@ from kdlora.errors import ArtifactError, ConfigError, ModelError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
+from kdlora.models.loading import is_decoder
 from kdlora.system.environment import default_threads
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class ModelLook:
     width: int  # hidden size
     seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
     unknown: float = 0.0  # share of the tokens that stand for what the tokenizer cannot read, 0 to 1
+    decodes: bool = False  # a decoder, which is not exported
 
 
 Looks = Mapping[Role, ModelLook]
@@ -92,7 +94,7 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
         limit = encoder.tokenizer.model_max_length
         wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
         seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
-        found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
+        found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown, is_decoder(encoder.model.config))
 
     if config.teacher.fine_tuned is not None:
         look_at("teacher", load_teacher(config, task)[0])

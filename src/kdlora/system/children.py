@@ -38,8 +38,8 @@ from kdlora.system.ownership import SCRATCH, owned_name, remove, remove_abandone
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 8.0
-"""Time that an interrupted child has to save what it can; the command promises to end within 10 s."""
+GRACE_SECONDS = 60.0
+"""Time that an interrupted training has to end its step and write its checkpoint; all else ends at once."""
 _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05

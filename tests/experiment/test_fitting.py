@@ -42,7 +42,7 @@ def finished(workshop, made_once) -> Path:
         files = {name: str(tiny.write_csv(folder / f"{name}.csv", table)) for name, table in rows.items()}
         sections = {"data": files, "task": {"label": NAMES}, "export": EXPORT}
         root = run_experiment(workshop.config(sections), folder / "experiment").layout.root
-        fit_thresholds(copy_experiment(root, folder / "fitted"))
+        fit_thresholds(copy_experiment(root, folder / "fitted"), "f1")
         make_report(folder / "fitted")
         return root
 
@@ -138,7 +138,7 @@ def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     """A second call that forgot the first would put labels back to 0.5 without a word."""
     before = read(fitted)
     told = json.loads((fitted / "thresholds.json").read_text())
-    assert json.loads(cli("thresholds", fitted, "--json").out) == told
+    assert json.loads(cli("thresholds", fitted, "--metric", "f1", "--json").out) == told
     done = cli("thresholds", fitted, "--precision", "0.4", "--label", "praise")
     after = read(fitted)
     assert {name: after[name] for name in ("film", "music")} == {name: before[name] for name in ("film", "music")}
@@ -181,13 +181,38 @@ def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) 
     config = (folder / "config.yaml").read_text()
     other = tiny.write_csv(tmp_path / "validation.csv", rows)
     (folder / "config.yaml").write_text(config.replace(str(finished.parent / "validation.csv"), str(other)))
-    done = cli("thresholds", folder)
+    done = cli("thresholds", folder, "--metric", "f1")
     assert "'music' keeps 0.5: none of 200 rows have the label" in " ".join(done.out.split())
     assert set(read(folder)) == {"film", "praise"}
     cli("thresholds", folder, "--precision", "0.4")
     assert set(read(folder)) == {"film", "praise"}
     refused = cli("thresholds", folder, "--label", "music", code=2)
     assert "none of 200 rows have the label" in refused.err
+
+
+def test_a_threshold_that_costs_the_tasks_score_is_left_out(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    """A rare label that was hardly learnt was said of most texts for its own F1, at half the score of the task."""
+    folder, texts = copy_experiment(finished, tmp_path / "experiment"), [row["text"] for row in flags(200, 2)]
+    logits = Classifier.load(folder / "student").predict_logits(texts)
+    ranks, rare = logits.argsort(axis=0).argsort(axis=0), int(logits.mean(axis=0).argmin())
+    labels = (ranks >= 100).astype(np.float32)
+    labels[:, rare] = np.isin(ranks[:, rare], (0, 100))
+
+    def load(*given):
+        splits = load_without_copies(*given)
+        rows = splits.validation.remove_columns("label").add_column("label", labels.tolist())
+        return replace(splits, validation=rows, test=None)
+
+    monkeypatch.setattr("kdlora.experiment.deferral.load_without_copies", load)
+    told = f"{NAMES[rare]!r}: such a threshold in student lowers the task's own score on validation, and is"
+    found = fit_thresholds(folder)
+    assert f"{told} left out" in " ".join(found.notes)
+    assert set(NAMES) - set(read(folder)) == {NAMES[rare]}
+    assert all(one.score_after >= one.score_before for one in found.models)
+    asked = fit_thresholds(folder, "f1")
+    assert f"{told} kept, as it was asked for" in " ".join(asked.notes)
+    assert set(read(folder)) == set(NAMES)
+    assert asked.models[0].score_after < found.models[0].score_after - 20
 
 
 def test_thresholds_of_other_weights_are_refused(fitted: Path) -> None:

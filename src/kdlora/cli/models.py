@@ -340,6 +340,7 @@ def thresholds(
     """Fit the probability above which a label is predicted, for each shipped file, on validation rows.
 
     A multi-label task has one per label; a task with two labels has one, of the second or the one --positive names.
+    Without options, a threshold that would lower the task's own score there is left out.
 
     Example: kdlora thresholds runs/topics --precision 0.9 --label sport
     """

@@ -16,7 +16,7 @@ from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
+from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError, listed
 from kdlora.evidence.defer import (
     POINTS,
     SURENESS,
@@ -41,6 +41,7 @@ from kdlora.evidence.defer import (
     shift_logits,
     tell_apart,
 )
+from kdlora.evidence.metrics import weighted_metric
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
@@ -241,7 +242,8 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
         goal: what is highest at the threshold: "f1", "macro_f1", "accuracy", "balanced_accuracy" or "matthews" of the
             label, or the precision that is wanted, such as 0.9, with the highest recall. A mapping from label to goal
             fits these labels alone; of a task with two labels, the one that it names is the positive one, else the
-            second. By default the task's own metric where it is one of these or `recall@0.9:LABEL`, else F1.
+            second. By default the task's own metric where it is one of these or `recall@0.9:LABEL`, else F1,
+            and a label keeps 0.5 where its threshold would lower the task's score on these rows.
 
     Returns:
         Thresholds and what they do, on test rows where there are some; `thresholds.json` holds them for the report.
@@ -249,7 +251,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     Raises:
         DataError: another kind of task, an unknown label.
         ConfigError: an unknown metric, a precision that is none.
-        NoThresholdError: of one of the files no label can be fitted; nothing is written.
+        NoThresholdError: of one of the files (without a goal: of all) no label can be fitted; nothing is written.
         ArtifactError: no finished experiment, or another process works on it.
 
     Examples:
@@ -271,15 +273,14 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     except DataError as fault:
         notes.append(f"{fault}, so what the thresholds do is told of the validation rows that chose them")
     for name, model in shipped_models(layout):
-        fitted, reasons = _fit(model, task, goals, splits.validation)
+        thresholds, fitted, reasons = _fit(model, task, goals, goal is not None, splits.validation)
         notes += [reason for reason in reasons if reason not in notes]
         able.append(bool(fitted))
-        thresholds = {**(model.decisions.thresholds if task.kind == "multi-label" else {}), **fitted}
         told = {label.label: label.goal for one in earlier if one.name == name for label in one.labels}
         told |= {label: goals[label] for label in fitted}
         models.append(_judge(name, model, thresholds, told, task, judged))
         decided.append((model.folder, Decisions(thresholds=thresholds)))
-    if not able or not all(able):
+    if not able or not (any if goal is None else all)(able):
         raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
     gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
     passing = [gone] if layout.deferral.exists() else []
@@ -292,18 +293,41 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     return replace(result, notes=(*notes, *passing))
 
 
-def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset) -> tuple[dict[str, float], list[str]]:
-    """Fit one file's thresholds; a label keeps its own where no row has it, or where none reaches the precision."""
-    logits, fitted, reasons = model.predict_logits(texts_of(rows)), {}, []
+def _fit(
+    model: Classifier, task: Task, goals: Mapping[str, Goal], is_asked: bool, rows: Dataset
+) -> tuple[dict[str, float], list[str], list[str]]:
+    """Give one file's thresholds, the labels that got theirs, and why others keep what they have, or 0.5."""
+    logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature
+    thresholds = dict(model.decisions.thresholds) if task.kind == "multi-label" else {}
+    place, once = (model.folder.file or model.folder.path).name, np.ones((1, len(rows)))
+    right = label_array(rows).astype(np.int64)
+    fitted, reasons, harmful = list[str](), list[str](), list[str]()
+
+    def score(used: Mapping[str, float]) -> float:
+        moved = shift_logits(logits, task.label_names, used, temperature)
+        return float(np.mean([weighted_metric(task, metric, moved, right)(once)[0] for metric in task.metrics]))
+
     for name, goal in goals.items():
-        odds, labels = _binary(task, name, logits, rows, model.folder.temperature)
+        odds, has = _binary(task, name, logits, rows, temperature)
         try:
-            fitted[name] = fit_threshold(odds, labels, goal)
+            new = {**thresholds, name: fit_threshold(odds, has, goal)}
         except NoThresholdError as fault:
-            unreached = 0 < labels.sum() < len(labels)  # by this file, whose outputs are its own
-            its = f"its threshold in {(model.folder.file or model.folder.path).name}" if unreached else "0.5"
+            unreached = 0 < has.sum() < len(has)  # by this file, whose outputs are its own
+            its = f"its threshold in {place}" if unreached else "0.5"
             reasons.append(f"{name!r:.80} keeps {its}: {fault}")
-    return fitted, reasons
+            continue
+        if is_harmful := score(new) < score({**thresholds, name: 0.5}) - 1e-9:
+            harmful.append(f"{name!r:.80}")
+        if is_asked or not is_harmful:
+            thresholds = new
+            fitted.append(name)
+        else:
+            thresholds.pop(name, None)
+    if harmful:
+        fate = "kept, as it was asked for" if is_asked else "left out, unless it is asked for (--metric f1)"
+        told = f"such a threshold in {place} lowers the task's own score on validation, and is {fate}"
+        reasons.append(f"{listed(harmful)}: {told}")
+    return thresholds, fitted, reasons
 
 
 def _binary(

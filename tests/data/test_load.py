@@ -431,6 +431,22 @@ def test_a_drawn_split_of_many_classes_says_what_was_drawn(csv_file) -> None:
     assert "30 more than asked for so that 60 of 150 classes give a row" in note
 
 
+@pytest.mark.parametrize("questions", [40, 400])
+def test_pairs_that_share_a_text_are_told(csv_file, questions: int) -> None:
+    """Ten answers to a question fell into both splits, and a score on known questions was taken for one on new ones."""
+    asked = [f"question {row % questions}" for row in range(400)]
+    path = csv_file("a.csv", question=asked, answer=[f"answer {row}" for row in range(400)], label=["no", "yes"] * 200)
+    told = [note for note in load({"text": ["question", "answer"]}, train=path).notes if "of a training row" in note]
+    assert told == (
+        [
+            "40 of 40 validation rows have the 'question' of a training row: their score is of known ones. "
+            "Where new ones count, give data.validation (and data.test) with others."
+        ]
+        if questions == 40
+        else []
+    )
+
+
 def test_a_regression_that_scores_0_in_every_model_is_refused(csv_file) -> None:
     """Of ten rows one was drawn, every correlation was 0, and nobody said why."""
     few = csv_file("a.csv", text=TEXTS[:10], score=[row / 4 for row in range(10)])

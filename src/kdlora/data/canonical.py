@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
@@ -13,8 +14,8 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
-from kdlora.data.spool import doubles, make_dataset, spool
-from kdlora.data.tags import WORD_COLUMNS, tag_names
+from kdlora.data.spool import doubles, hash_texts, make_dataset, read_column, spool, text_columns
+from kdlora.data.tags import WORD_COLUMNS, Integers, tag_names
 from kdlora.data.tasks import Task, refuse_names
 from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean, listed
@@ -148,6 +149,19 @@ def unread_splits(train: Source) -> list[str]:
                 "row. Write each split to a file of its own (data.train, data.validation, data.test)."
             ]
     return []
+
+
+def shared_texts(task: Task, rows: Dataset, kept: Integers, drawn: Integers) -> list[str]:
+    """Say that rows drawn for validation have one text of their pair from a row that was kept, as answers share one."""
+    notes = []
+    for name, column in zip(text_columns(rows), task.text, strict=True) if task.is_pair else ():
+        hashes = hash_texts(read_column(rows, name).chunks)
+        if (known := int(np.isin(hashes[drawn], hashes[kept]).sum())) > len(drawn) / 10:
+            notes.append(
+                f"{known} of {len(drawn)} validation rows have the {column!r} of a training row: their score is of "
+                "known ones. Where new ones count, give data.validation (and data.test) with others."
+            )
+    return notes
 
 
 def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:

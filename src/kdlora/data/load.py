@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
-from kdlora.data.canonical import Reading, unread_splits
+from kdlora.data.canonical import Reading, shared_texts, unread_splits
 from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
@@ -232,6 +232,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
         f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
     )
+    reading.notes += shared_texts(reading.task, train, kept, drawn)
     return train.select(kept), train.select(drawn)
 
 

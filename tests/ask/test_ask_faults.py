@@ -406,13 +406,26 @@ def test_an_outage_that_is_told_in_an_answer_loses_no_row(asking):
             answer.update({"error": error, "choices": None} if asking.model.number % 2 else {})
 
     asking.model.edit = spoil
-    done = asking(rows=30)
+    done = asking(rows=30, concurrency=1)
     assert (done.rows, done.unanswered) == (20, 10)
     lines = map(json.loads, (asking.to / "answers.jsonl").read_text().splitlines())
     assert all("Provider returned error" in line["unanswered"] for line in lines if "unanswered" in line)
     asking.model.edit = lambda answer: None
     done = asking(rows=30)
     assert (done.rows, done.unanswered) == (30, 0)
+
+
+def test_a_row_that_never_becomes_readable_ends_no_later_call(asking):
+    """It is asked about first, before the server has answered anything in this call: "check the address"."""
+
+    def spoil(answer: dict) -> None:
+        if asking.model.number in range(6, 6 + UNREADABLE_ATTEMPTS):
+            answer["choices"] = None
+
+    asking.model.edit = spoil
+    assert asking(rows=10, concurrency=1).unanswered == 1
+    asking.model.edit = lambda answer: answer.update(choices=None)
+    assert asking(rows=10, concurrency=1).unanswered == 1
 
 
 def test_nan_huge_answers_and_half_characters(asking):

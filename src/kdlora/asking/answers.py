@@ -192,6 +192,11 @@ class Answers:
         refused = [reason for reason in reasons if reason.startswith(REFUSED)]
         if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
             raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
+        if len(reasons) >= _FIRST_REFUSED and all(reason.startswith(CUT) for reason in reasons):
+            raise DataError(
+                f"the first {len(reasons)} rows have no answer ({reasons[0]}); raise --answer-tokens (a model that "
+                "thinks needs 1000 or more), or change the prompt"
+            )
         if len(reasons) >= _FIRST_UNANSWERED:
             raise DataError(
                 f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt. A model that "

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import CUT, MANIFEST, Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import CUT, MANIFEST, REFUSED, UNREAD, Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -314,7 +314,8 @@ class _Asking:
             if (counted := count_votes(votes, len(options))) is not None:
                 return counted
             lost = [reply for reply, vote in zip(replies, votes, strict=True) if vote is None]
-            reply = max(lost, key=lambda reply: reply.cut)  # the first one that was cut, if any
+            # One whose request failed is asked again in any case; else the first one that was cut, if any.
+            reply = max(lost, key=lambda one: (one.refused.startswith((REFUSED, UNREAD)) and not one.cut, one.cut))
             return f"{CUT}{self.settings.answer_tokens}: {reply.reason}" if reply.cut else reply.reason
         found = _read(reply := await server.ask(prompt), options, known=known)
         if found is None:

@@ -125,7 +125,8 @@ class Server:
                 wait, problem = None, self._mask(fault.__cause__ or fault)
             except UNREADABLE as fault:
                 wait, problem = None, f"{UNREAD} ({type(fault).__name__}: {self._mask(fault)})"
-                if self.answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
+                known = self.answered or self._budget.good  # by the folder: it has spoken the protocol
+                if known and attempt + 1 >= min(patience, UNREADABLE_ATTEMPTS):
                     return Reply(refused=problem)
             finally:
                 self._budget.settle(tokens, reserved, used)

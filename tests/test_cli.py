@@ -235,7 +235,7 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
 def test_a_file_of_data_is_no_config(cli, tmp_path):
     """30 MB of CSV went through the YAML reader for minutes, to be called a text."""
     (tmp_path / "reviews.csv").write_text("text,label\n")
-    assert "Give data by --train FILE" in cli("run", tmp_path / "reviews.csv", "--label", "sentiment", code=2).err
+    assert "kdlora run by --train FILE" in cli("run", tmp_path / "reviews.csv", "--label", "sentiment", code=2).err
 
 
 def test_warnings_stand_above_the_bars(monkeypatch):

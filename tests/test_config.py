@@ -75,7 +75,7 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     )
     assert (words.task.label_names, words.student.train.class_weights) == (("no", "yes"), {"yes": 5})
     assert words.run.fail_fast is True
-    assert build_config(own, ["task.label_names=[0, 1]"]).task.label_names == ("0", "1")
+    assert build_config(own, ["task.label_names=[0, 1, 010]"]).task.label_names == ("0", "1", "010")
 
     # A slip in the file, a value in place of a section, would be gone without a word.
     assert faults_of(MINIMAL | {"student": 5}, "student.train.epochs=2")[0] == (

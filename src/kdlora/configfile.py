@@ -46,10 +46,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 _BOOL = "tag:yaml.org,2002:bool"  # as in YAML 1.2: yes, no, on and off are words, as labels are; switches take them
 
+_INT = "tag:yaml.org,2002:int"  # 010 is a code, as labels are, and not 8
 _UniqueKeyLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != _BOOL]
+    first: [rule for rule in rules if rule[0] not in (_BOOL, _INT)]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_UniqueKeyLoader.add_implicit_resolver(_INT, re.compile("^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _UniqueKeyLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
@@ -101,8 +103,8 @@ def load_search(
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
     if file.suffix.lower() in _OF_DATA:
         raise ConfigError(
-            f"{str(file)!r} is a file of data, and a {what} is YAML. Give data by --train FILE --text COLUMN --label "
-            "COLUMN, or name them in the config (data.train)"
+            f"{str(file)!r} is a file of data, and a {what} is YAML. Name data in a config (data.train), or give "
+            "them to kdlora run by --train FILE --text COLUMN --label COLUMN"
         )
     try:
         return parse_mapping(file.read_text(encoding="utf-8"), str(file))

@@ -248,7 +248,7 @@ def test_thousands_of_labels_that_do_not_fit_are_not_all_listed():
     assert len(str(caught.value)) < 2000
 
 
-def test_names_with_commas_are_one_label_and_joined_names_several():
+def test_names_with_commas_are_one_label_and_joined_names_several(csv_file):
     """Silent failure: each combination of labels is a class, or classes whose names have a comma are refused."""
     assert find_joined(["a", "b", "a, b", "c", "a, c"]) == "a, b"
     assert find_joined(["['a', 'b']", "['a']", "['b']", "['b', 'c']", "['c']"]) == "['a', 'b']"
@@ -256,9 +256,12 @@ def test_names_with_commas_are_one_label_and_joined_names_several():
     for names in (["[0, 1, 0]", "[1, 0, 0]"], ["[0 1\n 0]", "[1 0\n 0]"], ["['a', 'b']", "['b', 'c']", "[]"]):
         assert find_joined(names) == names[0]
     pairs = ["a;b", "a;c", "b;c", "a;d", "b;d", "c;d"]
-    assert find_joined(pairs) == find_joined(["none", *pairs]) == "a;b"
-    assert find_joined([pair.replace(";", ",") for pair in pairs]) is None
-    assert find_joined([f"{place}|{kind}" for place in "ABC" for kind in "xyz"]) is None  # each part in its place
+    assert find_joined(pairs) is None  # perhaps they are languages, from one to another
+    assert find_joined(pairs, alone=False) == find_joined(["none", *pairs], alone=False) == "a;b"
+    assert find_joined([pair.replace(";", ",") for pair in pairs], alone=False) is None
+    assert find_joined([f"{place}|{kind}" for place in "ABC" for kind in "xyz"], alone=False) is None
+    doubted = load(train=csv_file("a.csv", text=[f"text {number}" for number in range(18)], label=pairs * 3))
+    assert any("'a;b' is read as one label" in note for note in doubted.notes)
     for names in (["bed, bath", "toys", "toys, games"], ["a > x", "a > y"], ["x, 1", "x, 2", "y, 1", "y, 2", "z, 1"]):
         assert find_joined(names) is None
 

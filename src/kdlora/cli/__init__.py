@@ -33,7 +33,8 @@ _NEW_OBJECTS = 50_000
 
 def _goes_on(arguments: Sequence[str]) -> bool:
     """Say whether the same command continues: predictions do from a file into a file."""
-    verb, into_file = " ".join(arguments[:1]), any(one.startswith("--to") for one in arguments) and "-" not in arguments
+    verb = " ".join(arguments[:1])
+    into_file = any(one.startswith("--to") for one in arguments) and not {"-", "--to=-"} & {*arguments}
     return verb in ("run", "demo", "suite", "search", "label", "ask", "push") or (verb == "predict" and into_file)
 
 

@@ -282,6 +282,9 @@ def infer_task(
     if config.label_names is None and kind != "regression":
         notes.append(f"The {len(names)} label names and their order were taken from the data: {listed(names)}.")
     if kind == "single-label" and not given:
+        if joined := find_joined(names, alone=False) if config.kind == "auto" else None:
+            told = "If it is several, write lists, or a column of 0 and 1 each, and set task.kind: multi-label."
+            notes.append(f"{joined!r} is read as one label. {told}")
         absent = [name for name in names if name.strip().casefold() in _ABSENT]
         absent += ["-1"] if {"-1", "2"} <= set(names) and "-2" not in names else []
         notes += [f"{one} became a class; where it marks rows without a label, remove these rows." for one in absent]

@@ -242,15 +242,18 @@ def refuse_names(source: str, label: Sequence[str], names: Sequence[str], *, giv
         )
 
 
-def find_joined(values: Sequence[str]) -> str | None:
-    """Find a value that is several in one: "a;b", where few parts make up many values, or "[0, 1]" among lists."""
+def find_joined(values: Sequence[str], *, alone: bool = True) -> str | None:
+    """Find a value that is several in one: "a;b", where few parts make up many values, or "[0, 1]" among lists.
+
+    One of the parts stands `alone` in a value; else it may stand first in one and last in another, which is a doubt.
+    """
     lists = [value for value in values if re.search(r"[,\s]", value.strip())]
     if lists and all(map(_LIST.fullmatch, values)):
         return lists[0]
     for mark in ";|,":
         parts = {value: [part.strip(" []'\"") for part in value.split(mark)] for value in values}
-        # A label stands alone, or first here and last there; with commas the latter may be one name (low, high).
-        first = {own[0] for own in parts.values() if len(own) == 1 or mark != ","}
+        # With commas the latter may be one name (low, high).
+        first = {own[0] for own in parts.values() if len(own) == 1 or (mark != "," and not alone)}
         single = first.intersection(own[-1] for own in parts.values())
         joined = [value for value, own in parts.items() if len(own) > 1 and not single.isdisjoint(own)]
         if joined and len({part for own in parts.values() for part in own}) < len(values):

@@ -88,7 +88,8 @@ class OnGpus(Here):
                 for _, children in running.values():
                     children.interrupted.set()
                 try:
-                    wait(running)
+                    while wait(running, _POLL_SECONDS).not_done:
+                        pass
                 finally:  # a second Ctrl-C cuts short what they save
                     if running:
                         self.close()

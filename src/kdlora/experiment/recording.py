@@ -41,7 +41,7 @@ from kdlora.report.findings import Choice, read_choice
 from kdlora.section import DataConfig
 from kdlora.system.environment import collect_versions, default_threads, describe_machine, git_state
 from kdlora.system.integrity import hash_files, hash_json
-from kdlora.system.ownership import remove
+from kdlora.system.ownership import is_ours_by_name, remove
 from kdlora.system.storage import atomic_folder, write_json_atomic, write_text_atomic
 
 _MEANING = {
@@ -280,7 +280,7 @@ def model_files(*folders: Path) -> list[Path]:
     return [file for file in files if file.name not in ("README.md", "LICENSE", "NOTICE")]
 
 
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+_LITTER = (".DS_Store", "._", "Thumbs.db", "desktop.ini")
 """What file managers leave in a folder that somebody has looked at."""
 
 
@@ -288,7 +288,7 @@ def refuse_loss(layout: ExperimentLayout, *folders: Path) -> None:
     """Refuse to replace folders of what ships in which something lies that was put there by hand."""
     own = {*model_files(*folders), layout.student / "README.md", layout.onnx / MEASURED}
     for entry in (entry for folder in folders for entry in folder.glob("*")):
-        if entry not in own and entry.name not in _LITTER:
+        if entry not in own and not entry.name.startswith(_LITTER) and not is_ours_by_name(entry):
             raise ArtifactError(
                 f"{entry} is no file of a model, and would be lost where {entry.parent} is made anew; move it away, "
                 "and run the same command again"

@@ -356,8 +356,11 @@ def _ship_best(
             "between them."
         )
     if not keep_shipped(config, layout, choice):
-        with logged("ship", choice.arm, choice.seed):
-            run_in_child(ship_student, config, layout, task, choice)
+        try:
+            with logged("ship", choice.arm, choice.seed):
+                run_in_child(ship_student, config, layout, task, choice)
+        except ArtifactError as error:  # the trainings are done, and their report is due
+            return None, [*notes, f"The student was not shipped: {error}"]
     if not is_deployed(config, layout):
         stage = Stage("deploy", cast("Arm", choice.arm), choice.seed)
         try:

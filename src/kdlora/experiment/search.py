@@ -245,7 +245,7 @@ def _train(search: Search, trial: Trial, hear: Callable[[Any], None]) -> float |
     settings, arm = settings_of(search.settings, trial.params), search.arm
     config = with_settings(search.config, settings)
     if search.settings.names_models:  # rates and lengths are those of the trial's own models
-        config = run_in_child(inspect_rows, config, search.settings)[1].fill_in(config)
+        config = run_in_child(inspect_rows, config, search.settings, False)[1].fill_in(config)
     with search.hold("trials", reset_unused(config, arm), arm) as layout:
         stop, known = layout.root / "stop", layout.root / "trial.json"
         trial.set_user_attr("folder", f"trials/{layout.root.name}")
@@ -303,7 +303,7 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
                 lambda: run_in_child(make_teacher, made, search.settings, layout, on_message=hear), layout.runs
             )
             write_text_atomic(layout.root / "done", layout.root.name)
-            remove(layout.runs)  # its checkpoints, three times the weights, which nobody resumes any more
+        remove(layout.runs)  # its checkpoints, three times the weights, which nobody resumes any more
     return layout.teacher
 
 

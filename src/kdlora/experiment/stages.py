@@ -234,13 +234,14 @@ def refuse_exchanged_teacher(
     place = Path(teacher.logits or teacher.probabilities or teacher.fine_tuned or "")
     if not taught or not config.given_teacher or not place.exists():
         return
+    seen = [place.lstat(), place.stat(), *(file.stat() for file in place.glob("*") if file.is_file())]
+    changed = max(max(one.st_ctime, one.st_mtime) for one in seen)  # by a rename or link, too; Windows' ctime is birth
+    if datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds") < min(one.started for one in taught):
+        return  # to load a large model, or table, takes seconds
     told = {one.fingerprints.get("teacher" if teacher.is_table else "given") for one in taught}
     if teacher.is_table:
         here = hash_json([one.fingerprint for one in stored_logits(config, None, splits)])
     else:
-        changed = max((file.stat().st_ctime for file in place.glob("*") if file.is_file()), default=0.0)
-        if datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds") < min(one.started for one in taught):
-            return  # to load a large model takes seconds
         if (manifest := layout.teacher_logits / LOGITS_MANIFEST).exists():
             told.add(open_store(manifest).ingredients.get("weights"))
         here = run_in_child(hash_teacher, config, splits.task)

@@ -194,7 +194,7 @@ def _refuse_idle_keys(where: str, part: Partial) -> None:
     ]
     for section, key, why in idle:
         values = part.get(section)
-        if isinstance(values, Mapping) and values.get(key):
+        if isinstance(values, Mapping) and values.get(key) and str(values[key]).lower() not in ("no", "off"):
             raise ValueError(f"{where}.{section}.{key}: {why}. Delete the key")
 
 

@@ -205,9 +205,10 @@ class Server:
             if begun:  # before that it imports, which is slow, and there is nothing to save
                 self._send(b"end")
                 time_is_up = time.monotonic() + GRACE_SECONDS
-                with contextlib.suppress(queue.Empty):  # a second Ctrl-C cuts that short
-                    while self._heard.get(timeout=max(0.0, time_is_up - time.monotonic())) not in (None, _BURIED):
-                        pass
+                while time.monotonic() < time_is_up:  # a second Ctrl-C cuts that short; on Windows it ends no wait
+                    with contextlib.suppress(queue.Empty):
+                        if self._heard.get(timeout=_POLL_SECONDS) in (None, _BURIED):
+                            break
             raise
         status = self.process.wait()
         return received or Answer(fault=ChildDiedError(_describe_death(status)))

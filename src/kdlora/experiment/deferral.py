@@ -281,7 +281,8 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
         models.append(_judge(name, model, thresholds, told, task, judged))
         decided.append((model.folder, Decisions(thresholds=thresholds)))
     if not able or not (any if goal is None else all)(able):
-        raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
+        kept = "; what was decided before stays" if layout.thresholds.exists() else ""
+        raise NoThresholdError(("; ".join(notes) or f"{layout.root} ships no student") + kept)
     gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
     passing = [gone] if layout.deferral.exists() else []
     remove(layout.deferral)
@@ -313,10 +314,13 @@ def _fit(
             new = {**thresholds, name: fit_threshold(odds, has, goal)}
         except NoThresholdError as fault:
             unreached = 0 < has.sum() < len(has)  # by this file, whose outputs are its own
-            its = f"its threshold in {place}" if unreached else "0.5"
+            its = f"its threshold in {place}" if unreached and name in thresholds else "0.5"
             reasons.append(f"{name!r:.80} keeps {its}: {fault}")
             continue
-        if is_harmful := score(new) < score({**thresholds, name: 0.5}) - 1e-9:
+        # No shift changes a ranking, and the mean of labels' F1 rises with that of one.
+        is_safe = all(metric.startswith(("average_precision", "recall@")) for metric in task.metrics)
+        is_safe |= task.kind == "multi-label" and task.metrics == ("macro_f1",) and goal == "f1"
+        if is_harmful := not is_safe and score(new) < score({**thresholds, name: 0.5}) - 1e-9:
             harmful.append(f"{name!r:.80}")
         if is_asked or not is_harmful:
             thresholds = new

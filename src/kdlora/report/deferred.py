@@ -94,7 +94,7 @@ def deferral_tables(found: Deferral) -> list[Table]:
     left_out = (
         f" {found.known} rows were left out: these are training, validation or unlabelled texts." if found.known else ""
     )
-    reasons = dict.fromkeys(f" {model.name}: {model.reason}." for model in found.models if model.reason)
+    reasons = dict.fromkeys(f" {model.name}: {model.reason}" for model in found.models if model.reason)
     columns: dict[str, Callable[[Deferring], str]] = {
         "model": lambda one: _title(one.name),
         "answers": lambda one: _share(one.promise.coverage if one.promise else None),

@@ -175,7 +175,15 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(workshop.config(ALL), copied.root, listen=interrupt)
     assert sorted(copied.runs.glob("*/run.json")) == records
-    result = run_experiment(workshop.config({"run": {"arms": ["student-fft"]}}), copied.root)
+    by_hand, narrowed = copied.student / "service.py", workshop.config({"run": {"arms": ["student-fft"]}})
+    by_hand.write_text("put there by hand")
+    copied.report_md.unlink()
+    with pytest.raises(ArtifactError, match=r"service\.py is no file of a model, and would be lost"):
+        run_experiment(narrowed, copied.root)
+    assert by_hand.exists()
+    assert copied.report_md.exists(), "the trainings are done, and their report is due"
+    by_hand.unlink()
+    result = run_experiment(narrowed, copied.root)
     assert (result.shipped.arm, result.shipped.seed) == ("student-fft", 0)
     assert not copied.adapter.exists()  # the old one belongs to another student
     card = (copied.student / "README.md").read_text()

@@ -220,7 +220,11 @@ def _lead(
             write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
         records = _run_all(config, layout, facts, finished, team, lock, listen)
-        shipped, told = _ship_best(config, layout, splits.task, records, listen)
+        try:
+            shipped, told = _ship_best(config, layout, splits.task, records, listen)
+        except ArtifactError:  # the trainings are done: their report is due, whatever hinders the shipping
+            make_report(layout.root)
+            raise
         lock.check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
@@ -356,11 +360,8 @@ def _ship_best(
             "between them."
         )
     if not keep_shipped(config, layout, choice):
-        try:
-            with logged("ship", choice.arm, choice.seed):
-                run_in_child(ship_student, config, layout, task, choice)
-        except ArtifactError as error:  # the trainings are done, and their report is due
-            return None, [*notes, f"The student was not shipped: {error}"]
+        with logged("ship", choice.arm, choice.seed):
+            run_in_child(ship_student, config, layout, task, choice)
     if not is_deployed(config, layout):
         stage = Stage("deploy", cast("Arm", choice.arm), choice.seed)
         try:

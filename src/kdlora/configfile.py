@@ -45,7 +45,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 _BOOL = "tag:yaml.org,2002:bool"  # as in YAML 1.2: yes, no, on and off are words, as labels are; switches take them
-
 _INT = "tag:yaml.org,2002:int"  # 010 is a code, as labels are, and not 8
 _UniqueKeyLoader.yaml_implicit_resolvers = {
     first: [rule for rule in rules if rule[0] not in (_BOOL, _INT)]

@@ -252,7 +252,7 @@ def find_joined(values: Sequence[str], *, alone: bool = True) -> str | None:
         return lists[0]
     for mark in ";|,":
         parts = {value: [part.strip(" []'\"") for part in value.split(mark)] for value in values}
-        # With commas the latter may be one name (low, high).
+        # No doubt speaks of commas: "low, high" beside "high, low" may be one name each.
         first = {own[0] for own in parts.values() if len(own) == 1 or (mark != "," and not alone)}
         single = first.intersection(own[-1] for own in parts.values())
         joined = [value for value, own in parts.items() if len(own) > 1 and not single.isdisjoint(own)]

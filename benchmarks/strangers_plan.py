@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from kdlora import Config, build_config
 from kdlora.config import ARMS, Kind
 from kdlora.configfile import merge
+from kdlora.evidence.records import ExperimentLayout
 
 
 class _Part(BaseModel):
@@ -98,6 +99,8 @@ class Settings(_Part):
     """One experiment for each point; the best on validation, mean over seeds, is reported."""
     teacher_of: str | None = None
     """Settings whose fine-tuned teacher teaches here too, in place of one that is trained again."""
+    student_of: str | None = None
+    """Settings whose shipped student is trained further here (they were run with --keep)."""
 
 
 class Contrast(_Part):
@@ -132,6 +135,10 @@ class Job:
         """The folder's path below `runs`."""
         return "/".join((self.pair, self.dataset, "-".join([self.settings, *(str(value) for _, value in self.point)])))
 
+    def beside(self, settings: str, out: Path) -> Path:
+        """Give the folder of other settings of this pair and set."""
+        return out / "runs" / Job(self.pair, self.dataset, settings).name
+
 
 def read_plan(file: Path) -> Plan:
     """Read a plan, and refuse names that it does not declare."""
@@ -139,7 +146,9 @@ def read_plan(file: Path) -> Plan:
     sides = {f"{name}/{arm}" for name, own in plan.settings.items() for arm in (*(own.arms or ARMS), "shipped")}
     named = [(name, plan.sets) for pair in plan.pairs.values() for name in pair.sets]
     named += [(name, plan.settings) for pair in plan.pairs.values() for name in pair.settings]
-    named += [(own.teacher_of, plan.settings) for own in plan.settings.values() if own.teacher_of]
+    named += [
+        (name, plan.settings) for own in plan.settings.values() for name in (own.teacher_of, own.student_of) if name
+    ]
     named += [(side, sides) for one in plan.contrasts.values() for side in (*one.first, *one.second)]
     if unknown := sorted({name for name, known in named if name not in known}):
         raise SystemExit(f"{file}: not declared: {', '.join(unknown)}")
@@ -169,7 +178,9 @@ def configure(plan: Plan, job: Job, out: Path, models: Path) -> Config:
     )
     teacher = {"model": str(models / pair.teacher)}
     if settings.teacher_of is not None:
-        teacher["fine_tuned"] = str(out / "runs" / Job(job.pair, job.dataset, settings.teacher_of).name / "teacher")
+        teacher["fine_tuned"] = str(ExperimentLayout(job.beside(settings.teacher_of, out)).teacher)
+    if settings.student_of is not None:
+        student = {"model": str(ExperimentLayout(job.beside(settings.student_of, out)).student)}
     task = {"text": dataset.text, "label": dataset.label, "kind": dataset.kind} if dataset.columns else {}
     values: dict[str, Any] = {"task": task, "data": data, "teacher": teacher, "student": student, "run": run}
     merge(values, copy.deepcopy(settings.config))

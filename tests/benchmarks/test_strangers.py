@@ -89,6 +89,19 @@ def test_a_name_that_the_plan_does_not_declare_is_refused(tmp_path):
         read_plan(tmp_path / "plan.yaml")
 
 
+def test_a_further_pass_begins_with_the_student_that_it_names(tmp_path):
+    """From the pretrained encoder, a second pass over hard texts would be a first one over few texts."""
+    text = PLAN.with_name("hard.yaml").read_text(encoding="utf-8")
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = read_plan(tmp_path / "plan.yaml")
+    begins = {job.settings: configure(plan, job, tmp_path, tmp_path).student.model for job in plan_jobs(plan)}
+    assert Path(begins["hard"]).parts[-4:] == ("bank", "banking77", "once", "student")
+    assert Path(begins["once"]) == tmp_path / "bert-tiny"
+    (tmp_path / "plan.yaml").write_text(text.replace("student_of: once", "student_of: twice"))
+    with pytest.raises(SystemExit, match="not declared: twice"):
+        read_plan(tmp_path / "plan.yaml")
+
+
 def test_prepare_writes_what_a_stranger_has(tmp_path):
     """Rows lost to a quote, classes out of proportion, or a review on both sides of a split would bend every score."""
     write_sources(tmp_path)

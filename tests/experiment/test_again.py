@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments import ARMS, FAST, copy_experiment, edit_json, snapshot
-from kdlora.configfile import load_config, save_config
+from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
@@ -59,11 +59,10 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     kept = {name for name in before if name.split("/")[0] in ("runs", "teacher", "student", "adapter")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
-    # A note of open keys that was edited, or lacks one of a later version, made another config of the same call.
+    # A note of open keys that lacks one of a later version made another config of the same call.
     asked = workshop.config(ALL)
-    for noted in (5, {"lora.rank": False}):
-        edit_json(copied.root / MANIFEST, open=noted)
-        experiment_run.check_folder(with_recorded(asked, copied.config), copied, asked)
+    edit_json(copied.root / MANIFEST, open={"lora.rank": False})
+    experiment_run.check_folder(with_recorded(asked, copied.config), copied, asked)
 
     # Folders that were begun when four copies were the default go on with four.
     (copied.root / MANIFEST).write_text(json.dumps({"made_by": "kdlora", "kind": "experiment"}))
@@ -71,20 +70,6 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     settled = with_recorded(opened, copied.config)
     assert settled.data.augment == asked.data.augment is not None
     experiment_run.check_folder(settled, copied, opened)
-
-    # Beside unlabelled texts the default made no copies, as if that had been set.
-    texts = {"unlabelled": str(workshop.train)}
-    before, opened = (workshop.config(ALL | {"data": texts | {"augment": copies}}) for copies in (0, None))
-    kept = copied.config.read_text()
-    copied.config.write_text(save_config(before))
-    edit_json(copied.root / MANIFEST, open={"data.augment": False, "data.unlabelled": False})
-    experiment_run.check_folder(with_recorded(opened, copied.config), copied, opened)
-    copied.config.write_text(
-        save_config(before.model_copy(update={"data": before.data.model_copy(update={"augment": 5})}))
-    )
-    with pytest.raises(ArtifactError, match=r"data\.augment: 5 there, None here"):
-        experiment_run.check_folder(with_recorded(opened, copied.config), copied, opened)
-    copied.config.write_text(kept)
 
     # The remedy of a want of memory, or of cores, was "another config"; so were data that had moved with the folder.
     less = {"train": FAST | {"micro_batch_tokens": 64, "gradient_checkpointing": True}}

@@ -236,10 +236,8 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     if not layout.config.exists():
         return
     there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
-    open_then = (read_manifest(layout.root) or {}).get("open")  # an earlier version noted none, or fewer keys
-    if asked is not None and isinstance(open_then, dict):
-        if asked.data.unlabelled is not None and there["data.augment"] == 0:
-            open_then = open_then | {"data.augment": None}  # an earlier version left the copies out there, as if set
+    open_then = (read_manifest(layout.root) or {}).get("open", {})  # version 0.2 noted none
+    if asked is not None:
         open_now = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}
         here |= {key: value for key, value in open_now.items() if open_then.get(key, value) != value}
     data = [f"{section}.{key}" for section, key in PATH_KEYS if section == "data"]

@@ -30,7 +30,7 @@ from kdlora.experiment.stages import Stage, refuse_exchanged_teacher
 from kdlora.experiment.team import Team, gather_team
 from kdlora.extras import check_installed
 from kdlora.report.collect import load_run
-from kdlora.report.findings import choose_student, read_choice
+from kdlora.report.findings import choose_student
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.report.tables import arm_table
@@ -351,12 +351,7 @@ def _ship_best(
     if {(one.arm, one.seed) for one in kept if one.status == "finished" and one.arm in STUDENT_ARMS} - named:
         told = f"{choice.sentence[:-1]}, among the arms and seeds that the last call named."
         choice = choice.model_copy(update={"sentence": told})
-    notes, before = list[str](), read_choice(layout.shipped)
-    if before is not None and before.arm not in config.run.arms:
-        notes.append(
-            f"{before.arm}, which was shipped, is not in run.arms: {choice.arm} takes its place. Name both to choose "
-            "between them."
-        )
+    notes = list[str]()
     if not keep_shipped(config, layout, choice):
         with logged("ship", choice.arm, choice.seed):
             run_in_child(ship_student, config, layout, task, choice)

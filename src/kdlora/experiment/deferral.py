@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from kdlora.config import Config
-from kdlora.data.load import Splits, load_examples
+from kdlora.data.load import load_examples
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
@@ -150,11 +150,9 @@ def _defer(
     unknown: str | None = None,
 ) -> Deferral:
     _, config, task = open_finished(layout.root)
-    if task.kind != "single-label":
-        raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
-    splits = load_without_copies(config, layout)
-    rows, source = _test_rows(config, task, splits, data)
-    rows, known = unseen_rows(splits, rows, source)
+    splits, source = load_without_copies(config, layout), "the test split" if data is None else str(data)
+    given = splits.test if data is None else load_examples(data, task, id_column=config.data.id_column, labelled=True)
+    rows, known = unseen_rows(splits, rows_to_promise(task, given), source)
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
     parts, models, decided = (splits.validation, rows), list[Deferring](), []
     for name, model in shipped_models(layout):
@@ -176,27 +174,26 @@ def _defer(
         models = [one for one in models if one.name != arm]
         models.append(replace(known_as, unknown=judged.meet(model.predict_logits(strange))))
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
-    earlier = getattr(read_part(layout.deferral, Deferral, "")[0], "models", ())
-    had_promise = any(one.promise is not None for one in earlier)
     for folder, decisions in decided:
         write_decisions(folder, decisions)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
-        gone = ["What was promised before is gone, so every text is answered."] if had_promise else []
-        raise NoPromiseError(" ".join([*dict.fromkeys(reasons), *gone]) or f"{layout.root} ships no student")
+        told = [*dict.fromkeys(reasons), "Nothing is promised now, so every text is answered."]
+        raise NoPromiseError(" ".join(told) if reasons else f"{layout.root} ships no student")
     return deferral
 
 
-def _test_rows(config: Config, task: Task, splits: Splits, data: str | None) -> tuple[Dataset, str]:
-    if data is not None:
-        return load_examples(data, task, id_column=config.data.id_column, labelled=True), str(data)
-    if splits.test is None:
+def rows_to_promise(task: Task, rows: Dataset | None) -> Dataset:
+    """Give the rows on which an error rate may be promised, unless there are none, or the task has no such rate."""
+    if task.kind != "single-label":
+        raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
+    if rows is None:
         raise DataError(
-            "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
-            "nothing; give labelled rows that were not used with --data"
+            "defer: there is no test split, and the validation rows chose the model, so they can promise nothing; name "
+            "labelled rows that were not used (data.test, or --data of kdlora defer)"
         )
-    return splits.test, "the test split"
+    return rows
 
 
 def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:

@@ -17,7 +17,7 @@ from kdlora.data.tasks import Task, find_label
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.defer import settle_goals
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, read_results, write_results
-from kdlora.experiment.deferral import decide_student, is_decided
+from kdlora.experiment.deferral import decide_student, is_decided, rows_to_promise
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
 from kdlora.experiment.jobs import Job, Queue, carry_out, refuse_another_teacher, undamaged_record
@@ -182,10 +182,8 @@ def _check_wishes(config: Config, splits: Splits, layout: ExperimentLayout) -> N
         find_label(name, splits.task.label_types, "export.min_recall")
     if config.export.thresholds is not None:
         settle_goals(splits.task, config.export.thresholds)
-    if config.defer.error is not None and (splits.task.kind != "single-label" or splits.test is None):
-        raise ConfigError(
-            "defer.error: an error rate is promised of a single-label task, on its test split (data.test); leave it out"
-        )
+    if config.defer.error is not None:
+        rows_to_promise(splits.task, splits.test)
 
 
 def _lead(

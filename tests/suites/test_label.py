@@ -246,15 +246,14 @@ def test_logits_keep_their_number_format_on_another_machine(model, workshop, tex
     label(model, texts / "b.jsonl", tmp_path / "more")
 
 
-def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_folder, tmp_path, caplog):
+def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_folder, tmp_path):
     """A collection is there so that the teacher need not read it again; as a table it covers the training rows."""
-    label(model, texts, tmp_path / "labelled", rows_per_shard=16, max_length=5)
+    label(model, texts, tmp_path / "labelled", rows_per_shard=16)
     sections = {"data": {"unlabelled": str(tmp_path / "labelled")}, "run": {"arms": ["kd-lora"]}}
     config = workshop.config(sections | {"teacher": {"fine_tuned": str(model)}})
     layout = ExperimentLayout(tmp_path / "experiment")
     label_training_rows(config, layout)
     assert not layout.unlabelled_logits.exists()
-    assert "90 texts were cut at 5 tokens, the training texts at 64; label them anew with --max-length" in caplog.text
     record = train_run(config, layout, "kd-lora", 0, lambda event: None)
     left_out = 90 - record.rows["unlabelled"]
     assert any(f"{left_out} of 90 unlabelled rows" in note for note in record.notes)

@@ -229,11 +229,6 @@ def check_collection(config: Config, encoder: Encoder, task: Task) -> None:
             f"{folder} (data.unlabelled): its long texts were not read as this experiment reads them (data.long_texts, "
             "window_pool, window_stride); name the text files in data.unlabelled"
         )
-    longest = min(closed(config.teacher.train).max_length, encoder.tokenizer.model_max_length)
-    cut = sum(shard.truncated for shard in collection.shards)
-    if cut and isinstance(read := collection.ingredients.get("max_length"), int) and read < longest:
-        told = "%s: %d texts were cut at %d tokens, the training texts at %d; label them anew with --max-length %d"
-        logger.warning(told, folder, cut, read, longest, longest)
 
 
 def _collection(place: str | None) -> Path | None:

@@ -33,14 +33,14 @@ from kdlora.distil.cpu_kernels import fast_reading
 from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import evaluating, resolve_device
-from kdlora.errors import ArtifactError, DataError, KdLoraError
+from kdlora.errors import ArtifactError, DataError, KdLoraError, listed
 from kdlora.evidence.defer import shift_logits
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, settings_for, stored_logits
+from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, stored_logits
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.system.integrity import hash_json
@@ -52,7 +52,6 @@ _TIMED = ((1, 5, 0.5), (3, 50, 1.0))
 """Calls to warm up, and to time: at least, at most, and seconds; a suite times thousands of models."""
 _FEWEST_ROWS = 3
 """Validation rows, or entities, of a class before it counts as unknown to a teacher that gets none of them right."""
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -281,22 +280,16 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
         )
     place, task = layout.run(arm, seed).predictions, next(Task.from_dict(one.task) for one in records)
     if place.exists() and (unknown := unknown_classes(task, read_predictions(place))):
-        names = ", ".join(map(repr, unknown[:_SHOWN]))
-        names += f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        thing = "entity" if task.kind == "tokens" else "row"
+        thing, names = "entity" if task.kind == "tokens" else "row", listed(map(repr, unknown))
         found.append(
             f"The teacher gets no validation {thing} of {names} right: it does not know what it would teach there."
         )
     if place.exists() and task.kind == "regression":
         seen = read_predictions(place).only("validation")
         found += doubts_of_units(seen.logits[:, 0], np.asarray(seen.labels), "labels")
-    train, remedy = settings_for(config, arm), "Give another teacher, or ship the control."
-    if not config.given_teacher:
-        rate = "train.learning_rate" if arm == "fft" else "adapter_learning_rate"
-        remedy = (
-            f"Train the teacher longer (teacher.train.epochs, now {train.epochs:g}), at another rate "
-            f"(teacher.{rate}, now {train.learning_rate:g}), or name another teacher.model."
-        )
+    remedy = "Train the teacher longer or at another rate (teacher.train), or name another teacher.model."
+    if config.given_teacher:
+        remedy = "Give another teacher, or ship the control."
     return [f"{sentence} {remedy}" for sentence in found]
 
 

@@ -153,7 +153,7 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     recording.refuse_loss(layout, layout.student)  # what a file manager leaves there stops nothing
     layout.decided.write_text("earlier")
     with hold_lock(layout.lock, "runs it"):  # as a run does
-        assert "What kdlora defer had decided is gone." in decide_student(config, layout)
+        assert "What kdlora defer had decided is gone" in "".join(decide_student(config, layout))
     (layout.student / "NOTICE").write_text("put there by hand")
     assert is_decided(config, layout)
     assert layout.thresholds.exists()

@@ -355,15 +355,8 @@ def _judge(
 
 def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
     """Decide as the config says, in a run, which holds the experiment's lock."""
-    notes: list[str] = []
-    if layout.decided.exists():  # what an earlier config had done, or what was changed since
-        kept = {
-            "defer": (layout.deferral, config.defer.error),
-            "thresholds": (layout.thresholds, config.export.thresholds),
-        }
-        gone = [verb for verb, (place, asked) in kept.items() if asked is None and place.exists()]
-        notes += [f"What kdlora {verb} had decided is gone." for verb in gone]
-        forget_decisions(config, layout)
+    # What an earlier config had done, or what was changed since.
+    notes = forget_decisions(config, layout) if layout.decided.exists() else []
     if config.export.thresholds is not None:
         try:
             notes += _fit_all(layout, config.export.thresholds).notes

@@ -313,16 +313,13 @@ def write_card(config: Config, layout: ExperimentLayout, choice: Choice | None =
 
 
 def forget_decisions(config: Config, layout: ExperimentLayout) -> list[str]:
-    """Remove thresholds and promise, which were of files that are gone or of another config, and say so."""
-    places = (layout.thresholds, layout.deferral, layout.decided, layout.student / DECISIONS, layout.onnx / DECISIONS)
-    if not (found := [place for place in places if place.exists()]):
-        return []
-    asked = layout.decided.exists()
-    for place in found:
+    """Remove thresholds and promise, of files that are gone or of another config; name what is not decided anew."""
+    asked = {layout.thresholds: config.export.thresholds, layout.deferral: config.defer.error}
+    gone = [place.stem for place, one in asked.items() if one is None and place.exists()]
+    for place in (*asked, layout.decided, layout.student / DECISIONS, layout.onnx / DECISIONS):
         remove(place)
     write_card(config, layout)
-    told = "Thresholds and promises of what shipped before are gone: kdlora thresholds, kdlora defer make them anew."
-    return [] if asked else [told]
+    return [f"What kdlora {verb} had decided is gone; the verb decides it anew." for verb in gone]
 
 
 def keep_shipped(config: Config, layout: ExperimentLayout, choice: Choice) -> bool:

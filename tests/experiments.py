@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdlora.config import Config
 from kdlora.configfile import build_config
 from kdlora.data.logit_table import write_table
+from kdlora.evidence.predictions import Predictions, read_predictions
+from kdlora.evidence.records import ExperimentLayout
+from tiny import sentiment_rows
 
 ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 128}
@@ -58,6 +65,34 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.mark,)
+
+
+def numbered(count: int, seed: int) -> list[dict[str, str]]:
+    """Make rows of texts that occur once."""
+    return [row | {"text": f"{row['text']} ({seed}, {n})"} for n, row in enumerate(sentiment_rows(count, seed))]
+
+
+def flags(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Give rows three labels that may hold together."""
+    return [
+        {"id": row["id"], "text": row["text"], "praise": int(row["label"] == "positive")}
+        | {name: int(name in row["text"]) for name in ("film", "music")}
+        for row in rows
+    ]
+
+
+def predicted(layout: ExperimentLayout, arm: str, seed: int = 0, split: str = "validation") -> Predictions:
+    """Read on what a run was scored."""
+    return read_predictions(layout.run(arm, seed).predictions).only(split)
+
+
+def answers(folder: Path, *texts: list[str], adapter: bool = False) -> np.ndarray:
+    """Give what a saved model, or an adapter with its base, says by transformers and PEFT alone."""
+    kind = AutoPeftModelForSequenceClassification if adapter else AutoModelForSequenceClassification
+    model = kind.from_pretrained(folder, **({"num_labels": 3} if adapter else {})).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "student" if adapter else folder)
+    with torch.no_grad():
+        return model(**tokenizer(*texts, padding=True, return_tensors="pt")).logits.numpy()
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:

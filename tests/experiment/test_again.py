@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import ARMS, FAST, copy_experiment, edit_json, snapshot
+from experiments import ARMS, FAST, copy_experiment, edit_json, predicted, snapshot
 from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, jobs, preview
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
-from kdlora.experiment.settle import with_recorded
+from kdlora.experiment.settle import with_recorded, with_values
 from kdlora.experiment.stages import train_run
-from kdlora.experiment.study import with_settings
 from kdlora.report.shipped import BenchmarkResult
 from kdlora.section import DataConfig
 from kdlora.system.ownership import MANIFEST
@@ -33,10 +31,6 @@ ALL = {"run": {"arms": ARMS, "seeds": [0, 1]}}
 def copied(experiment, tmp_path):
     """The layout of a copy of the finished experiment, free to be changed."""
     return ExperimentLayout(copy_experiment(experiment.folder, tmp_path / "copy"))
-
-
-def logits(layout, arm, seed):
-    return read_predictions(layout.run(arm, seed).predictions).logits
 
 
 def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tmp_path, monkeypatch):
@@ -66,7 +60,7 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
 
     # Folders that were begun when four copies were the default go on with four.
     (copied.root / MANIFEST).write_text(json.dumps({"made_by": "kdlora", "kind": "experiment"}))
-    opened = asked.model_copy(update={"data": asked.data.model_copy(update={"augment": None})})
+    opened = with_values(asked, {"data.augment": None})
     settled = with_recorded(opened, copied.config)
     assert settled.data.augment == asked.data.augment is not None
     experiment_run.check_folder(settled, copied, opened)
@@ -93,18 +87,16 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
     run_experiment(config, tmp_path / "out")
     measured = []
     monkeypatch.setattr(deployment, "benchmark", lambda models, *_, **__: measured.extend(models) or BenchmarkResult())
-    export = config.export.model_copy(update={"benchmark": True})
-    notes = deployment.deploy_student(config.model_copy(update={"export": export}), result.layout, print)
+    notes = deployment.deploy_student(with_values(config, {"export.benchmark": True}), result.layout, print)
     assert measured == ["student"]
     assert not [note for note in notes if "was not" in note]
 
 
 def test_a_calibration_says_what_no_temperature_takes_back(copied):
     """Rare classes stayed three times too probable, and the documentation said that a temperature takes that back."""
-    config = load_config(copied.config)
-    calibrating = config.model_copy(update={"export": config.export.model_copy(update={"calibrate": True})})
+    config = with_values(load_config(copied.config), {"export.calibrate": True})
     for weights, told in (("balanced", 1), (None, 0)):
-        wanted = with_settings(calibrating, {"student.train.class_weights": weights})
+        wanted = with_values(config, {"student.train.class_weights": weights})
         notes = deployment.deploy_student(wanted, copied, print)
         assert notes[0].startswith("Calibrated with temperature")
         assert sum("which no temperature takes back" in note for note in notes) == told
@@ -152,7 +144,7 @@ def test_a_given_teacher_that_is_not_there_costs_the_student_no_score(copied, wo
 def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop):
     """Weights deleted to save space: the scores still hold. With the arms narrowed, another arm ships and has none."""
     shutil.rmtree(copied.run("student-fft", 0).model)
-    records, before = sorted(copied.runs.glob("*/run.json")), logits(copied, "student-fft", 0)
+    records, before = sorted(copied.runs.glob("*/run.json")), predicted(copied, "student-fft", 0).logits
 
     def interrupt(stage, event):
         raise KeyboardInterrupt
@@ -176,17 +168,17 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     told = "it is the only student with a score, among the arms and seeds that the last call named."
     for text in (copied.shipped.read_text(), card, copied.report_md.read_text()):  # which shows the other arms, too
         assert told in text
-    np.testing.assert_array_equal(logits(copied, "student-fft", 0), before)  # the same seed, the same numbers
+    np.testing.assert_array_equal(predicted(copied, "student-fft", 0).logits, before)  # the same seed, the same numbers
 
 
 def test_a_control_differs_from_the_distilled_arm_by_its_teacher_alone(copied, workshop):
     """With the teacher's weight at 0, the distilled arm must be its control: same head, adapters, rows and order."""
     (copied.teacher / "model.safetensors").unlink()
     for arm, control in (("kd-lora", "student-lora"), ("kd-fft", "student-fft")):
-        distilled = logits(copied, arm, 1)
-        assert not np.array_equal(distilled, logits(copied, control, 1))  # the teacher does matter
+        distilled = predicted(copied, arm, 1).logits
+        assert not np.array_equal(distilled, predicted(copied, control, 1).logits)  # the teacher does matter
         train_run(workshop.config(ALL | {"distil": {"alpha": 1.0}}), copied, arm, 1, lambda event: None)
-        np.testing.assert_array_equal(logits(copied, arm, 1), logits(copied, control, 1))
+        np.testing.assert_array_equal(predicted(copied, arm, 1).logits, predicted(copied, control, 1).logits)
 
 
 def test_another_config_is_refused_and_named(copied, workshop):

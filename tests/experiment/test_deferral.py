@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from experiments import copy_experiment, edit_json, read_rows, snapshot
+from experiments import copy_experiment, edit_json, numbered, read_rows, snapshot
 from kdlora.configfile import load_config, save_config
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.decisions import Decisions, write_decisions
@@ -25,6 +25,7 @@ from kdlora.experiment import deployment, recording
 from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds, is_decided
 from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.settle import with_values
 from kdlora.report.report import make_report
 from kdlora.system.storage import hold_lock
 
@@ -32,12 +33,6 @@ from kdlora.system.storage import hold_lock
 def sureness(said) -> np.ndarray:
     """Give the probability of each answer."""
     return np.array([max(one.probabilities.values()) for one in said])
-
-
-def numbered(count: int, seed: int) -> list[dict[str, str]]:
-    """Make rows of texts that occur once."""
-    rows = tiny.sentiment_rows(count, seed=seed)
-    return [row | {"text": f"{row['text']} ({seed}, {place})"} for place, row in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +140,10 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     for place in (layout.onnx / "LICENSE", layout.onnx / "service.py", layout.student / ".DS_Store"):
         place.write_text("put there by hand")
         assert is_deployed(config, layout)
-    export = config.export.model_copy(update={"max_metric_drop": 0.9})
     with pytest.raises(ArtifactError, match=r"is no file of a model, and would be lost where \S*student-onnx is made"):
-        deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
+        deployment.deploy_student(with_values(config, {"export.max_metric_drop": 0.9}), layout, print)
     assert layout.onnx.exists()
-    config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
+    config = with_values(config, {"export.thresholds": "f1"})
     recording.refuse_loss(layout, layout.student)  # what a file manager leaves there stops nothing
     layout.decided.write_text("earlier")
     with hold_lock(layout.lock, "runs it"):  # as a run does
@@ -293,8 +287,8 @@ def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, finished
     assert "Texts of no known class" in (promised / "report.md").read_text()
     # A given teacher has no weights here, though its answers are kept: half of the decisions were written.
     config = load_config(promised / "config.yaml")
-    teacher = config.teacher.model_copy(update={"fine_tuned": str(finished.parent / "experiment" / "teacher")})
-    (promised / "config.yaml").write_text(save_config(config.model_copy(update={"teacher": teacher})))
+    given = with_values(config, {"teacher.fine_tuned": str(finished.parent / "experiment" / "teacher")})
+    (promised / "config.yaml").write_text(save_config(given))
     for weights in (promised / "teacher").glob("*.*"):
         weights.unlink()
     cli("defer", promised, "--error", "0.1", "--unknown", tmp_path / "strange.txt")

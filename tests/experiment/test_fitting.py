@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from experiments import copy_experiment, read_rows, snapshot
+from experiments import copy_experiment, flags, numbered, read_rows, snapshot
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
@@ -23,22 +23,12 @@ NAMES = ("film", "music", "praise")
 EXPORT = {"formats": ["onnx", "onnx-int8"], "benchmark": False, "min_agreement": 0.0, "max_metric_drop": 100.0}
 
 
-def flags(count: int, seed: int) -> list[dict[str, object]]:
-    """Make rows with three labels that may hold together."""
-    rows = [row | {"text": f"{row['text']} ({seed}, {n})"} for n, row in enumerate(tiny.sentiment_rows(count, seed))]
-    return [
-        {"text": row["text"], "praise": int(row["label"] == "positive")}
-        | {name: int(name in row["text"]) for name in ("film", "music")}
-        for row in rows
-    ]
-
-
 @pytest.fixture(scope="module")
 def finished(workshop, made_once) -> Path:
     """A multi-label experiment with a test split and both exports, and beside it one with thresholds; read only."""
 
     def make(folder: Path) -> Path:
-        rows = {"train": flags(64, 1), "validation": flags(200, 2), "test": flags(120, 3)}
+        rows = {"train": flags(numbered(64, 1)), "validation": flags(numbered(200, 2)), "test": flags(numbered(120, 3))}
         files = {name: str(tiny.write_csv(folder / f"{name}.csv", table)) for name, table in rows.items()}
         sections = {"data": files, "task": {"label": NAMES}, "export": EXPORT}
         root = run_experiment(workshop.config(sections), folder / "experiment").layout.root
@@ -69,7 +59,7 @@ def goals(folder: Path) -> dict[str, str]:
 
 def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, cli) -> None:
     """Int8 shifts outputs, and one file's thresholds on another's would say labels that nobody judged."""
-    texts = [row["text"] for row in flags(60, 4)]
+    texts = [row["text"] for row in flags(numbered(60, 4))]
     for file in ("safetensors", "model.onnx", "model_quantized.onnx"):
         place = fitted / "student" if file == "safetensors" else fitted / "student-onnx" / file
         model, thresholds = Classifier.load(place), read(fitted, file)
@@ -90,7 +80,7 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
 
     Those of every label are of no thresholds, and were told as if they were of what ships.
     """
-    rows = flags(120, 3)
+    rows = flags(numbered(120, 3))
     found = json.loads((fitted / "thresholds.json").read_text())
     assert (found["source"], found["judged"], found["rows"]) == ("test", 120, 200)
     said = Classifier.load(fitted / "student").predict([row["text"] for row in rows])
@@ -164,7 +154,7 @@ def test_what_cannot_be_fitted_is_refused(finished: Path, cli, arguments: list[s
 def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) -> None:
     """One rare label would keep all others from being fitted, or get a threshold out of nothing."""
     folder = copy_experiment(finished, tmp_path / "experiment")
-    rows = [row | {"music": 0} for row in flags(200, 2)]
+    rows = [row | {"music": 0} for row in flags(numbered(200, 2))]
     config = (folder / "config.yaml").read_text()
     other = tiny.write_csv(tmp_path / "validation.csv", rows)
     (folder / "config.yaml").write_text(config.replace(str(finished.parent / "validation.csv"), str(other)))
@@ -179,7 +169,7 @@ def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) 
 
 def test_a_threshold_that_costs_the_tasks_score_is_left_out(finished: Path, tmp_path: Path, monkeypatch) -> None:
     """A rare label that was hardly learnt was said of most texts for its own F1, at half the score of the task."""
-    folder, texts = copy_experiment(finished, tmp_path / "experiment"), [row["text"] for row in flags(200, 2)]
+    folder, texts = copy_experiment(finished, tmp_path / "experiment"), [row["text"] for row in flags(numbered(200, 2))]
     logits = Classifier.load(folder / "student").predict_logits(texts)
     ranks, rare = logits.argsort(axis=0).argsort(axis=0), int(logits.mean(axis=0).argmin())
     labels = (ranks >= 100).astype(np.float32)

@@ -6,37 +6,32 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig
 
-from experiments import FAST, copy_experiment, edit_json, read_rows, snapshot, write_lines
+from experiments import (
+    FAST,
+    answers,
+    copy_experiment,
+    edit_json,
+    flags,
+    predicted,
+    read_rows,
+    snapshot,
+    write_lines,
+)
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil import inference
 from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ArtifactError, DataError
-from kdlora.evidence.predictions import read_examples, read_predictions
+from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, write_record
 from kdlora.experiment.run import plan_experiment, run_experiment
-from kdlora.experiment.settle import check_table
+from kdlora.experiment.settle import check_table, with_values
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.ownership import MANIFEST
 from tiny import sentiment_rows, write_csv
-
-
-def predicted(layout, arm, split="validation"):
-    return read_predictions(layout.run(arm, 0).predictions).only(split)
-
-
-def answers(folder, *texts, adapter=False):
-    """Give what a saved model, or an adapter with its base, says of some texts."""
-    kind = AutoPeftModelForSequenceClassification if adapter else AutoModelForSequenceClassification
-    model = kind.from_pretrained(folder, **({"num_labels": 3} if adapter else {})).eval()
-    batch = AutoTokenizer.from_pretrained(folder.parent / "student")(*texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        return model(**batch).logits.numpy()
 
 
 def test_regression_is_scored_and_shipped_on_the_original_scale(workshop, tmp_path):
@@ -98,21 +93,12 @@ def test_probabilities_in_place_of_logits_are_doubted(workshop, tmp_path, caplog
     assert notes[0].startswith(f"{tmp_path / 'table.csv'}: each row of these logits sums to 1, as probabilities do")
 
 
-def flags(count, seed):
-    """Make rows with three labels that may hold together."""
-    return [
-        {"id": row["id"], "text": row["text"], "praise": int(row["label"] == "positive")}
-        | {name: int(name in row["text"]) for name in ("film", "music")}
-        for row in sentiment_rows(count, seed)
-    ]
-
-
 def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_path):
     """A table without validation rows can teach, though it cannot be scored; its columns come in any order."""
-    rows = flags(64, 0)
+    rows = flags(sentiment_rows(64))
     files = {
         "train": str(write_csv(tmp_path / "train.csv", rows)),
-        "validation": str(write_csv(tmp_path / "validation.csv", flags(24, 1))),
+        "validation": str(write_csv(tmp_path / "validation.csv", flags(sentiment_rows(24, 1)))),
     }
     table = [
         {name: 0.9 if row[name] else 0.2 for name in ("music", "praise", "film")} | {"id": row["id"]}
@@ -168,7 +154,7 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
     assert student.test_score == pytest.approx(100 * student.test_metrics["accuracy"])
     assert student.total_parameters < teacher.total_parameters
     assert "on the test split" in (result.layout.student / "README.md").read_text()
-    on_test = predicted(result.layout, "kd-lora", "test")
+    on_test = predicted(result.layout, "kd-lora", split="test")
     assert on_test.label_names == names
     assert on_test.ids == tuple(str(row) for row in range(30))
     assert {split for split, _ in read_examples(result.layout.examples)} == {"validation", "test"}
@@ -248,7 +234,7 @@ def test_the_teacher_labels_them_and_the_student_learns_from_both(config, tmp_pa
 
     `lora` had a student's epochs, which are few where there are many unlabelled texts, of its own few rows.
     """
-    config = config.model_copy(update={"run": config.run.model_copy(update={"arms": (*config.run.arms, "lora")})})
+    config = with_values(config, {"run.arms": (*config.run.arms, "lora")})
     result, splits = run_experiment(config, tmp_path / "out"), load_splits(config.task, config.data)
     stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
     assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
@@ -274,14 +260,14 @@ def test_the_teacher_labels_them_and_the_student_learns_from_both(config, tmp_pa
 def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):
     """Found out by the child of the first student, the fault costs a teacher's evaluation; named early, nothing."""
     path = tmp_path / "table.jsonl"
-    teacher = config.teacher.model_copy(update={"model": None, "logits": str(path)})
-    config, splits = config.model_copy(update={"teacher": teacher}), load_splits(config.task, config.data)
+    splits = load_splits(config.task, config.data)
+    config = with_values(config, {"teacher.model": None, "teacher.logits": str(path)})
     rows = [("train", key) for key in splits.train["id"]] + [("unlabelled", key) for key in splits.unlabelled["id"]]
     table = [{"split": split, "id": key, "negative": 0.5, "positive": 0.25} for split, key in rows]
     write_lines(path, [row for row in table if row["split"] == "train"])
     with pytest.raises(DataError, match="no row is of split 'unlabelled'"):
         check_table(config, splits)
-    nobody = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("student-lora",)})})
+    nobody = with_values(config, {"run.arms": ("student-lora",)})
     assert check_table(nobody, splits) == []  # whom it does not teach, it need not cover
     write_lines(path, [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
     assert check_table(config, splits) == [f"{path}: 1 rows belong to no unlabelled example and are not used."]

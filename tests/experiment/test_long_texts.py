@@ -6,11 +6,9 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import FAST, edit_json, read_rows
+from experiments import FAST, answers, edit_json, predicted, read_rows
 from fabricate import BINARY
 from kdlora.configfile import build_config, load_config
 from kdlora.data.tasks import Task
@@ -18,13 +16,12 @@ from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, ModelError
-from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment import deployment
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.plan import reset_unused
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
-from kdlora.experiment.settle import Chosen, ModelLook
+from kdlora.experiment.settle import Chosen, ModelLook, with_values
 from kdlora.report.shipped import BenchmarkResult
 from tiny import sentiment_rows, write_csv
 
@@ -64,17 +61,12 @@ def result(values, tmp_path_factory):
     return run_experiment(build_config(values), tmp_path_factory.mktemp("long-run") / "out")
 
 
-def kept(result, arm):
-    """The logits on which a run was scored."""
-    return read_predictions(result.layout.run(arm, 0).predictions).only("validation").logits
-
-
 def test_what_is_scored_exported_and_served_is_one_answer(result, values):
     """A student that is scored in windows and served cut, or pooled otherwise, is not the one of the report."""
     layout = result.layout
     assert [record.status for record in result.records] == ["finished", "finished"]
     assert not any(any(record.truncated.values()) for record in result.records)
-    scored = kept(result, "kd-fft")
+    scored = predicted(layout, "kd-fft").logits
     assert result.records[-1].score > 70  # which the beginnings of the texts cannot give
     for folder, precision in ((layout.student, "auto"), (layout.onnx, "fp32")):
         model = Classifier.load(folder, precision=precision)
@@ -99,8 +91,8 @@ def test_a_teacher_that_would_be_cut_is_not_measured(result, values, tmp_path, m
     own = json.loads((given / "config.json").read_text())["kdlora_task"]
     for task in (None, own):
         edit_json(given / "config.json", kdlora_task=task)
-        teacher = config.teacher.model_copy(update={"fine_tuned": str(given)})
-        deployment._benchmark_student(config.model_copy(update={"teacher": teacher}), layout, splits, print)
+        wished = with_values(config, {"teacher.fine_tuned": str(given)})
+        deployment._benchmark_student(wished, layout, splits, print)
     assert ["teacher" in models for models in asked] == [False, True]
 
 
@@ -116,7 +108,7 @@ def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp
         expected = Classifier.load(result.layout.teacher, max_length=longest).predict_logits(TEXTS)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         if longest == 64:
-            np.testing.assert_allclose(found, kept(result, "fft"), atol=1e-4)
+            np.testing.assert_allclose(found, predicted(result.layout, "fft").logits, atol=1e-4)
     remedy = r"max_length is 128, but .* reads 64 tokens at most"
     with pytest.raises(ConfigError, match=remedy):
         label_collection(model, texts, tmp_path / "more", LabelSettings(max_length=128))
@@ -176,13 +168,6 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
         assert (filled.teacher.train.max_length, filled.student.train.max_length) == lengths
 
 
-def answers(folder, texts):
-    """Give what a saved model says by transformers alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(**AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")).logits.numpy()
-
-
 def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     workshop, tiny_model_folder, tmp_path, monkeypatch
 ):
@@ -206,7 +191,7 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     assert [told in own[arm].notes for arm in ("lora", "kd-lora", "student-lora")] == [True, True, False]
     texts = [row["text"] for row in read_rows(workshop.validation)]
     for folder, arm in ((layout.teacher, "lora"), (layout.student, result.shipped.arm)):
-        scored = read_predictions(layout.run(arm, 0).predictions).only("validation")
+        scored = predicted(layout, arm)
         np.testing.assert_allclose(answers(folder, texts), scored.logits, atol=1e-4)
     np.testing.assert_allclose(Classifier.load(layout.student).predict_logits(texts), scored.logits, atol=1e-4)
     stored = read_stored_logits(layout.teacher_logits, Task.from_dict(own["lora"].task))
@@ -217,12 +202,11 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     # It is measured all the same, and the teacher, which reads less than the student, not scored once more.
     asked = []
     monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
-    export = config.export.model_copy(update={"formats": ("onnx",), "benchmark": True})
-    wished = config.model_copy(update={"export": export})
+    wished = with_values(config, {"export.formats": ("onnx",), "export.benchmark": True})
     with pytest.raises(ZeroDivisionError):  # and the plan says so, before the hours
         run_experiment(wished, tmp_path / "planned", before=lambda plan: plans.append(plan) or 1 / 0)
     assert [any("only encoders are exported" in note for note in one.notes) for one in plans] == [False, True]
-    notes = deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
+    notes = deployment.deploy_student(wished, layout, print)
     assert [note for note in notes if "only encoders are exported to ONNX" in note]
     assert (asked[0]["max_length"], asked[0]["scores"]) == (None, {"teacher": own["lora"].score})
     with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):

@@ -22,6 +22,7 @@ from kdlora.experiment import deployment
 from kdlora.experiment.recording import write_card
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.experiment.settle import with_values
 from kdlora.experiment.team import _experiment
 from kdlora.report.shipped import BenchmarkResult
 from sentences import tagged_rows, write_conll
@@ -121,13 +122,12 @@ def test_the_pipeline_on_the_card_marks_whole_words(result, config, tmp_path):
     assert "the pipeline below marks parts of words, too" in card.read_text()
 
 
-def test_each_model_is_measured_at_its_own_length(result, config, monkeypatch):
+def test_each_model_is_measured_at_its_own_length(result, monkeypatch):
     """A teacher that reads in windows of the student's length has another score, and another time."""
     asked = []
     monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
-    export = config.export.model_copy(update={"formats": (), "benchmark": True})
     layout = ExperimentLayout(copy_experiment(result.folder, result.folder.with_name("measured")))
-    settled = load_config(layout.config).model_copy(update={"export": export})
+    settled = with_values(load_config(layout.config), {"export.benchmark": True})
     deployment.deploy_student(settled, layout, print)
     assert asked[0]["max_length"] is None
     assert asked[0]["scores"] == {"teacher": result.records[0].test_score}
@@ -148,7 +148,7 @@ def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):
     layout = ExperimentLayout(tmp_path)
     open_again = plan.config.model_copy(update={"teacher": config.teacher, "student": config.student})
     assert _experiment(open_again, layout) == _experiment(config, layout)
-    only = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("words",)})})
+    only = with_values(config, {"run.arms": ("words",)})
     with pytest.raises(ConfigError, match=r"run\.arms: a bag of words"):
         plan_experiment(only, tmp_path / "out")
 

@@ -38,11 +38,8 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
     (copied.root / MANIFEST).unlink()  # which version 0.1 did not write
     (copied.student / "LICENSE").write_text("put there by hand")  # it was exported anew, and its thresholds were gone
     before = snapshot(copied.root)
-    for module in (
-        experiment_run,
-        jobs,
-        preview,
-    ):  # no stage, and no server of children that would import torch once more
+    # No stage, and no server of children that would import torch once more.
+    for module in (experiment_run, jobs, preview):
         monkeypatch.setattr(module, "run_in_child", lambda *_, **__: pytest.fail("a process was started"))
     again = run_experiment(workshop.config(ALL), copied.root)
     assert again.records == experiment.records

@@ -307,8 +307,7 @@ def _fit(
         try:
             new = {**thresholds, name: fit_threshold(odds, has, goal)}
         except NoThresholdError as fault:
-            unreached = 0 < has.sum() < len(has)  # by this file, whose outputs are its own
-            its = f"its threshold in {place}" if unreached and name in thresholds else "0.5"
+            its = f"its threshold in {place}" if name in thresholds else "0.5"
             reasons.append(f"{name!r:.80} keeps {its}: {fault}")
             continue
         # No shift changes a ranking, and the mean of labels' F1 rises with that of one.

@@ -154,7 +154,7 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path, mon
     taught = workshop.config({"run": {"arms": ["words", "kd-lora"]}})
     teacher = words.model_copy(update={"arm": "fft", "score": words.score - 10.0})
     (doubt,) = doubts_of_teacher(taught, ExperimentLayout(tmp_path), [words, teacher])
-    assert doubt.startswith("The teacher is below a bag of words: on validation it has")
+    assert doubt.startswith("The teacher is below a control without a teacher, bag of words: on validation it has")
     student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
     assert doubts_of_teacher(taught, ExperimentLayout(tmp_path), [student, teacher]) == []
 

@@ -43,6 +43,7 @@ from kdlora.experiment.recording import finish, splits_by_name
 from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, stored_logits
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
+from kdlora.report.wording import arm_title
 from kdlora.system.integrity import hash_json
 
 logger = logging.getLogger(__name__)
@@ -271,12 +272,9 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
     ]
     best, control = max(controls, default=(own, ""))
     if best > own:
-        below, name = "its student’s control", f"{control} without a teacher"
-        if control == "words":
-            below, name = "a bag of words", "words, a bag of words,"
         found.append(
-            f"The teacher is below {below}: on validation it has {own:.1f}, {name} {best:.1f}. What it teaches can "
-            "then hardly help."
+            f"The teacher is below a control without a teacher, {arm_title(control)}: on validation it has {own:.1f}, "
+            f"the control {best:.1f}. What it teaches can then hardly help."
         )
     place, task = layout.run(arm, seed).predictions, next(Task.from_dict(one.task) for one in records)
     if place.exists() and (unknown := unknown_classes(task, read_predictions(place))):

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, STUDENT_ARMS, Arm, Config
+from kdlora.config import LORA_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
@@ -147,18 +147,15 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
     if arm == "words":  # to ask a GPU would begin CUDA, whose memory would be recorded
         return record.model_copy(update={"precision": "fp32", "device": "cpu", "started": now()})
     precision, reason = settle_precision(config.run.precision, config.run.device, layout.precision)
-    notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
-    if splits.unlabelled is not None and (count := len(splits.unlabelled) - splits.copies):
-        notes.insert(
-            0,
+    notes, on_cpu = list(record.notes), resolve_device(config.run.device).type == "cpu"
+    if count := record.rows.get("unlabelled"):
+        notes.append(
             f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them too; the "
-            "other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
+            "other student arms see the labelled rows alone, as often as it takes for the same optimiser steps"
         )
-    if arm in DISTILLED_ARMS | {config.teacher_arm} and config.teacher_arm == "lora":
-        notes.insert(0, "the teacher is tuned by adapters (teacher.tuning: lora), merged before it labels")
-    on_cpu = resolve_device(config.run.device).type == "cpu"
-    update = {"precision": precision, "device": "cpu" if on_cpu else str(torch.cuda.get_device_name())}
-    return record.model_copy(update=update | {"started": now(), "notes": [*record.notes, *notes]})
+    notes += [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
+    device = "cpu" if on_cpu else str(torch.cuda.get_device_name())
+    return record.model_copy(update={"precision": precision, "device": device, "started": now(), "notes": notes})
 
 
 def hash_base(encoder: Encoder) -> str:

@@ -40,7 +40,7 @@ from kdlora.evidence.predictions import Predictions, read_predictions, write_pre
 from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, stored_logits
+from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, stored_logits, with_values
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.report.wording import arm_title
@@ -328,8 +328,7 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
     """Score the shipped student, by its fitted thresholds, and the teacher if it is there, on another labelled file."""
     layout, config, task = open_finished(folder)
     if not trust_remote_code:  # the folder says what its author trusted
-        teacher = config.teacher.model_copy(update={"trust_remote_code": False})
-        config = config.model_copy(update={"teacher": teacher})
+        config = with_values(config, {"teacher.trust_remote_code": False})
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
 
     def row(

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdlora.config import Config
 from kdlora.configfile import build_config
 from kdlora.data.logit_table import write_table
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout
-from tiny import sentiment_rows
 
 ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 128}
@@ -69,6 +65,8 @@ class Evil:
 
 def numbered(count: int, seed: int) -> list[dict[str, str]]:
     """Make rows of texts that occur once."""
+    from tiny import sentiment_rows
+
     return [row | {"text": f"{row['text']} ({seed}, {n})"} for n, row in enumerate(sentiment_rows(count, seed))]
 
 
@@ -88,6 +86,10 @@ def predicted(layout: ExperimentLayout, arm: str, seed: int = 0, split: str = "v
 
 def answers(folder: Path, *texts: list[str], adapter: bool = False) -> np.ndarray:
     """Give what a saved model, or an adapter with its base, says by transformers and PEFT alone."""
+    import torch  # here, as above: most tests do without
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     kind = AutoPeftModelForSequenceClassification if adapter else AutoModelForSequenceClassification
     model = kind.from_pretrained(folder, **({"num_labels": 3} if adapter else {})).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "student" if adapter else folder)

@@ -63,12 +63,12 @@ MODELS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
     (transformers.T5Config().save_pretrained, ("a decoder follows; expected one of the two", "teacher.logits")),
     (transformers.ViTConfig().save_pretrained, ("'vit'", "encoder", "no text classification")),
     (_config(model_type="x", auto_map={"AutoConfig": "c.C"}), ("trust_remote_code: true",)),
-    (_config(dim=64), ("do not fit its config.json",)),
+    (_config(dim=64), ("as its config.json describes it", "another shape")),
     (_config(n_heads=5), ("config",)),
     (_config(n_layers=-1), ("-1 layers",)),
     (_config(n_layers=3), ("tensors are missing", "layer.1")),
-    (lambda f: (f / "model.safetensors").unlink(), ("no weights", "tokenizer.json")),
-    (lambda f: (f / "model.safetensors").rename(f / "model.onnx"), ("no weights that PyTorch reads",)),
+    (lambda f: (f / "model.safetensors").unlink(), ("and model.safetensors", "tokenizer.json")),
+    (lambda f: (f / "model.safetensors").rename(f / "model.onnx"), ("expected config.json and model.safetensors",)),
     (lambda f: (f / "model.safetensors").rename(f / "x.safetensors"), ("no file named model.safetensors",)),
     (lambda f: _cut(f / "model.safetensors", 5000), ("the weights in", "cannot be read")),
     (_endless_header, ("weights",)),
@@ -80,7 +80,7 @@ MODELS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
     (lambda f: _cut(f / "tokenizer.json", 200), ("tokenizer",)),
     (lambda f: edit_json(f / "tokenizer_config.json", pad_token=None), ("padding token",)),
     (lambda f: (f / "config.json").rename(f / "adapter_config.json"), ("holds an adapter, not a model",)),
-    (lambda f: (_only(f), (f / "train.tsv").touch()), ("expected config.json, it holds train.tsv",)),
+    (lambda f: (_only(f), (f / "train.tsv").touch()), ("expected config.json", "it holds train.tsv")),
 ]
 
 NAMES: list[tuple[str, tuple[str, ...]]] = [

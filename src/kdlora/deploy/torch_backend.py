@@ -24,7 +24,7 @@ class TorchBackend:
             torch.set_num_threads(threads)
         source = Source(str(folder.path), local=True)
         loaded = loading.load_weights(source, loading.load_config(source))
-        if absent := sorted(loaded.missing | loaded.mismatched):
+        if absent := sorted(loaded.random):
             raise ModelError(
                 f"{folder.path}: the checkpoint lacks weights of the classifier ({', '.join(absent[:3])}"
                 f"{', …' if len(absent) > 3 else ''}). Fine-tune it first: their values would be random."

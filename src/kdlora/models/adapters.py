@@ -76,17 +76,15 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
     chosen: list[str] = []
     for name in names:
         matched = [layer for layer in linear if _ends_with(layer, name)]
-        found = {other: type(module).__name__ for other, module in model.named_modules() if _ends_with(other, name)}
         if not matched:
-            problem = f"{name!r} matches no module of this {model.config.model_type!r} model."
-            if any(_ends_with(part, own) or part.startswith(f"{own}.") for part in found for own in fresh):
-                problem = f"{name!r} is a new module; it is trained in full and takes no adapter."
-            elif found:
-                problem = f"{name!r} is a {next(iter(found.values()))}; adapters go on linear layers."
             near = did_you_mean(name, {part for one in linear for part in (_within_layer(one), one.rpartition(".")[2])})
-            raise ModelError(f"lora.targets: {problem}{near} Its linear layers are {_candidates(linear)}")
+            raise ModelError(
+                f"lora.targets: {name!r} names no linear layer of this {model.config.model_type!r} model (its new head "
+                f"is trained in full).{near} Its linear layers are {_candidates(linear)}"
+            )
         # The name alone, if PEFT would find just the matched layers by it; else their full names.
-        chosen += [name] if found.keys() <= set(linear) else matched
+        found = {layer for layer, _ in model.named_modules() if _ends_with(layer, name)}
+        chosen += [name] if found <= set(linear) else matched
     return list(dict.fromkeys(chosen))
 
 

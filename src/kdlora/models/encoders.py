@@ -133,7 +133,7 @@ def load_fine_tuned(
         )
     columns = _match_columns(place, config, task, label_names)
     loaded = read_weights(place, config)
-    if absent := sorted(loaded.missing | loaded.mismatched):
+    if absent := sorted(loaded.random):
         raise ModelError(
             f"{source} is not fine-tuned: it has no weights for {', '.join(absent)}. Give it as teacher.model, and "
             "kdlora fine-tunes it; or give a model with a trained classification head"
@@ -199,7 +199,7 @@ def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
     model = loaded.model
     head = [name for name, child in model.named_children() if child is not model.base_model]
     names = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
-    absent = {key.rpartition(".")[0] for key in loaded.missing | loaded.mismatched}
+    absent = {key.rpartition(".")[0] for key in loaded.random}
     inner = {name for name in absent if name.partition(".")[0] not in head}
     return tuple(name for name, _ in model.named_modules() if name in inner or name in names)
 
@@ -207,7 +207,7 @@ def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
 @torch.no_grad()
 def _start_afresh(loaded: Loaded, seed: int) -> None:
     """Initialise what is missing, and another task's head, as the architecture does, from a seed of their own."""
-    model, random = loaded.model, set(loaded.missing | loaded.mismatched)
+    model, random = loaded.model, loaded.random
     trained_as = getattr(model.config, "architectures", None) or [""]
     if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):
         prefix = model.base_model_prefix + "."
@@ -296,10 +296,8 @@ def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_na
         return [0]
     if config.num_labels == 1 < task.num_labels:
         raise ModelError(
-            f"{place.name} has one output, a score, and the task has {task.num_labels} labels "
-            f"({', '.join(task.label_names):.200}). It can still teach two labels: write a table for teacher.logits "
-            "with, for each id, 0 for the label of a low score and its raw score (before any sigmoid) for the other "
-            "(docs/howto/table-teacher.md)"
+            f"{place.name} has one output, a score, and the task has {task.num_labels} labels. It can still teach two: "
+            "by a table for teacher.logits, with 0 for one label and its raw score for the other"
         )
     names = _label_names(place, config, label_names)
     where = place.name if label_names is None else "teacher.label_names"

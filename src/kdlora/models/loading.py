@@ -83,11 +83,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in fp32, in evaluation mode; parameters `missing` or of another shape in the checkpoint are random."""
+    """A model in fp32, in evaluation mode; what the checkpoint lacks, or has in another shape, is `random`."""
 
     model: PreTrainedModel
-    missing: frozenset[str]
-    mismatched: frozenset[str]
+    random: frozenset[str]
 
 
 def open_source(name: str, revision: str | None, trust_remote_code: bool, words: bool | None = None) -> Source:
@@ -95,24 +94,22 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool, words:
     path = expand_home(name)
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
-        held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
-        if "config.json" not in names:
-            if ADAPTER in names:
-                raise ModelError(
-                    f"{path} holds an adapter, not a model; give the merged model (the `student` folder of an "
-                    "experiment), or merge it into its base first"
-                )
-            raise ModelError(f"{path} is not a model folder: expected config.json, it holds {held}")
-        refuse_links_out(path)
-        if any(file.endswith(SAFE) and not file.startswith("adapter_") for file in names):
+        if "config.json" in names and any(file.endswith(SAFE) and not file.startswith("adapter_") for file in names):
+            refuse_links_out(path)
             return Source(str(path.resolve()), None, trust_remote_code, words=words)
+        if "config.json" not in names and ADAPTER in names:
+            raise ModelError(
+                f"{path} holds an adapter, not a model; give the merged model (the `student` folder of an "
+                "experiment), or merge it into its base first"
+            )
         if pickled := [file for file in names if file.endswith(PICKLED) and not file.startswith(NOT_WEIGHTS)]:
             raise ModelError(
                 f"{path} has its weights only in {', '.join(pickled)}, and kdlora unpickles nothing. If you trust the "
                 "file, write safetensors beside it once, with the transformers class that config.json names under "
                 "architectures: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        raise ModelError(f"{path} has no weights that PyTorch reads: expected model.safetensors, it holds {held}")
+        held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
+        raise ModelError(f"{path} is no model folder: expected config.json and model.safetensors, it holds {held}")
     if path.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, or the id of a Hub model")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -204,16 +201,10 @@ def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
     """Read weights, and refuse what leaves a part of the encoder random, other than a pooler on top of it."""
     loaded = load_weights(source, config)
     prefix = loaded.model.base_model_prefix + "."
-    if loaded.mismatched and (wrong := sorted(key for key in loaded.mismatched if key.startswith(prefix))):
-        raise ModelError(
-            f"the weights of {source.name} do not fit its config.json: {', '.join(wrong[:3])} "
-            f"({len(wrong)} in all) have another shape. One of the two comes from another model"
-        )
-    absent = [key for key in loaded.missing if key.startswith(prefix) and ".pooler." not in key]
-    if absent:
+    if absent := sorted(key for key in loaded.random if key.startswith(prefix) and ".pooler." not in key):
         raise ModelError(
             f"the weights of {source.name} are not those of a {loaded.model.config.model_type!r} encoder as its "
-            f"config.json describes it: {len(absent)} tensors are missing, such as {sorted(absent)[0]}"
+            f"config.json describes it: {len(absent)} tensors are missing or have another shape, such as {absent[0]}"
         )
     return loaded
 
@@ -278,8 +269,8 @@ def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
             output_loading_info=True,
             **_options(source),
         )
-    mismatched = frozenset(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
-    return Loaded(model.eval(), frozenset(report["missing_keys"]), mismatched)
+    mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    return Loaded(model.eval(), frozenset(report["missing_keys"]) | mismatched)
 
 
 def _options(source: Source) -> dict[str, Any]:

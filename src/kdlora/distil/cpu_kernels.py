@@ -22,7 +22,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "kdlora_cpu"
-_PACKABLE = (torch.float32, torch.bfloat16)
 _STEPS = 256
 _LOWEST = -(2**63)
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -344,17 +343,14 @@ def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, ty
 def _packable(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear:
         return False
-    parameters = list(layer.parameters())
-    alike = len({parameter.dtype for parameter in parameters}) == 1 and parameters[0].dtype in _PACKABLE
-    if alike and parameters[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # packing raises there; PyTorch's own product only is slow
-    return alike and not any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in parameters)
+    if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in layer.parameters()):
+        return False
+    # Where bf16 is not supported packing raises; PyTorch's own product only is slow.
+    return layer.weight.dtype == torch.float32 or (
+        layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _plain_lora(module: LoraLinear) -> bool:
-    name = module.active_adapters[0] if len(module.active_adapters) == 1 else None
-    if name is None or name not in module.lora_A or module.merged or module.disable_adapters:
-        return False
-    variant = bool(module.use_dora.get(name)) or bool(module.lora_variant.get(name)) or bool(module.lora_bias.get(name))
-    dropping = type(module.lora_dropout[name]) in (nn.Identity, nn.Dropout, _DropoutLayer)
-    return not variant and dropping and not module.fan_in_fan_out and _packable(module.base_layer)
+    """Say whether an adapter, as `add_adapter` makes it, is LoRA itself and no variant such as DoRA."""
+    return not module.lora_variant and _packable(module.base_layer)

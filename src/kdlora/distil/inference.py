@@ -60,7 +60,7 @@ from kdlora.distil.precision import (
     resolve_precision,
 )
 from kdlora.distil.processes import ALONE, Processes, current_processes
-from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.errors import DataError, ModelError
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions
 from kdlora.system.integrity import hash_json
@@ -127,8 +127,6 @@ def predict_logits(
     # One copy from the device at the end, so that no batch waits for it.
     own = (np.concatenate(order), torch.cat(outputs).cpu().numpy()) if outputs else None
     found = [part for part in processes.gather(own) if part is not None]
-    if not found:
-        return np.zeros((0, 0), dtype=np.float32)
     logits = np.full((edges[-1], found[0][1].shape[1]), np.nan, dtype=np.float32)
     for numbers, values in found:
         logits[numbers] = values
@@ -232,14 +230,14 @@ def teacher_logits(
     if precision not in DTYPES:  # else as was settled, perhaps on another device
         precision = resolve_precision(precision, device)[0]
     places = [int(column) for column in columns]
-    teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens)
-    ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
-    wanted = teacher.new_store(Path(folder) / LOGITS_MANIFEST, ingredients, rows_per_shard)
+    teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), batch_tokens, processes)
+    examples = {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
+    wanted = teacher.new_store(Path(folder) / LOGITS_MANIFEST, examples, rows_per_shard)
     held = hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True)
     with held if processes.is_first else contextlib.nullcontext():
         store = processes.first_says(begin_store(wanted) if processes.is_first else None)
-        finished = _fill(store, teacher, dataset, resolve_device(device), progress, processes)
-        return TeacherLogits.of(finished, task.label_names, task)
+        finished = _fill(store, teacher, dataset, resolve_device(device), progress)
+        return TeacherLogits.of(finished, task)
 
 
 def _fill(
@@ -248,10 +246,9 @@ def _fill(
     dataset: Dataset,
     device: Any,
     progress: Callable[[int, int], None] | None,
-    processes: Processes,
 ) -> LogitStore:
     """Compute the shards that are not there, each of consecutive rows."""
-    step, total = store.rows_per_shard, len(dataset)
+    step, total, processes = store.rows_per_shard, len(dataset), teacher.processes
     starts = range(0, total, step)
     parts = {f"logits-{start // step:05d}.parquet": range(start, min(start + step, total)) for start in starts}
     found = processes.first_says({name: find_shard(store.folder, name) for name in parts})
@@ -265,7 +262,7 @@ def _fill(
     for name in wanting:
         # The texts in memory are those of a shard, however large the data.
         hear = partial(lambda before, rows: tell(before + rows, total), done)
-        found[name] = teacher.write_shard(store.folder / name, [dataset.select(parts[name])], hear, processes)
+        found[name] = teacher.write_shard(store.folder / name, [dataset.select(parts[name])], hear)
         if processes.is_first:
             write_note(store.folder, found[name])
         done += len(parts[name])
@@ -283,13 +280,14 @@ class Teacher:
     max_length: int
     precision: str
     batch_tokens: int
+    processes: Processes = ALONE  # that answer together
 
     @cached_property
     def weights(self) -> str:
         return hash_model(self.encoder.model)
 
-    def ingredients(self) -> dict[str, Any]:
-        """Name what makes its answer to a text, by hash or value."""
+    def new_store(self, manifest: Path, more: dict[str, Any], rows_per_shard: int) -> LogitStore:
+        """Begin a store of what makes its answer to a text, by hash or value, and of `more`, which makes the rows."""
         ingredients = {
             "weights": self.weights,
             "tokenizer": hash_tokenizer(self.encoder.tokenizer),
@@ -297,11 +295,10 @@ class Teacher:
             "columns": self.columns,
             "max_length": self.max_length,
             "precision": self.precision,
+            **more,
         }
-        windows = self.task.to_dict().get("windows")
-        return ingredients if windows is None else ingredients | {"windows": windows}
-
-    def new_store(self, manifest: Path, ingredients: dict[str, Any], rows_per_shard: int) -> LogitStore:
+        if (windows := self.task.to_dict().get("windows")) is not None:
+            ingredients["windows"] = windows
         return LogitStore(
             path=manifest,
             fingerprint=hash_json(ingredients),
@@ -316,7 +313,6 @@ class Teacher:
         path: Path,
         windows: Iterable[Dataset],
         progress: Callable[[int], None] | None = None,
-        processes: Processes = ALONE,
         kept: Sequence[str] = ("id",),
     ) -> Shard:
         """Store the answers to some rows in a file, a window at a time; of several processes the first writes."""
@@ -331,13 +327,13 @@ class Teacher:
                 tokens = tokenise(
                     window, self.encoder.tokenizer, self.max_length, windows=self.task.windows, quiet=True
                 )
-                logits = self._answer(tokens, progress, processes)
+                logits = self._answer(tokens, progress)
                 rows, truncated = rows + len(window), truncated + tokens.truncated
                 columns = {name: read_column(window, name).cast(kind) for name, kind in types.items()}
                 found = logit_columns(self.task.label_names, logits, word_offsets(window))
                 yield pa.table({**columns, **found}, schema)
 
-        if processes.is_first:
+        if self.processes.is_first:
             digest = write_tables(path, schema, tables())
         else:
             digest = ""
@@ -345,7 +341,7 @@ class Teacher:
                 pass
         return Shard(file=path.name, sha256=digest, rows=rows, truncated=truncated)
 
-    def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
+    def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None) -> np.ndarray:
         # The head of a regression has the labels' scale, where bf16 has steps of 8 at 2,000, and fp16 ends at 65,504.
         head = last_linear(self.encoder.model, 1, biased=False) if self.task.kind == "regression" else None
         packed = fast_reading(self.encoder.model) if self.precision == "fp32" else contextlib.nullcontext()
@@ -357,7 +353,7 @@ class Teacher:
                 precision=self.precision,
                 batch_tokens=self.batch_tokens,
                 progress=progress,
-                processes=processes,
+                processes=self.processes,
             )
         source = self.encoder.source
         if max(self.columns) >= logits.shape[1]:
@@ -375,13 +371,4 @@ class Teacher:
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:
-    path = Path(folder) / LOGITS_MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{folder}: there are no stored teacher logits. Run the same command again to compute them")
-    store = open_store(path)
-    if tuple(store.label_names) != task.label_names:
-        raise ArtifactError(
-            f"{folder}: these teacher logits are of the labels {', '.join(store.label_names)}; expected "
-            f"{', '.join(task.label_names)}. Delete {folder} and run the same command again"
-        )
-    return TeacherLogits.of(store, task.label_names, task)
+    return TeacherLogits.of(open_store(Path(folder) / LOGITS_MANIFEST), task)

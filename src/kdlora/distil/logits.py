@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from datasets import Dataset, List, Value, concatenate_datasets
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
-from kdlora.data.logit_table import LogitStore, as_lists, as_offsets
+from kdlora.data.logit_table import LogitStore, as_lists, as_offsets, match_collection
 from kdlora.data.spool import SLICE_ROWS, doubles, label_array, read_column, settle, slice_rows, spool
 from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import Task, match_labels
@@ -23,7 +23,6 @@ from kdlora.errors import ConfigError, DataError
 COLUMN = "teacher_logits"
 LABELLED = "labelled"
 """The column, and the name in a batch, that is false where a label only fills its place."""
-_LISTS = pa.list_(pa.float32())
 _SHOWN = 5
 _AHEAD_ROWS = 4 * SLICE_ROWS
 """How many of the teacher's ids may hold the next slice of examples."""
@@ -50,9 +49,9 @@ class TeacherLogits:
     """They are logarithms of probabilities (log-odds in a multi-label task), which KL alone compares: 0 has none."""
 
     @classmethod
-    def of(cls, store: LogitStore, label_names: Sequence[str], task: Task) -> TeacherLogits:
-        """Read a store, whose labels are named in the task's order."""
-        ids, logits, offsets = store.read(label_names)
+    def of(cls, store: LogitStore, task: Task, key: str = "teacher logits") -> TeacherLogits:
+        """Read a store, or refuse one of other labels; `key` is how messages call it."""
+        ids, logits, offsets = store.read(match_collection(store, task, key))
         return cls(
             ids=ids,
             logits=logits,
@@ -98,7 +97,7 @@ class TeacherLogits:
         rows = self._match(dataset)
         places, edges = self._places(rows, dataset)
         rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
-        column = spool(self._batches(places, edges), self.source)[COLUMN] if len(rows) else pa.array([], _LISTS)
+        column = spool(self._batches(places, edges), self.source)[COLUMN]
         return rest.add_column(COLUMN, column, feature=List(Value("float32")))
 
     def _batches(self, places: np.ndarray, edges: np.ndarray) -> Iterator[pa.RecordBatch]:
@@ -149,7 +148,7 @@ class TeacherLogits:
             found.append(near.to_numpy() + place)
             place = int(found[-1][-1]) + 1
         else:
-            return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+            return np.concatenate(found)
         wanted = _as_ids(read_column(dataset, "id"))
         index = pc.index_in(wanted, value_set=self.ids)
         if index.null_count:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, match_collection, open_collection
+from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, open_collection
 from kdlora.data.read import is_list, is_text, open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
@@ -96,14 +96,12 @@ def doubts_of_logits(table: TeacherLogits, task: Task) -> list[str]:
 
 def _check_ids(table: pa.Table, file: Path) -> None:
     kind = table.column("id").type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    if not (is_text(kind) or pa.types.is_integer(kind)):
         raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
 
 
 def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
-    collection = open_collection(folder)
-    return TeacherLogits.of(collection, match_collection(collection, task, key), task)
+    return TeacherLogits.of(open_collection(folder), task, key)
 
 
 def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
@@ -156,14 +154,9 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
         fitting = [column for column, name in zip(found, names, strict=True) if name.strip().casefold() in wanted]
         if len(fitting) == 1:
             return fitting
-        if fitting:
-            raise DataError(
-                f"{file}: {' and '.join(map(repr, fitting))} may all be the teacher's value; keep the one that is, and "
-                "leave the true values out"
-            )
         raise DataError(
-            f"{file}: expected the teacher's value in one column {task.label_names[0]!r} or 'prediction', found "
-            f"{', '.join(found) or 'none'}.{did_you_mean(task.label_names[0], names)}"
+            f"{file}: expected the teacher's value, and no true one, in one column {task.label_names[0]!r} or "
+            f"'prediction', found {', '.join(fitting or found) or 'none'}"
         )
     remedy = (
         "A table has one column for each label of the task; rename or remove others, or name all in task.label_names"

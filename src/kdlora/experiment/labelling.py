@@ -194,8 +194,7 @@ def label_collection(
         stack.callback(_load_teacher.cache_clear)  # another call may find another model there
         teacher = _load_teacher(job.model, job.settings, job.task)
         job = replace(job, weights=teacher.weights)
-        ingredients = teacher.ingredients() | _ingredients(job)
-        store = teacher.new_store(folder / COLLECTION_MANIFEST, ingredients, job.rows_per_shard)
+        store = teacher.new_store(folder / COLLECTION_MANIFEST, _ingredients(job), job.rows_per_shard)
         store = begin_store(store.model_copy(update={"model": job.model, "task": job.task.to_dict()}))
         done = {unit: unit.finished_shards(folder) for unit in _cut_work(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)

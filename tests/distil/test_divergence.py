@@ -22,7 +22,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_pat
             trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
             trained.register_hook(lambda gradient: gradient * float("inf"))
 
-    with pytest.raises(KdLoraError, match="the gradients are not finite numbers at step 5") as caught:
+    with pytest.raises(KdLoraError, match="the loss or its gradients are not finite numbers at step 5") as caught:
         setup.run(tmp_path, callbacks=[SaveAt(3), callback("on_step_begin", spoil)])
     assert "learning rate (now 0.005)" in str(caught.value)
     assert str(caught.value).endswith(f"Last good checkpoint: {tmp_path / 'step-000000003'}, from before that")
@@ -43,7 +43,7 @@ def test_the_rows_of_the_step_are_named(make_setup, tmp_path):
     setup.train = replace(setup.train, dataset=spoilt)
     claim_folder(tmp_path, "training")
     (tmp_path / "step-000000001").mkdir()  # an unusable checkpoint is not a good one
-    with pytest.raises(KdLoraError, match=r"the loss is not a finite number at step \d+") as caught:
+    with pytest.raises(KdLoraError, match=r"the loss or its gradients are not finite numbers at step \d+") as caught:
         setup.run(tmp_path)
     for part in (repr(rows[17]["id"]), "The step's 4 rows: ", "none was written yet"):
         assert part in str(caught.value)

@@ -180,7 +180,7 @@ def test_there_and_back():
     # A model that answers on another scale than it says must be refused, and left as it was.
     model = Squashed()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match="Squashed: expected the last linear layer to give the prediction"):
+    with pytest.raises(ModelError, match="Squashed: expected a head whose last layer is linear"):
         fold_into_head(model, TargetScale(10.0, 2.0))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for unfit in (Squashed(bias=False), nn.Linear(2, 2)):

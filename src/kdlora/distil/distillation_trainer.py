@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):
     def _restored(self, outputs: Any) -> Any:
         """Bring the predictions of a regression back to the scale of its labels."""
         if self.target_scale is not None:
-            outputs.logits = outputs.logits * self.target_scale.std + self.target_scale.mean
+            outputs.logits = self.target_scale.restore(outputs.logits)
         return outputs
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -124,11 +124,8 @@ def _soft_loss(kind: Kind, student: Tensor, teacher: Tensor, loss: str, temperat
 
 def pool_windows(logits: Tensor, texts: Tensor, rows: int, pool: Pool) -> Tensor:
     """Make one row for each text of the logits of its windows; `texts` says which text a window is of."""
-    if pool == "max":
-        lowest = logits.new_full((rows, logits.shape[1]), -math.inf)
-        return lowest.scatter_reduce(0, texts[:, None].expand_as(logits), logits, "amax", include_self=False)
-    sums = logits.new_zeros((rows, logits.shape[1])).index_add(0, texts, logits)
-    return sums / torch.bincount(texts, minlength=rows)[:, None]
+    pooled, how = logits.new_zeros((rows, logits.shape[1])), "mean" if pool == "mean" else "amax"
+    return pooled.scatter_reduce(0, texts[:, None].expand_as(logits), logits, how, include_self=False)
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -181,10 +178,7 @@ class LossSums:
     def __init__(self, device: torch.device) -> None:
         device = torch.device("cpu") if device.type == "mps" else device  # Apple's has no float64
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-        self.first_bad = {
-            what: torch.full((), -1, dtype=torch.int64, device=device)
-            for what in ("loss is not a finite number", "gradients are not finite numbers")
-        }
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, terms: LossTerms, step: int) -> None:
@@ -195,19 +189,20 @@ class LossSums:
         added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows, hard_rows])
         added = added.to(self.sums.device).to(self.sums.dtype)
         self.sums += added
-        self.note("loss is not a finite number", added[0], step)
+        self.note(added[0], step)
 
     @torch.no_grad()
-    def note(self, what: str, value: Tensor | float, step: int) -> None:
-        """Note the first step at which a value is not finite."""
-        bad = ~torch.isfinite(torch.as_tensor(value, device=self.sums.device)) & (self.first_bad[what] < 0)
-        self.first_bad[what] = torch.where(bad, step, self.first_bad[what])
+    def note(self, value: Tensor | float, step: int) -> None:
+        """Note the first step at which a loss, or the norm of its gradients, is not finite."""
+        bad = ~torch.isfinite(torch.as_tensor(value, device=self.sums.device)) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step, self.first_bad)
 
     def check(self, learning_rate: float) -> None:
         """Stop a training that has diverged. Waits for the device."""
-        for what, first in self.first_bad.items():
-            if (step := int(first)) >= 0:
-                raise DivergedError(diverged(f"the {what} at step {step}", learning_rate), step)
+        if (step := int(self.first_bad)) >= 0:
+            raise DivergedError(
+                diverged(f"the loss or its gradients are not finite numbers at step {step}", learning_rate), step
+            )
 
 
 def term_means(sums: Tensor) -> dict[str, float]:
@@ -242,31 +237,26 @@ class TargetScale:
     def standardise(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
 
-    def restore(self, values: np.ndarray) -> np.ndarray:
-        return np.asarray(values * self.std + self.mean, dtype=values.dtype)
+    def restore(self, values: Any) -> Any:
+        return values * self.std + self.mean
 
 
 @torch.no_grad()
 def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
     """Change the last layer so that the model predicts on the original scale, with no code around it."""
-    head = last_linear(model, 1)
-    if head is None:
-        raise ModelError(
-            f"{type(model).__name__}: expected a head that ends in a linear layer with one output and a bias; "
-            "kdlora cannot train a regression on this model. Choose another encoder"
-        )
-    weight, bias = head.weight.clone(), head.bias.clone()
-    before = _probe(model)
-    head.weight.mul_(scale.std)
-    head.bias.copy_(bias * scale.std + scale.mean)
-    expected = scale.restore(before)
-    if not np.allclose(_probe(model), expected, rtol=1e-3, atol=1e-3 * (scale.std + abs(scale.mean))):
+    if (head := last_linear(model, 1)) is not None:
+        weight, bias = head.weight.clone(), head.bias.clone()
+        expected = scale.restore(_probe(model))
+        head.weight.mul_(scale.std)
+        head.bias.copy_(scale.restore(bias))
+        if np.allclose(_probe(model), expected, rtol=1e-3, atol=1e-3 * (scale.std + abs(scale.mean))):
+            return
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-        raise ModelError(
-            f"{type(model).__name__}: expected the last linear layer to give the prediction, but something follows it; "
-            "kdlora cannot bring this model's regression back to the original scale. Choose another encoder"
-        )
+    raise ModelError(
+        f"{type(model).__name__}: expected a head whose last layer is linear, has one output and a bias, and gives the "
+        "prediction; kdlora cannot bring this model's regression back to the original scale. Choose another encoder"
+    )
 
 
 @torch.no_grad()

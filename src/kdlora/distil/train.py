@@ -87,7 +87,7 @@ def train_model(
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
     labels, rows = labelled_values(train.dataset), validation.dataset
     weights = class_weights(task, settings.class_weights, labels)
-    if task.kind in ("tokens", "multi-label") and options.fresh:
+    if task.kind in ("tokens", "multi-label"):
         start_at_shares(model, task, labels, weights)
     scale = TargetScale.of(labels) if task.kind == "regression" else None
 

@@ -36,7 +36,6 @@ from kdlora.distil.resume import (
     restore_random_state,
     trained_tensors,
 )
-from kdlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -260,8 +259,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
             return optimizer
         fresh, named = tuple(f"{name}." for name in self.options.fresh), self.model.named_parameters()
         head = {id(value) for name, value in named if name.removeprefix(_ADAPTED).startswith(fresh)}
-        if not head:
-            raise ConfigError("head_learning_rate is set, but no fresh module is trained; leave it at null")
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in head]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
@@ -319,7 +316,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
         norm = super()._clip_grad_norm(model)
         if not self.args.fp16:
-            self.epoch_sums.note("gradients are not finite numbers", norm, self.state.global_step + 1)
+            self.epoch_sums.note(norm, self.state.global_step + 1)
             if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
                 self.epoch_sums.check(self.args.learning_rate)
         return norm

@@ -93,8 +93,9 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
     linear = _linear_layers(encoder.model, encoder.fresh)
     layers = [layer for layer in linear if any(_ends_with(layer, name) for name in targets)]
-    embeddings: Any = encoder.model.get_input_embeddings()
-    _check_ranks(encoder.model, lora, embeddings)
+    if lora.init == "orthogonal" and lora.rank % 2:
+        raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
+    embeddings = encoder.model.get_input_embeddings()
     words = [name for name, module in encoder.model.named_modules() if module is embeddings and lora.embedding_rank]
     with _quietly(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -231,17 +232,6 @@ def _within_layer(layer: str) -> str:
 def _candidates(linear: Sequence[str]) -> str:
     counts = Counter(map(_within_layer, linear))
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
-
-
-def _check_ranks(model: PreTrainedModel, lora: LoraSettings, words: Any) -> None:
-    if lora.init == "orthogonal" and lora.rank % 2:
-        raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
-    if lora.embedding_rank > words.weight.shape[1]:
-        raise ModelError(
-            f"lora.embedding_rank is {lora.embedding_rank}, but the word embeddings of this "
-            f"{model.config.model_type!r} model are {words.weight.shape[1]} wide; set it to {words.weight.shape[1]} at "
-            "most, or to 0 for no adapter"
-        )
 
 
 def _check_trainable(model: PeftModel, layers: Sequence[str], fresh: Sequence[str]) -> None:

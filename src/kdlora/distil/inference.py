@@ -288,7 +288,7 @@ class Teacher:
 
     def new_store(self, manifest: Path, more: dict[str, Any], rows_per_shard: int) -> LogitStore:
         """Begin a store of what makes its answer to a text, by hash or value, and of `more`, which makes the rows."""
-        ingredients = {
+        ingredients: dict[str, Any] = {
             "weights": self.weights,
             "tokenizer": hash_tokenizer(self.encoder.tokenizer),
             "labels": list(self.task.label_names),

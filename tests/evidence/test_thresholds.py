@@ -165,8 +165,6 @@ def test_the_largest_set_that_can_be_promised_is_answered():
     assert promise_error(np.full(151, 0.9), np.zeros(151, dtype=bool), other=(sure, right)).answered == 151
     with pytest.raises(DataError, match="error must be above 0 and below 1, got 2"):  # 2 for 2% would promise nothing
         promise_error(sure, right, other=(sure, right), error=2)
-    with pytest.raises(DataError, match="labelled rows on both sides"):
-        promise_error(sure[:0], right[:0], other=(sure, right))
     wrong = np.arange(1_000) % 10 == 0
     with pytest.raises(NoPromiseError, match=r"nor on more: of the surest rows 10.0% are wrong"):
         promise_error(np.full(1_000, 0.9), wrong, other=(sure, right))

@@ -161,8 +161,6 @@ def promise_error(
     for name, value in (("error", error), ("confidence", confidence)):
         if not 0 < value < 1:
             raise DataError(f"{name} must be above 0 and below 1, got {value:g}.")
-    if not len(sureness) or not len(other[0]):
-        raise DataError(f"expected labelled rows on both sides, got {len(sureness)} and {len(other[0])}.")
     found = None
     for risk, thresholds in zip(_RISKS, order_thresholds(*other, len(sureness), error), strict=True):
         for threshold in thresholds if found is None else ():

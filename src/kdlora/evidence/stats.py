@@ -90,8 +90,6 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
     With one seed there is no V_s, and the interval speaks of rows alone; few seeds know their variance badly
     (docs/concepts/retention.md). For m contrasts take a level of 1 - 0.05 / m (Bonferroni).
     """
-    if not pairs or not all(pair.first and pair.second for pair in pairs):
-        raise ValueError("expected at least one task, and at least one seed in each arm")
     if draws < 2 or not 0 < level < 1:
         raise ValueError(f"expected draws >= 2 and 0 < level < 1, got {draws} and {level}")
     found = [_differences(pair, draws, [seed, place] if place else seed) for place, pair in enumerate(pairs)]
@@ -120,8 +118,6 @@ def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tup
     """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
     count = max(len(pair.first), len(pair.second))
     first, second = (list(arm) * count if len(arm) == 1 else list(arm) for arm in (pair.first, pair.second))
-    if len(first) != len(second) or (pair.seeds is not None and len(pair.seeds) != count):
-        raise ValueError(f"{len(pair.first)} runs cannot be paired with {len(pair.second)}, seed by seed")
     runs = list(zip(first, second, strict=True))
     members = np.asarray(pair.groups if pair.groups is not None else [""] * pair.examples)
     rows = [np.flatnonzero(members == name) for name in dict.fromkeys(members.tolist())]  # of each group

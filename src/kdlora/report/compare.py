@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.configfile import expand_home
-from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout
 from kdlora.evidence.stats import MeanSd
 from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
@@ -61,7 +60,7 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         Both texts, and the paths where files were written.
 
     Raises:
-        ArtifactError: a folder that is neither, a record that cannot be read, or nothing that finished.
+        ArtifactError: a folder that is neither, or a record that cannot be read.
         OSError: the folder cannot be written.
 
     Examples:
@@ -75,8 +74,6 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
 def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     """Read experiments and single runs; those of the same name are told apart by folder and number."""
     places = [RunLayout(folder) for folder in dict.fromkeys(map(expand_home, folders))]
-    if not places:
-        raise ArtifactError("expected at least one experiment or run folder, got none")
     found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
     names = [experiment.name for experiment in found]
     return [

@@ -138,13 +138,6 @@ def area_under_risk(sureness: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.sum(risk * np.diff(coverage, prepend=0.0)))
 
 
-def tell_apart(known: np.ndarray, unknown: np.ndarray) -> float:
-    """Give the share of pairs in which the known text is surer than the unknown one; equal ones count half."""
-    ordered = np.sort(unknown)
-    below, not_above = (np.searchsorted(ordered, known, side=side) for side in ("left", "right"))
-    return float((below + not_above).mean() / (2 * len(unknown)))
-
-
 def promise_error(
     sureness: np.ndarray,
     wrong: np.ndarray,

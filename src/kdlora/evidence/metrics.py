@@ -303,9 +303,9 @@ def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np
 class Reliability:
     """How often decisions of a given confidence are right, by bins of confidence that are not empty."""
 
-    confidence: tuple[float, ...]  # mean of each bin
-    accuracy: tuple[float, ...]  # share of right decisions in it
-    count: tuple[int, ...]  # decisions in it
+    confidence: np.ndarray  # mean of each bin
+    accuracy: np.ndarray  # share of right decisions in it
+    count: np.ndarray  # decisions in it
     error: float  # expected calibration error, 0 to 1: mean of |accuracy - confidence|, weighted by count
 
 
@@ -321,9 +321,7 @@ def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability
     else:
         confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(place, minlength=BINS)
-    filled = count > 0
-    mean_confidence = np.bincount(place, confidence, BINS)[filled] / count[filled]
-    accuracy = np.bincount(place, right, BINS)[filled] / count[filled]
-    error = float(np.sum(count[filled] * np.abs(accuracy - mean_confidence)) / count.sum())
-    return Reliability(tuple(mean_confidence.tolist()), tuple(accuracy.tolist()), tuple(count[filled].tolist()), error)
+    _, place, count = np.unique(place, return_inverse=True, return_counts=True)
+    mean_confidence, accuracy = np.bincount(place, confidence) / count, np.bincount(place, right) / count
+    error = float(np.sum(count * np.abs(accuracy - mean_confidence)) / count.sum())
+    return Reliability(mean_confidence, accuracy, count, error)

@@ -182,7 +182,7 @@ def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
         for arm, error in zip(arms, errors, strict=True):
             pooled = _reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits)))
             confidence = np.maximum(pooled.confidence, start)
-            sizes = (6 + 12 * np.sqrt(np.array(pooled.count) / sum(pooled.count))) ** 2
+            sizes = (6 + 12 * np.sqrt(pooled.count / pooled.count.sum())) ** 2
             colour, label = arm.style.colour, named(f"{arm.name}, ECE {error}%")
             axes.plot(confidence, pooled.accuracy, color=colour, linewidth=2.2)
             marks = {"marker": arm.style.marker, "edgecolors": PALETTE["card"], "zorder": 3, "label": label}

@@ -74,7 +74,7 @@ def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own
     make_experiment(tmp_path / "e", failed=[("student-lora", 1), ("fft", 1), ("fft", 2)])
     experiment = load_experiment(tmp_path / "e")
     found = {one.second: one.difference for one in compare_arms(experiment, draws=100)}
-    assert list(found) == ["student-lora", "lora", "fft"]
+    assert list(found) == ["student-lora", "fft", "lora"]
     assert (found["student-lora"].n_seeds, found["fft"].n_seeds) == (2, 3)
 
 

@@ -55,11 +55,9 @@ def compare_arms(experiment: Experiment, *, draws: int) -> list[Comparison]:
     arm = experiment.student_arm
     if arm is None:
         return []
-    order = [CONTROLS.get(arm), *STUDENT_ARMS, "lora", "fft"]
-    others = {other for other in experiment.arms if other != arm and experiment.finished(other)}
-    opponents = sorted(others, key=lambda other: (order.index(other) if other in order else len(order), other))
-    pairs = [(arm, other) for other in opponents]
-    pairs += [pair for pair in CONTROLS.items() if arm not in pair and others.issuperset(pair)]
+    others = [other for other in experiment.arms if other != arm and experiment.finished(other)]
+    pairs = [(arm, other) for other in sorted(others, key=lambda other: other != CONTROLS.get(arm))]
+    pairs += [pair for pair in CONTROLS.items() if arm not in pair and set(pair) <= set(others)]
     return [
         pair_runs(experiment.task, experiment.split, *((name, experiment.finished(name)) for name in pair), draws=draws)
         for pair in pairs

@@ -126,9 +126,7 @@ def _hub_id(source: str | None) -> str | None:
 
 def _short(source: str | None) -> str:
     """Name a local model by its folder, so that a card carries no path of the machine."""
-    if source is None:
-        return "none"
-    return model_title(source) if Path(source).is_absolute() else source
+    return _hub_id(source) or model_title(source)
 
 
 def _code(text: str) -> Markup:

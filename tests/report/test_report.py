@@ -404,9 +404,9 @@ def test_missing_and_damaged_predictions_cost_their_parts_only(tmp_path):
     layout.run("fft", 0).predictions.write_bytes(b"PAR1 broken")
     report = _report(layout.root)
     text = _plain(report.html)
-    assert (
-        "kd-lora, seed 1: predictions.parquet is missing. Tables and plots that need them leave that run out." in text
-    )
+    told = "kd-lora, seed 1: its predictions cannot be read (predictions.parquet: there is no such file. Delete the run"
+    assert told in text
+    assert ". Tables and plots that need them leave that run out." in text
     assert "fft, seed 0: its predictions cannot be read" in text
     assert "accuracy on validation, 3 seeds" in _opening(report)
     assert "95% interval" in _opening(report)

@@ -154,17 +154,15 @@ def load_run(record: RunRecord, place: RunLayout) -> Run:
     if record.status != "finished" or not kept:
         return Run(record, place.record)
     try:
-        found, names = read_predictions(place.predictions), tuple(record.task.get("label_names") or ())
-        if found.label_names != names:
-            known, wanted = ", ".join(found.label_names), ", ".join(names)
-            raise ValueError(f"they are of the labels {known:.80}, the run of {wanted:.80}")
-        check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
+        found, task = read_predictions(place.predictions), Task.from_dict(record.task)
+        if found.label_names != task.label_names:
+            raise ValueError("their labels are not those of the run")
+        check_arrays(task, found.logits, found.labels, found.offsets)
         return Run(record, place.record, found)
     except (KdLoraError, ValueError, IndexError) as error:
-        reason = f"its predictions cannot be read ({error})"
-        if not place.predictions.exists():
-            reason = f"{place.predictions.name} is missing"
-        return Run(record, place.record, fault=f"{record.arm}, seed {record.seed}: {reason}")
+        told = str(error).replace(str(place.predictions), place.predictions.name)  # the report may travel
+        fault = f"{record.arm}, seed {record.seed}: its predictions cannot be read ({told})"
+        return Run(record, place.record, fault=fault)
 
 
 def load_single_run(place: RunLayout) -> Experiment:

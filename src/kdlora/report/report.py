@@ -15,7 +15,7 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment, load_experiment
 from kdlora.report.deferred import deferral_blocks
-from kdlora.report.findings import CONTROLS, Comparison, compare_arms, find_gain, is_teacher_given, retention
+from kdlora.report.findings import Comparison, compare_arms, find_gain, is_teacher_given, retention
 from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.page import Block, Code, Page, Paragraph, Prose, Report, Section, Tile, engine, write_page
 from kdlora.report.plots import Series, arm_style, learning_curves
@@ -151,12 +151,10 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         if one != taught_by and (score := experiment.score(one)) is not None
     }
     facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
-    facts["ran"] = any(run.record.arm in (taught_by, *CONTROLS) for run in experiment.runs)
-    facts["unpaired"] = bool(others.keys() & CONTROLS) and bool(others.keys() & set(CONTROLS.values()))
     if experiment.choice is not None:
         subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
         verb = verb if experiment.is_shipped else " would ship by these runs"
-        facts |= {"shipped": f"{subject}{verb}", "reason": reason, "distilled": arm in CONTROLS}
+        facts |= {"shipped": f"{subject}{verb}", "reason": reason}
     if arm is not None:
         seeds = len(experiment.finished(arm))
         metric = f"{score_title(experiment.task)} on {experiment.split}"
@@ -202,7 +200,6 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
     else:
         both = f"{plus_minus(score)} of {plus_minus(teacher)}"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both)]
-    none = "no teacher to compare with" if teacher is None else "not known of the teacher"
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
         runs = [experiment.finished(name) for name in (arm, taught_by)]
         one, whole = map(cost.mean, runs)
@@ -211,7 +208,7 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
             if whole and not cost.is_alike(*runs):
                 detail = "the teacher was measured on another machine, or with another number of threads"
-            tiles.append(Tile(label, cost.write(one), detail or none))
+            tiles.append(Tile(label, cost.write(one), detail or "not known of the teacher"))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
         detail += "" if arm in (found.first, found.second) else f", of {arm_title(found.first)}"

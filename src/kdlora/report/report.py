@@ -169,23 +169,18 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
     return facts
 
 
-def _constant_seeds(experiment: Experiment) -> dict[str, list[str]]:
-    """List by split the seeds whose shipped arm says the same of every example, which accuracy alone can hide.
-
-    What ships is seen on validation too, which chose it.
-    """
-    seeds: dict[str, list[str]] = {}
-    if (choice := experiment.choice) is None or experiment.task.kind == "multi-label":
-        return seeds
-    for run in experiment.finished(choice.arm):
-        for split in (experiment.split, "validation")[: 1 + (run.record.seed == choice.seed)]:
-            found = None if run.predictions is None else run.predictions.only(split)
-            if found is None or len(found.logits) < 2:
-                continue
-            if np.ptp(predict_labels(experiment.task, found.logits, found.offsets)) == 0:
-                seeds.setdefault(split, []).append(str(run.record.seed))
-                break
-    return seeds
+def _constant_seeds(experiment: Experiment) -> list[int]:
+    """List the seeds whose shipped arm says the same of every example, which accuracy alone can hide."""
+    arm, task = experiment.student_arm, experiment.task
+    if arm is None or task.kind == "multi-label":
+        return []
+    kept = [run for run in experiment.finished(arm) if run.predictions is not None]
+    found = zip(kept, experiment.predictions(arm), strict=True)
+    return [
+        run.record.seed
+        for run, one in found
+        if len(one.logits) > 1 and np.ptp(predict_labels(task, one.logits, one.offsets)) == 0
+    ]
 
 
 def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[Tile, ...]:

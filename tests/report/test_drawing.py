@@ -39,13 +39,12 @@ def _texts(figure) -> list[str]:
     return ["".join(one.itertext()) for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("text")]
 
 
-@pytest.mark.parametrize("name", [NASTY, "costs $5 or $6_x$", "_hidden", "评论 \U0001f600", "a\x01b\x0c"])
+@pytest.mark.parametrize("name", [NASTY, "costs $5 or $6_x$", "_hidden", "评论 \U0001f600"])
 def test_drawings_show_names_as_they_are(name):
     """Names come from data and configs: none is a formula, markup, or a reason to leave a series out."""
     series = [Series(name, Style(0), ((1.0, 80.0),)), Series("other", Style(1), ((2.0, 90.0),))]
     figure = score_against_cost(series, title=name, cost=name, score="score", identity="i")
-    shown = [re.sub(r"[\u200a\x01\x0c]", "", text) for text in _texts(figure)]
-    assert shown.count(re.sub(r"[\x01\x0c]", "", " ".join(name.split()))) == 2
+    assert [text.removeprefix("\u200a") for text in _texts(figure)].count(name) == 2
     assert not [one for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("script")]
 
 

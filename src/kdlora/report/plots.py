@@ -161,13 +161,12 @@ def _for_page(svg: str, title: str, description: str, identity: str) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", found[2])
     for name, colour in PALETTE.items():
         body = body.replace(colour, f"var(--{name})")
-    whole = (
+    return (
         f'<svg viewBox="{found[1]}" role="img" aria-labelledby="{identity}-t {identity}-d" '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f'<title id="{identity}-t">{escape(title)}</title><desc id="{identity}-d">{escape(description)}</desc>'
         f"{body}</svg>"
     )
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", whole)  # signs that no page may hold
 
 
 def scatter(axes: Any, points: Sequence[tuple[float, float]], style: Style, *, radius: float, **looks: Any) -> None:

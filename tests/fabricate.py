@@ -62,6 +62,13 @@ def make_logits(task: Task, labels: np.ndarray, noise: float, seed: int) -> np.n
     return (4 * (truth + noise * blur)).astype(np.float32)
 
 
+def make_predictions(task: Task, rows: int = 8) -> Predictions:
+    """Predict rows of validation whose ids are their numbers."""
+    labels = make_labels(task, rows)
+    logits = make_logits(task, labels, 0.5, seed=0)
+    return Predictions(tuple(map(str, range(rows))), ("validation",) * rows, logits, task.label_names, labels)
+
+
 def make_record(
     arm: str = "kd-lora", seed: int = 0, *, task: Task = BINARY, experiment: str = "reviews", value: float = 90.0
 ) -> RunRecord:

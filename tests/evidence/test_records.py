@@ -1,11 +1,12 @@
 import re
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments import edit_json
-from fabricate import BINARY, SIMILARITY, TAGS, make_labels, make_logits, make_record
+from fabricate import BINARY, SIMILARITY, TAGS, make_predictions, make_record
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import (
@@ -90,22 +91,15 @@ SPAM = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))  # a 
 @pytest.mark.parametrize("task", [BINARY, SIMILARITY, TAGS, SPAM], ids=lambda task: "-".join(task.label_names))
 def test_predictions_come_back_as_they_went(tmp_path, task):
     """Columns in another order, or labels in another type, would give other metrics from the same file."""
-    labels = make_labels(task, 6)
-    before = Predictions(
-        ids=tuple("abcdef"),
-        split=("validation",) * 4 + ("test",) * 2,
-        logits=make_logits(task, labels, 0.5, seed=0),
-        label_names=task.label_names,
-        labels=labels,
-    )
+    before = replace(make_predictions(task, 6), split=("validation",) * 4 + ("test",) * 2)
     write_predictions(tmp_path / "p.parquet", before)
     after = read_predictions(tmp_path / "p.parquet")
-    for ours, theirs in ((after.logits, before.logits), (after.labels, labels)):
+    for ours, theirs in ((after.logits, before.logits), (after.labels, before.labels)):
         assert ours.dtype == theirs.dtype
         assert np.array_equal(ours, theirs)
     names = "ids", "split", "label_names", "groups"
     assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
-    assert after.only("test").ids == ("e", "f")
+    assert after.only("test").ids == ("4", "5")
     assert np.array_equal(after.only("test").logits, before.logits[4:])
 
 

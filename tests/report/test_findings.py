@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import fabricate
-from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
+from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_predictions
 from kdlora.configfile import build_config
 from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task
 from kdlora.evidence.defer import stated
-from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
+from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.evidence.stats import Difference
@@ -27,21 +27,10 @@ from kdlora.report.plots import arm_style
 from kdlora.report.report import make_report
 
 
-def _predictions(task, rows=8, seed=0) -> Predictions:
-    labels = make_labels(task, rows)
-    return Predictions(
-        ids=tuple(str(row) for row in range(rows)),
-        split=("validation",) * rows,
-        logits=make_logits(task, labels, 0.5, seed),
-        label_names=task.label_names,
-        labels=labels,
-    )
-
-
 @pytest.mark.parametrize("task", [TOPICS, TAGS], ids=lambda task: task.kind)
 def test_rows_in_another_order_are_brought_into_line(task):
     """Pairing by position would compare the predictions of different texts."""
-    first = _predictions(task)
+    first = make_predictions(task)
     moved = first.take([3, 1, 0, 2, 7, 6, 5, 4])
     aligned = align([first, moved])
     assert moved.ids == tuple("31027654")
@@ -52,7 +41,7 @@ def test_rows_in_another_order_are_brought_into_line(task):
 
 def test_other_examples_labels_or_names_are_not_aligned():
     """The same ids with other labels are another data set."""
-    first = _predictions(TOPICS)
+    first = make_predictions(TOPICS)
     for other in (
         {"labels": (first.labels + 1) % 4},
         {"ids": (*first.ids[:-1], "other")},
@@ -63,7 +52,7 @@ def test_other_examples_labels_or_names_are_not_aligned():
         assert align([first, replace(first, **other)]) is None, other
     assert align([replace(first, ids=("0",) * 8)]) is None
     # MNLI's matched and mismatched rows both count from 0.
-    one = replace(_predictions(MNLI), ids=tuple("01230123"), groups=("matched",) * 4 + ("mismatched",) * 4)
+    one = replace(make_predictions(MNLI), ids=tuple("01230123"), groups=("matched",) * 4 + ("mismatched",) * 4)
     aligned = align([one, one])
     assert np.array_equal(aligned[1].logits, one.logits)
 

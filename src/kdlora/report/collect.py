@@ -102,10 +102,9 @@ class Experiment:
     def seen(self) -> int:
         """How many texts of the headline's split are training texts too, as the plan counted them; 0 without a plan."""
         try:
-            found = read_json(self.layout.plan)["duplicates"][f"train and {self.split}"]
-        except (ArtifactError, KeyError, TypeError):
+            return int(read_json(self.layout.plan)["duplicates"][f"train and {self.split}"])
+        except (ArtifactError, KeyError, TypeError, ValueError):
             return 0
-        return found if isinstance(found, int) else 0
 
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:

@@ -217,13 +217,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         found = (_span_quotations if task.kind == "tokens" else _quotations)(task, aligned, experiment.examples)
     if not found:
         return [Paragraph(f"There are no examples to show: {why}.", "note")]
-    measure = {
-        "tokens": "the number of words on which they differ",
-        "single-label": "the Jensen-Shannon divergence of their probabilities",
-        "multi-label": "the largest difference in the probability of a label",
-        "regression": "the difference of their predictions",
-    }[task.kind]
-    return [Paragraph(f"Ordered by {measure}. Some of these are wrong labels: check them."), tuple(found)]
+    return [Paragraph("Where they differ most stands first. Some of these are wrong labels: check them."), tuple(found)]
 
 
 def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:

@@ -14,7 +14,7 @@ from kdlora.data.tags import Words, spans_of
 from kdlora.data.tasks import Task, find_label
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.network import Backend, open_backend, spread
+from kdlora.deploy.network import Backend, spread
 from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.deploy.tagger import Tagger, check_words, model_type, word_offsets
 from kdlora.errors import DataError, ModelError
@@ -126,7 +126,7 @@ class Checks:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
         record: dict[str, Any] | None = {} if optimised else None
         described = replace(self.folder, path=file.parent, file=file, record=record, runtime=runtime, half=half)
-        model = model_type(described)(described, open_backend(described, verify=False))
+        model = model_type(described).open(described, verify=False, decisions="none")
         after = model.predict_logits(self.texts)
         parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
         parity = replace(parity, reason="; ".join(filter(None, (parity.reason, *faults))), recall=recall)

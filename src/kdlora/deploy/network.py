@@ -127,10 +127,16 @@ class Network(ABC):
             raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
         way = find_way(Way(Path(folder), runtime, precision, batch_size), revision)
         described = read_model_folder(way, max_length=max_length)
-        backend = open_backend(described, threads=threads, verify=verify)
-        return cls(described, backend, read_decisions(described, decisions))
+        return cls.open(described, threads=threads, verify=verify, decisions=decisions)
 
     from_pretrained = load
+
+    @classmethod
+    def open(
+        cls, folder: ModelFolder, *, threads: int | None = None, verify: bool = True, decisions: Which = "all"
+    ) -> Self:
+        """Load a folder that was read before, with the settings of `load`."""
+        return cls(folder, open_backend(folder, threads=threads, verify=verify), read_decisions(folder, decisions))
 
     def __repr__(self) -> str:
         folder = self.folder

@@ -148,15 +148,8 @@ def load_model(
     folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None, decisions: Which = "all"
 ) -> Classifier | Tagger:
     """Load a classifier or a tagger, as the folder says."""
-    way = find_way(Way.of(folder))
-    return model_type(read_model_folder(way)).load(
-        way.folder,
-        precision=way.precision,
-        runtime=way.runtime,
-        threads=threads,
-        max_length=max_length,
-        decisions=decisions,
-    )
+    described = read_model_folder(find_way(Way.of(folder)), max_length=max_length)
+    return model_type(described).open(described, threads=threads, decisions=decisions)
 
 
 def load_for_many(folder: str | Path, load: Callable[..., Loaded]) -> Loaded:

@@ -73,6 +73,8 @@ class RowReader:
     def __iter__(self) -> Generator[Row]:
         with contextlib.closing(self._parquet() if self.form == "parquet" else self._text()) as found:
             for number, values in found:
+                if number < self.start:
+                    continue
                 if isinstance(values, str):
                     yield Row(str(number), None, f"row {number}: {values}")
                 else:
@@ -100,8 +102,7 @@ class RowReader:
             for number, (_, values) in enumerate(chain(ahead, rows)):
                 if not self.text_columns and not isinstance(values, str):  # of a run that goes on, as it began
                     self.text_columns = self._find_columns(list(keys or values))
-                if number >= self.start:
-                    yield number, values
+                yield number, values
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -117,37 +118,34 @@ class RowReader:
             self.fraction = lambda: number / max(1, file.metadata.num_rows)
             wanted = [name for name in dict.fromkeys((*self.text_columns, self._columns.id)) if name in names]
             for batch in file.iter_batches(batch_size=256, columns=wanted):
-                if number + batch.num_rows <= self.start:
-                    number += batch.num_rows
-                    continue
-                for values in _parquet_rows(batch):
-                    if number >= self.start:
-                        yield number, values
-                    number += 1
+                first, number = number, number + batch.num_rows
+                if number > self.start:
+                    yield from enumerate(_parquet_rows(batch), first)
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         given = values.get(self._columns.id) if self.form != "text" else None
-        name = str(number) if given is None else str(given)
+        name, where = str(number) if given is None else str(given), f"row {number}"
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
-            return Row(str(number), None, f"row {number}: the id is not valid UTF-8")
-        parts, cut = [], self._columns.cut
+            return Row(str(number), None, f"{where}: the id is not valid UTF-8")
+        parts: list[Any] = []
+        cut = self._columns.cut
         for column in self.text_columns:
             part = values.get(column)
             if part is None and not (cut is None and column in values):
-                return Row(name, None, f"row {number}: column {column!r} is empty or missing")
+                return Row(name, None, f"{where}: column {column!r} is empty or missing")
             parts.append("" if part is None else part)
+        found = parts[0] if len(parts) == 1 else tuple(parts)
+        text: Text | Words
         try:
-            found, where = parts[0] if len(parts) == 1 else tuple(parts), f"row {number}"
-            words = join_words(found, where) if self._columns.words and isinstance(found, list) else None
-            found = found if words is None else words.text
-            text: Text | Words = (
-                check_one(found, where, whole=True)
-                if cut is None
-                else check_text(found, where, self._columns.texts, cut)
-            )
-            text = text if words is None else words
+            if self._columns.words and isinstance(found, list):
+                text = join_words(found, where)
+                check_one(text.text, where, whole=cut is None)
+            elif cut is None:
+                text = check_one(found, where, whole=True)
+            else:
+                text = check_text(found, where, self._columns.texts, cut)
             return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)
         except DataError as error:
             return Row(name, None, str(error))
@@ -241,10 +239,8 @@ def _parquet_rows(batch: Any) -> list[Mapping[str, Any] | str]:
     """Give rows as Python values; where one cannot be had, the others are had one by one."""
     try:
         found: list[Mapping[str, Any] | str] = batch.to_pylist()
-    except UnicodeDecodeError:
-        found = ["not valid UTF-8"]
-    except (ValueError, OverflowError) as error:  # a time that Python cannot express
-        found = [f"not readable: {error}"]
-    if len(found) == batch.num_rows:
         return found
+    except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, or a time that Python cannot express
+        if batch.num_rows == 1:
+            return [f"not readable: {error}"]
     return [row for place in range(batch.num_rows) for row in _parquet_rows(batch.slice(place, 1))]

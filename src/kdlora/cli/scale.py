@@ -15,7 +15,7 @@ from kdlora.deploy import Runtime
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
-    from kdlora.deploy.serving import Model
+    from kdlora.deploy.tagger import Model
     from kdlora.experiment.search import SearchEvent
     from kdlora.experiment.suite import SuiteEvent, SuiteResult
 

@@ -23,8 +23,8 @@ from kdlora.data.tags import Words
 from kdlora.deploy.folder import ModelFolder, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
-from kdlora.deploy.predict import Classifier, Text, iterate_texts
-from kdlora.deploy.tagger import Tagger, load_model
+from kdlora.deploy.predict import Text, iterate_texts
+from kdlora.deploy.tagger import Model, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, default_threads, describe_machine, forget_peak, read_memory
@@ -234,7 +234,7 @@ def serve() -> None:
 class _Worker:
     """Carries out the requests in the model's own process; `load` comes first."""
 
-    model: Classifier | Tagger
+    model: Model
     level = 0
 
     def load(self, way: list[Any], threads: int, max_length: int | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from kdlora.data.tasks import Task, find_label
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import Backend, spread
-from kdlora.deploy.predict import Classifier, Text, check_text
-from kdlora.deploy.tagger import Tagger, check_words, model_type, word_offsets
+from kdlora.deploy.predict import Text, check_text
+from kdlora.deploy.tagger import Model, Tagger, check_words, model_type, word_offsets
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
@@ -135,7 +135,7 @@ class Checks:
             self.stage, self.model, self.logits, self.score = stage, model, after, parity.score
         return parity
 
-    def _find_recall(self, model: Classifier | Tagger) -> tuple[dict[str, float], list[str]]:
+    def _find_recall(self, model: Model) -> tuple[dict[str, float], list[str]]:
         """Give the share of the labelled spans of each type with a limit that a model finds; say which fall short."""
         if not self.least_recall:
             return {}, []

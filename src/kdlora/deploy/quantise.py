@@ -17,8 +17,8 @@ from kdlora.data.tags import Words
 from kdlora.deploy.graph import optimise, quiet
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import open_session
-from kdlora.deploy.predict import Classifier, Text
-from kdlora.deploy.tagger import Tagger
+from kdlora.deploy.predict import Text
+from kdlora.deploy.tagger import Model
 
 _PRODUCTS = ("MatMul", "Attention")
 """Quantised operators. Pooler and head (Gemm) stay in fp32: under 1% of the weights, and the last to round. The head of
@@ -134,7 +134,7 @@ def _add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def rank_products(file: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> list[str]:
+def rank_products(file: Path, served: Model, texts: Sequence[Text | Words]) -> list[str]:
     """Order the products of a graph by what rounding each one's input does to the logits."""
     model = ir.load(file)
     names = _add_rounding_switches(model.graph)
@@ -167,7 +167,7 @@ def _add_rounding_switches(graph: ir.Graph) -> list[str]:
     return [str(node.name) for node in nodes]
 
 
-def quantise_statically(source: Path, to: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> None:
+def quantise_statically(source: Path, to: Path, served: Model, texts: Sequence[Text | Words]) -> None:
     """Write a graph in int8 for OpenVINO."""
     from kdlora.deploy.openvino_backend import import_untracked, openvino
 

@@ -31,15 +31,12 @@ from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.hub import locate_export
 from kdlora.deploy.network import find_way
-from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
-from kdlora.deploy.tagger import Entity, Tagger, load_model
+from kdlora.deploy.predict import Text, check_text
+from kdlora.deploy.tagger import Answer, Model, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.system.environment import default_threads
 
 logger = logging.getLogger(__name__)
-
-Model = Classifier | Tagger
-Answer = Prediction | list[Entity]
 
 _TOGETHER = 64
 """Most texts of a request or several that are computed at once; they are batched by length."""

@@ -23,7 +23,7 @@ from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import BATCH_SIZE, Network
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.deploy.tagger import Entity, Tagger, load_for_many, load_model
+from kdlora.deploy.tagger import Answer, Model, Tagger, load_for_many, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
 from kdlora.system.integrity import compare
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
-Answer = Prediction | list[Entity]
 Answers = list[tuple[Row, Answer | None]]
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -126,7 +125,7 @@ def predict_file(
     return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
-def read_answers(model: Classifier | Tagger, reader: RowReader, batch_size: int, *, refusal: str) -> Generator[Answers]:
+def read_answers(model: Model, reader: RowReader, batch_size: int, *, refusal: str) -> Generator[Answers]:
     """Give rows with their answers, window by window; a bad row has none, or ends it where a `refusal` follows."""
     reads_whole = isinstance(model, Tagger) or model.folder.windows is not None
     with contextlib.closing(iter(reader)) as rows:

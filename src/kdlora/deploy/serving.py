@@ -101,12 +101,7 @@ class _Queue:
             raise HTTPException(503, detail, {"Retry-After": "1"})
         share = min(_TOGETHER, -(-len(texts) // self.at_once))
         waited = [self._add(texts[first : first + share]) for first in range(0, len(texts), share)]
-        try:
-            found = list(chain.from_iterable(await asyncio.gather(*waited)))
-        except KdLoraError:
-            if len(waited) == 1:
-                raise
-            found = await self._add(texts)  # whose error counts the texts as the request does
+        found = list(chain.from_iterable(await asyncio.gather(*waited)))
         self.meters.texts.labels(self.name).inc(len(found))
         return found
 
@@ -222,18 +217,14 @@ def _parse(body: bytes, form: type[BaseModel]) -> Any:
     """Check a request; a fault is told by its place, without a word of the text."""
     try:
         asked: Any = form.model_validate_json(body)
-        if (asked.text is None) == (asked.texts is None):
-            raise DataError("expected either text (a text, or a pair as a list of two) or texts (a list of them)")
-        for number, text in enumerate(asked.texts if asked.text is None else [asked.text]):
-            check_text(text, "text" if asked.texts is None else f"texts, number {number}")
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         # What is no text was meant as a pair, and the other way round: the fault within counts.
         first = max(faults, key=lambda one: (one["type"] not in ("string_type", "tuple_type"), len(one["loc"])))
         place = ".".join(str(part) for part in first["loc"] if "constrained-str" not in str(part))
         raise HTTPException(422, f"{place}: {first['msg']}" if place else first["msg"]) from None
-    except DataError as error:
-        raise HTTPException(422, str(error)) from None
+    if (asked.text is None) == (asked.texts is None):
+        raise HTTPException(422, "expected either text (a text, or a pair as a list of two) or texts (a list of them)")
     return asked
 
 
@@ -241,9 +232,13 @@ async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
     name = next(iter(queues)) if asked.model is None else asked.model
     if name not in queues:
         raise HTTPException(404, f"no model {name!r:.80}; there are {', '.join(queues)}")
+    model, texts = queues[name].model, [asked.text] if asked.texts is None else asked.texts
     try:
-        found = await queues[name].ask([asked.text] if asked.texts is None else asked.texts)
-    except DataError as error:  # as of a pair that a tagger does not read
+        for number, text in enumerate(texts):
+            where = "text" if asked.texts is None else f"texts, number {number}"
+            check_text(text, where, 1 if model.marks_entities else model.folder.texts)
+        found = await queues[name].ask(texts)
+    except DataError as error:
         raise HTTPException(422, str(error)) from None
     except KdLoraError as error:
         logger.error("%s: %s", name, error)

@@ -25,7 +25,7 @@ from kdlora.deploy.folder import (
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Text
-from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.extras import check_installed
 from kdlora.foreign import read_json
 from kdlora.models.settings import TOKENIZER_CONFIG
@@ -249,12 +249,8 @@ def _add_openvino(optimised: Path, checks: Checks, exact: Gate, int8: Gate, say:
 
 def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreement: float) -> Gate:
     known = get_args(Format)
-    if not formats:
-        raise ConfigError(f"export: expected at least one format of {', '.join(known)}, got none.")
-    for name in formats:
-        if name not in known:
-            expected = f"{', '.join(known)}.{did_you_mean(name, known)}"
-            raise ConfigError(f"export: unknown format {name!r}; expected one of {expected}")
+    if not formats or not set(formats) <= set(known):
+        raise ConfigError(f"export: expected at least one format of {', '.join(known)}, got {list(formats)}.")
     if not max_metric_drop >= 0:
         raise ConfigError(f"export: max_metric_drop must be 0 or more points, got {max_metric_drop}.")
     if not 0 <= min_agreement <= 1:

@@ -234,13 +234,11 @@ def _exported_file(folder: Path, precision: Precision, runtime: Runtime) -> Path
 def _check_files(folder: Path, file: Path | None) -> None:
     """Refuse a folder that lacks its tokenizer, or its weights in a format that runs no code when it is read."""
     if file is None and not any(folder.glob("*.safetensors")):
-        other = sorted(entry.name for entry in folder.glob("*.bin") if not entry.with_suffix(".xml").is_file())
-        hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
-        if (folder / OPENVINO_INT8).is_file():
-            hint = f" {OPENVINO_INT8} is there, for the runtime openvino."
-        if exported := next(folder.glob("*.onnx"), None):
-            hint = f" {exported.name} is there, and is another precision."
-        raise ModelError(f"{folder}: no weights: expected model.safetensors, {ONNX_FP32} or {ONNX_INT8}.{hint}")
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir()))
+        raise ModelError(
+            f"{folder}: no weights for the precision and runtime: expected model.safetensors, {ONNX_FP32} or "
+            f"{ONNX_INT8}, got {there:.300}. A pickle (pytorch_model.bin) is not read; convert it to safetensors."
+        )
     if file is not None and file.suffix == ".xml" and not file.with_suffix(".bin").is_file():
         raise ModelError(f"{file}: the weights beside it, {file.with_suffix('.bin').name}, are missing.")
     if file is not None and not (folder / TOKENIZER).is_file():

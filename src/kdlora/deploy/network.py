@@ -31,6 +31,8 @@ INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
 """Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
+_OF_WORDS = "its model marks entities, and gives no label of a text: kdlora predict, kdlora redact, kdlora.Tagger."
+_OF_TEXTS = "its model gives labels of whole texts, and marks no entities: kdlora predict, kdlora.Classifier."
 _ENCODED_CHARACTERS = 1 << 20
 """That are encoded at once: an encoding takes some 40 bytes a character and more, of what is cut off, too."""
 
@@ -71,13 +73,12 @@ class Network(ABC):
 
     def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
         if (folder.kind == "tokens") != self.marks_entities:
-            raise ModelError(_other_kind(folder))
+            raise ModelError(f"{folder.path}: {_OF_TEXTS if self.marks_entities else _OF_WORDS}")
         self.decisions = Decisions() if decisions is None else decisions
         self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
-        if unknown := sorted(set(self.input_names) - INPUTS.keys()):
-            raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
-        if "input_ids" not in self.input_names:
-            raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
+        if not {"input_ids"} <= set(self.input_names) <= INPUTS.keys():
+            taken = ", ".join(self.input_names)
+            raise ModelError(f"{folder.path}: expected a model that takes {', '.join(INPUTS)}, got {taken:.200}.")
         self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
         self._pad = _pad_token_id(folder, self._tokenizer)
 
@@ -251,14 +252,6 @@ def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: boo
         from kdlora.deploy.torch_backend import TorchBackend
 
     return TorchBackend(folder, threads=threads)
-
-
-def _other_kind(folder: ModelFolder) -> str:
-    if folder.kind == "tokens":
-        read = "kdlora predict and kdlora redact read it, in Python kdlora.Tagger"
-        return f"{folder.path}: its model marks entities and gives no label of a whole text; {read}."
-    read = "kdlora predict reads it, in Python kdlora.Classifier"
-    return f"{folder.path}: its model gives labels of whole texts and marks no entities; {read}."
 
 
 def length_batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:

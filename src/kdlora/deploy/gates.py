@@ -100,12 +100,11 @@ class Checks:
         self.least_recall = recall or {}  # share of the entities of a type that every stage must find
         self.stages: list[Parity] = []  # that held
         self.attempts: list[Parity] = []  # that did not
-        self.texts, more = check_texts(given.texts, task.kind, "validation text"), list(more)
-        for row in spread(range(len(more)), max(0, ENOUGH_ROWS - len(self.texts))):
-            self.texts += check_texts([more[row]], task.kind, "training text", row)
+        self.texts = check_texts(given.texts, task.kind, "validation text")
+        more = check_texts(more, task.kind, "training text")
+        self.texts += spread(more, max(0, ENOUGH_ROWS - len(self.texts)))
         self.texts = self.texts or check_texts(list(map(folder.example, _PROBES)), task.kind, "text")
-        few = spread(more, _CALIBRATION)
-        self.calibration = check_texts(few, task.kind, "training text") if few else spread(self.texts, _CALIBRATION)
+        self.calibration = spread(more or self.texts, _CALIBRATION)
         self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None
         self.stage, self.model = "pytorch", model_type(folder)(folder, backend)
         self.logits = self.model.predict_logits(self.texts)
@@ -213,10 +212,10 @@ def count_spans(given: LabelledTexts, tagger: Tagger) -> tuple[Counter[str], Cou
     return right, wanted, marked
 
 
-def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> list[Any]:
+def check_texts(texts: Sequence[Any], kind: str, noun: str) -> list[Any]:
     """Give the texts, those of tokens as `Words`; what cannot be read is refused by its row."""
     check: Callable[[Any, str], Any] = check_words if kind == "tokens" else check_text
-    return [check(text, f"{noun} {row}") for row, text in enumerate(texts, first)]
+    return [check(text, f"{noun} {row}") for row, text in enumerate(texts)]
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray, offsets: np.ndarray | None = None) -> float:

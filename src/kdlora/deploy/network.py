@@ -140,10 +140,9 @@ class Network(ABC):
         return cls(folder, open_backend(folder, threads=threads, verify=verify), read_decisions(folder, decisions))
 
     def __repr__(self) -> str:
-        folder = self.folder
-        name = folder.path if folder.file is None else folder.path / folder.file.name
+        folder, name = self.folder, str(self.folder.file or self.folder.path)
         return (
-            f"{type(self).__name__}({str(name)!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
+            f"{type(self).__name__}({name!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
             f"{folder.precision}, {folder.size_bytes / 1e6:.1f} MB, at most {folder.max_length} tokens)"
         )
 

@@ -112,16 +112,11 @@ def predict_file(
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
     answered = read_answers(classifier, reader, batch_size, refusal="." if strict else "")
-    with contextlib.closing(output), contextlib.closing(answered):
-        try:
-            for answers in answered:
-                output.add(answers)
-                if progress is not None:
-                    progress(output.rows, reader.fraction())
-        except DataError:
-            output.discard()  # the input must change before this can succeed, and parts of the old one are of no use
-            raise
-        output.finish()
+    with output, contextlib.closing(answered):
+        for answers in answered:
+            output.add(answers)
+            if progress is not None:
+                progress(output.rows, reader.fraction())
     return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
@@ -271,7 +266,7 @@ def refuse_replacing(source: str | Path, to: Path) -> None:
         raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
 
 
-class _Output:
+class _Output(contextlib.AbstractContextManager["_Output"]):
     """Standard output, which gets the windows as they come; nothing can be resumed or taken back."""
 
     def __init__(self, form: _Form) -> None:
@@ -288,14 +283,8 @@ class _Output:
         file.write(harmless_json(content.decode()).encode())
         file.flush()
 
-    def discard(self) -> None:
-        """Take back what was written."""
-
-    def finish(self) -> None:
-        """Put the windows together."""
-
-    def close(self) -> None:
-        """Let others write there."""
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        """End the output, as is fit after that fault or none."""
 
 
 class PartialResult(_Output):
@@ -339,19 +328,23 @@ class PartialResult(_Output):
         with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
             temporary.write_bytes(content)
 
-    def discard(self) -> None:
-        self._refuse_foreign()
-        self.close()  # some systems remove no file that is open
-        remove(self.folder)
-
-    def close(self) -> None:
-        self._lock.close()
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        with self._lock:
+            if fault is None:
+                self.finish()
+            elif isinstance(fault, DataError):  # the input must change, and parts of the old one are of no use
+                self._discard()
 
     def finish(self) -> None:
         """Join the parts into the output file, which appears whole, and remove them."""
         with atomic_file(self.to) as temporary:
             self.form.join(self._parts(), temporary)
-        self.discard()
+        self._discard()
+
+    def _discard(self) -> None:
+        self._refuse_foreign()
+        self._lock.close()  # some systems remove no file that is open
+        remove(self.folder)
 
     def _parts(self) -> list[Path]:
         return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))

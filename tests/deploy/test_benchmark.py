@@ -18,9 +18,8 @@ TASK = Task("single-label", ("text",), ("label",), ("positive", "neutral", "nega
 QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8)}
 
 
-def test_figures_of_all_models(classifier_folder, exported, monkeypatch):
+def test_figures_of_all_models(classifier_folder, exported):
     """Prevents a table with a model, a unit or a percentile mixed up, and a score of the wrong column."""
-    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.02)
     labels = [TASK.label2id[one.label] for one in Classifier.load(classifier_folder()).predict(TEXTS)]
     models = {"student": classifier_folder(), "fp32": exported() / "model.onnx", "int8": exported()}
     told = []
@@ -44,11 +43,10 @@ def test_figures_of_all_models(classifier_folder, exported, monkeypatch):
     json.dumps(asdict(result))
 
 
-def test_models_of_pairs_are_timed_on_pairs(trained_on, exported, monkeypatch):
+def test_models_of_pairs_are_timed_on_pairs(trained_on, exported):
     """Times of half of what a model reads, beside another model's of the whole."""
     pairs = trained_on("premise", "hypothesis")
     shutil.copy(exported() / "model.onnx", pairs)  # PyTorch takes seconds to import
-    monkeypatch.setattr(module, "_LATENCY_TEXTS", 4)
     assert benchmark([pairs], **QUICK | {"rounds": 1}).models[0].p50_ms > 0
     with pytest.raises(ModelError, match="some of the models read pairs of texts and some single ones"):
         benchmark([trained_on("review"), pairs], **QUICK)

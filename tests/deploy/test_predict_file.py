@@ -38,13 +38,13 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _interrupt(model: Classifier, source: Path, to: Path, after: int) -> None:
+def _interrupt(model: Classifier, source: Path, to: Path, after: int, **settings: str) -> None:
     def stop(rows: int, fraction: float | None) -> None:
         if rows >= after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, to, progress=stop)
+        predict_file(model, source, to, progress=stop, **settings)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
     texts = pa.array([b"wonderful", b"caf\xff", b"boring"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
     predict_file(model, tmp_path / "in.parquet", tmp_path / "out.jsonl")
-    assert ["UTF-8" in row.get("error", "") for row in _read(tmp_path / "out.jsonl")] == [False, True, False]
+    assert ["utf-8" in row.get("error", "") for row in _read(tmp_path / "out.jsonl")] == [False, True, False]
     path = tmp_path / "in.csv"
     path.write_text('id,text\na,"two\nlines, one value"\nb\nc,one,two\n\nd,good\ne,"open\nf,g\n', encoding="utf-8")
     for suffix in ("csv", "parquet"):
@@ -219,13 +219,7 @@ def test_columns_are_those_of_the_first_row_wherever_it_goes_on(tmp_path, model)
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     predict_file(model, source, tmp_path / "whole.jsonl", text="review")
     out = tmp_path / "out.jsonl"
-
-    def stop(done, fraction):
-        if done >= 30:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, out, text="review", progress=stop)
+    _interrupt(model, source, out, 30, text="review")
     summary = predict_file(model, source, out, text="review")
     assert (summary.resumed, summary.errors) == (30, 1)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -17,16 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 
 from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import read_decisions
-from kdlora.deploy.folder import (
-    EXPORT_RECORD,
-    MEASURED,
-    ONNX_FP32,
-    ONNX_INT8,
-    OPENVINO_INT8,
-    Precision,
-    Way,
-    read_model_folder,
-)
+from kdlora.deploy.folder import EXPORT_RECORD, MEASURED, Precision, Way, read_model_folder
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.foreign import read_json
 from kdlora.system.environment import describe_machine
@@ -52,20 +43,20 @@ def ways_to_run(folder: Path) -> list[Way]:
     record = folder / EXPORT_RECORD
     if not record.is_file():
         return []
-    ways = [(ONNX_FP32, Way(folder, precision="fp32")), (ONNX_INT8, Way(folder, precision="int8"))]
+    ways = [Way(folder, precision="fp32"), Way(folder, precision="int8")]
     if importlib.util.find_spec("openvino") is not None:
         from kdlora.deploy.openvino_backend import has_bf16
 
         stages = read_json(record).get("stages")
         passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
         if "openvino" in passed:
-            ways.append((ONNX_FP32, Way(folder, "openvino", "fp32")))
+            ways.append(Way(folder, "openvino", "fp32"))
             if "openvino-bf16" in passed and has_bf16():
-                ways.append((ONNX_FP32, Way(folder, "openvino", "bf16")))
-        ways.append((OPENVINO_INT8, Way(folder, "openvino", "int8")))
+                ways.append(Way(folder, "openvino", "bf16"))
+        ways.append(Way(folder, "openvino", "int8"))
     found = []
-    for way in (way for name, way in ways if (folder / name).is_file()):
-        with contextlib.suppress(ModelError):  # where thresholds or a promise are of another way
+    for way in ways:
+        with contextlib.suppress(ModelError):  # no such file, or thresholds or a promise of another way
             read_decisions(read_model_folder(way))
             found.append(way)
     return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from kdlora.deploy.folder import DECISIONS, ModelFolder
@@ -68,7 +67,10 @@ def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
         first = fault.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ModelError(f"{path}: {name} is damaged at {place}: {first['msg']}. {_REMEDY}") from None
-    _check_thresholds(decisions.thresholds, folder, path)
+    names, thresholds = folder.label_names, decisions.thresholds
+    if wrong := {name: value for name, value in thresholds.items() if name not in names or not 0 < value < 1}:
+        told = f"expected labels of the model with a probability above 0 and below 1, got {wrong!r:.200}"
+        raise ModelError(f"{path}: damaged at thresholds: {told}. {_REMEDY}")
     if which == "thresholds" or decisions.promise is None:
         return replace(decisions, promise=None)
     if (tested := found.get("max_length")) != folder.max_length:
@@ -77,16 +79,6 @@ def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
             "the model with the promised one, or with decisions='thresholds', which promises nothing."
         )
     return decisions
-
-
-def _check_thresholds(found: Mapping[str, float], folder: ModelFolder, where: Path) -> None:
-    if not all(0 < value < 1 for value in found.values()):
-        raise ModelError(f"{where}: damaged: thresholds must be probabilities above 0 and below 1. {_REMEDY}")
-    if unknown := sorted(set(found) - set(folder.label_names)):
-        raise ModelError(f"{where}: a threshold of {unknown[0]!r:.80}, which is no label of the model. {_REMEDY}")
-    most = {"multi-label": len(folder.label_names), "single-label": int(len(folder.label_names) == 2)}
-    if len(found) > most.get(folder.kind, 0):
-        raise ModelError(f"{where}: thresholds want a multi-label model, or one of two labels and one threshold.")
 
 
 def _weights(folder: ModelFolder) -> tuple[str, str]:

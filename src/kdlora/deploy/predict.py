@@ -184,9 +184,7 @@ def check_one(text: Any, where: str, *, whole: bool = False, most: int | None = 
     """Refuse what is no single text; one that is read whole may be empty, but has a largest length."""
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
-    if most is not None and len(text) > most:
-        begin = text[:most]
-        text = text.lstrip()[:most] if begin.isspace() else begin  # of blanks alone nothing would be left
+    text = text[:most]
     if not whole and (not text or text.isspace()):
         raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
     if whole and len(text) > MOST_CHARACTERS:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +38,7 @@ from kdlora.system.environment import default_threads
 logger = logging.getLogger(__name__)
 
 _TOGETHER = 64
-"""Most texts of a request or several that are computed at once; they are batched by length."""
+"""Most texts that are computed at once; they are batched by length."""
 _SECONDS_TO_END = 30
 """How long requests that have begun may take after the server was asked to end."""
 _SECONDS_KEPT = 620
@@ -79,15 +78,15 @@ class _Meters:
 
 @dataclass
 class _Queue:
-    """The requests that wait for one model; tasks empty it as long as there are any."""
+    """The texts that wait for one model; tasks empty it as long as there are any."""
 
     model: Model
     name: str
     most: int
     meters: _Meters
     at_once: int = 1  # batches that are computed at the same time
-    waiting: int = 0
-    asked: deque[tuple[list[Text], asyncio.Future[list[Answer]]]] = field(default_factory=deque)
+    share: int = 1  # texts of a batch, so that all that wait are computed at the same time
+    asked: deque[tuple[Text, asyncio.Future[Answer]]] = field(default_factory=deque)
     tasks: set[Any] = field(default_factory=set)
     pool: ThreadPoolExecutor = field(init=False)
 
@@ -96,42 +95,32 @@ class _Queue:
 
     async def ask(self, texts: list[Text]) -> list[Answer]:
         """Wait for the predictions of one request; a full queue takes none."""
-        if self.waiting + len(texts) > self.most:
-            detail = f"{self.waiting} texts wait for {self.name} already; ask again later"
+        if len(self.asked) + len(texts) > self.most:
+            detail = f"{len(self.asked)} texts wait for {self.name} already; ask again later"
             raise HTTPException(503, detail, {"Retry-After": "1"})
-        share = min(_TOGETHER, -(-len(texts) // self.at_once))
-        waited = [self._add(texts[first : first + share]) for first in range(0, len(texts), share)]
-        found = list(chain.from_iterable(await asyncio.gather(*waited)))
+        loop = asyncio.get_running_loop()
+        waited: list[asyncio.Future[Answer]] = [loop.create_future() for _ in texts]
+        self.asked.extend(zip(texts, waited, strict=True))
+        self.share = min(_TOGETHER, -(-len(self.asked) // self.at_once))
+        for _ in range(min(len(texts), self.at_once - len(self.tasks))):
+            self.tasks.add(loop.create_task(self._empty()))
+        found = await asyncio.gather(*waited)
         self.meters.texts.labels(self.name).inc(len(found))
         return found
 
-    def _add(self, texts: list[Text]) -> asyncio.Future[list[Answer]]:
-        future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
-        self.asked.append((texts, future))
-        self.waiting += len(texts)
-        if len(self.tasks) < self.at_once:
-            self.tasks.add(asyncio.create_task(self._empty()))
-        return future
-
     async def _empty(self) -> None:
         while self.asked:
-            most = min(_TOGETHER, -(-self.waiting // self.at_once))  # what waits is shared
-            batch = [self.asked.popleft()]
-            count = len(batch[0][0])
-            while self.asked and count + len(self.asked[0][0]) <= most:
-                batch.append(self.asked.popleft())
-                count += len(batch[-1][0])
-            self.waiting -= count
-            self.meters.batches.labels(self.name).observe(count)
+            batch = [self.asked.popleft() for _ in range(min(self.share, len(self.asked)))]
+            self.meters.batches.labels(self.name).observe(len(batch))
             await self._answer(batch)
         self.tasks.discard(asyncio.current_task())
 
-    async def _answer(self, batch: list[tuple[list[Text], asyncio.Future[list[Answer]]]]) -> None:
-        """Answer requests together, or one by one where they fail together: one bad text fails its own request."""
-        texts = [text for some, _ in batch for text in some]
+    async def _answer(self, batch: list[tuple[Text, asyncio.Future[Answer]]]) -> None:
+        """Answer texts together, or one by one where they fail together: a bad text fails its own request."""
+        texts = [text for text, _ in batch]
         try:
             predict: Callable[..., Sequence[Answer]] = self.model.predict
-            answers = iter(await asyncio.get_running_loop().run_in_executor(self.pool, predict, texts))
+            answers = await asyncio.get_running_loop().run_in_executor(self.pool, predict, texts)
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
@@ -139,8 +128,7 @@ class _Queue:
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return
-        for some, future in batch:
-            answer = list(islice(answers, len(some)))
+        for answer, (_, future) in zip(answers, batch, strict=True):
             if not future.done():  # as where the server ends
                 future.set_result(answer)
 
@@ -161,7 +149,7 @@ def make_app(
     limits, meters, at_once = limits or Limits(), _Meters(), at_once or {}
     queues = {name: _Queue(one, name, limits.waiting, meters, at_once.get(name, 1)) for name, one in models.items()}
     for name, queue in queues.items():
-        meters.waiting.labels(name).set_function(partial(getattr, queue, "waiting"))
+        meters.waiting.labels(name).set_function(partial(len, queue.asked))
     question = _question_type(limits)
     app = FastAPI(title="kdlora", docs_url=None, redoc_url=None)  # those two would fetch scripts from elsewhere
     content = {"application/json": {"schema": question.model_json_schema()}}

@@ -58,24 +58,19 @@ def open_session(graph: bytes, name: str, *, threads: int | None = None, optimis
 
 def read_export(folder: ModelFolder, *, verify: bool) -> tuple[str, bytes, bytes]:
     """Read the tokenizer, the graph and, of OpenVINO's form, its weights; all must be what was exported, if asked."""
-    expected = _recorded_hashes(folder) if verify else {}
-
-    def read(path: Path) -> bytes:
-        content = path.read_bytes()
-        if path.name in expected:
-            _check_hash(path, hashlib.sha256(content).hexdigest(), expected)
-        return content
-
     file = folder.file or folder.path
-    graph, tokenizer = read(file), read(folder.path / TOKENIZER).decode("utf-8", errors="replace")
-    if file.suffix == ".xml":
-        return tokenizer, graph, read(file.with_suffix(".bin"))
-    _refuse_other_files(graph, file)
-    return tokenizer, graph, b""
+    weights = [file.with_suffix(".bin")] if file.suffix == ".xml" else []
+    content = {path: path.read_bytes() for path in (folder.path / TOKENIZER, file, *weights)}
+    if verify:
+        _compare_with_record(folder, content)
+    if not weights:
+        _refuse_other_files(content[file], file)
+    tokenizer, graph, *more = content.values()
+    return tokenizer.decode("utf-8", errors="replace"), graph, b"".join(more)
 
 
-def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
-    """Give the hashes that an export recorded, and compare the JSON files, already read, with theirs."""
+def _compare_with_record(folder: ModelFolder, content: Mapping[Path, bytes]) -> None:
+    """Refuse files that are not what an export recorded, the JSON files among them, which were read before."""
     record = folder.record or {}
     if not is_sealed_or_old(record):
         raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
@@ -85,17 +80,14 @@ def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
             f"{folder.file}: no part of the export in this folder, whose {EXPORT_RECORD} does not name it. Remove it, "
             "or load it with verify=False if it is meant."
         )
-    for name in {CONFIG_FILE, TOKENIZER_CONFIG} & hashes.keys():
-        _check_hash(folder.path / name, folder.digests.get(name, "none"), hashes)
-    return hashes
-
-
-def _check_hash(path: Path, found: str, hashes: Mapping[str, str]) -> None:
-    if found != (wanted := hashes[path.name]):
-        raise ArtifactError(
-            f"{path}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, the file has "
-            f"{found[:12]}…. Export the model again."
-        )
+    found = {name: folder.digests.get(name, "none") for name in (CONFIG_FILE, TOKENIZER_CONFIG)}
+    found |= {path.name: hashlib.sha256(value).hexdigest() for path, value in content.items()}
+    for name, own in found.items():
+        if own != (wanted := hashes.get(name, own)):
+            raise ArtifactError(
+                f"{folder.path / name}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, "
+                f"the file has {own[:12]}…. Export the model again."
+            )
 
 
 def _refuse_other_files(graph: bytes, file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names, tag_types
+from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, tag_names
 from kdlora.data.windows import hide_symbols, read_windows
 from kdlora.deploy.decisions import Decisions, Which
 from kdlora.deploy.folder import CONFIG_FILE, OPENVINO_INT8, ModelFolder, Way, read_model_folder
@@ -57,14 +57,13 @@ class Tagger(Network):
     def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
         """Join a described folder and its running network; most callers want `load`."""
         super().__init__(folder, backend, decisions)
-        types = dict.fromkeys(name[2:] for name in self.label_names if name[:2] == "B-")
-        names = tag_names(tuple(types))
+        self.types = tuple(dict.fromkeys(name[2:] for name in self.label_names if name[:2] == "B-"))
+        names = tag_names(self.types)
         if sorted(names) != sorted(self.label_names):
             raise ModelError(
                 f"{folder.path / CONFIG_FILE}: expected the labels O, and B-TYPE and I-TYPE for each type of entity, "
                 f"got {', '.join(self.label_names):.200}."
             )
-        self.types = tag_types(names)
         self._columns = [self.label_names.index(name) for name in names]
 
     @overload

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -34,8 +34,8 @@ class _Speeds:
 
 @dataclass(frozen=True)
 class _Measured:
-    export: str = ""  # SHA-256 of the record of the export that was measured
-    machines: dict[str, tuple[_Speeds, ...]] = field(default_factory=dict)
+    export: str  # SHA-256 of the record of the export that was measured
+    machines: dict[str, tuple[_Speeds, ...]]
 
 
 def ways_to_run(folder: Path) -> list[Way]:
@@ -65,20 +65,17 @@ def ways_to_run(folder: Path) -> list[Way]:
 def store_speeds(speeds: Mapping[Way, Mapping[int, float]]) -> None:
     """Keep the texts a second of the ways to run one export by batch size, beside those of other machines."""
     folder = next(iter(speeds)).folder
-    measured, export = _read(folder), hash_file(folder / EXPORT_RECORD)
-    machines = dict(measured.machines) if measured.export == export else {}
-    machines[_machine()] = tuple(_Speeds(way.runtime, way.precision, dict(found)) for way, found in speeds.items())
-    write_json_atomic(folder / MEASURED, asdict(_Measured(export, machines)))
+    own = tuple(_Speeds(way.runtime, way.precision, dict(found)) for way, found in speeds.items())
+    machines = _read(folder) | {_machine(): own}
+    write_json_atomic(folder / MEASURED, asdict(_Measured(hash_file(folder / EXPORT_RECORD), machines)))
 
 
 def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
     """Choose by the figures of such a machine; ONNX Runtime where there are none of this export."""
     best, most = Way(folder, "onnxruntime", precision), 0.0
-    measured, record = _read(folder), folder / EXPORT_RECORD
-    if not record.is_file() or measured.export != hash_file(record):
-        return best
-    ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision)]
-    for row in measured.machines.get(_machine(), ()):
+    measured = _read(folder).get(_machine(), ())
+    ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision)] if measured else []
+    for row in measured:
         nearest = min(row.texts_per_second, key=lambda size: abs(math.log(size / batch_size)))
         way = Way(folder, row.runtime, row.precision)
         if way in ways and row.texts_per_second[nearest] > most:
@@ -86,14 +83,16 @@ def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
     return best
 
 
-def _read(folder: Path) -> _Measured:
-    path = folder / MEASURED
-    if not path.is_file():
-        return _Measured()
+def _read(folder: Path) -> dict[str, tuple[_Speeds, ...]]:
+    """Give by machine what was measured of the export that is there now."""
+    path, record = folder / MEASURED, folder / EXPORT_RECORD
+    if not path.is_file() or not record.is_file():
+        return {}
     try:
-        return TypeAdapter(_Measured).validate_json(path.read_bytes())
+        found = TypeAdapter(_Measured).validate_json(path.read_bytes())
     except ValidationError:
         raise ArtifactError(f"{path}: damaged. Remove it, and measure again: kdlora benchmark {folder}") from None
+    return found.machines if found.export == hash_file(record) else {}
 
 
 def _machine() -> str:

@@ -114,8 +114,6 @@ class Cascade:
         """
         texts = list(iterate_texts(texts))
         logits = self.student.predict_logits(texts)
-        if not len(logits):
-            return []
         sure = measure_sureness(logits, self.sureness, self.student.folder.temperature)
         answers = [
             CascadeAnswer(label, "student", said, value)

@@ -139,7 +139,7 @@ class Classifier(Network):
     def _defer(self, logits: np.ndarray) -> list[str]:
         """Say of each text why it is not answered, nothing where it is."""
         promise = self.decisions.promise
-        if promise is None or not len(logits):
+        if promise is None:
             return [""] * len(logits)
         sureness = measure_sureness(logits, promise.sureness, self.folder.temperature).tolist()
         return [

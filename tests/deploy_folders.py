@@ -26,12 +26,10 @@ LABELS = {
 }
 
 
-def build_classifier(
-    family: str, folder: Path, *, kind: str = "single-label", names: Sequence[str] = (), layers: int = 2
-) -> Path:
+def build_classifier(family: str, folder: Path, *, kind: str = "single-label", names: Sequence[str] = ()) -> Path:
     """Save a tiny classifier with a spread-out random head, whose predictions differ from text to text."""
     tokenizer = train_tokenizer(family)
-    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers)
+    config = tiny_config(family, -(-len(tokenizer) // 8) * 8)
     names = names or LABELS[kind]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: column for column, name in enumerate(names)}

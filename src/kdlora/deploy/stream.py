@@ -260,8 +260,7 @@ def standard_output() -> BinaryIO:
 def refuse_replacing(source: str | Path, to: Path) -> None:
     """Refuse an output in the place of its own input, and of what is no file."""
     if to.exists() and not to.is_file():
-        what = "folder" if to.is_dir() else "pipe or a device"
-        raise ConfigError(f"{to} is a {what}; name a file with --to, or - for standard output.")
+        raise ConfigError(f"{to} is a folder, a pipe or a device; name a file with --to, or - for standard output.")
     if str(source) != "-" and to.exists() and to.samefile(source):
         raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
 

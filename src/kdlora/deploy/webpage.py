@@ -40,11 +40,6 @@ class _Package:
     sha256: str
     files: Mapping[str, str]
 
-    @property
-    def archive(self) -> str:
-        """The file name that `npm pack` gives it."""
-        return f"{self.name.strip('@').replace('/', '-')}-{self.version}.tgz"
-
 
 _PACKAGES = (
     _Package(
@@ -164,7 +159,8 @@ def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
 
 def _read_package(package: _Package) -> dict[str, bytes]:
     """Give the files of a package by their names in a page's folder; the archive is compared before it is opened."""
-    path = cache_folder() / "web" / package.archive
+    archive = f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"  # as `npm pack` names it
+    path = cache_folder() / "web" / archive
     content = path.read_bytes() if path.is_file() else _download(package, path.parent)
     if (found := hashlib.sha256(content).hexdigest()) != package.sha256:
         raise ArtifactError(

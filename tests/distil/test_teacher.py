@@ -189,14 +189,14 @@ def test_stale_logits_are_refused(label, make_encoder, rows, tasks):
     reads_otherwise.tokenizer.add_tokens(["extraordinary"])
     texts, ids = (Dataset.from_dict(rows.to_dict() | {name: ["other", *rows[name][1:]]}) for name in ("text", "id"))
     for change, named in (
-        ({"encoder": moved}, "the teacher's weights"),
-        ({"encoder": reads_otherwise}, "the teacher's tokenizer"),
-        ({"dataset": texts}, "ids or texts of the examples"),
-        ({"dataset": ids}, "ids or texts of the examples"),
-        ({"max_length": 47}, "the longest input"),
-        ({"precision": "bf16"}, "the number format"),
-        ({"columns": [1, 0]}, "the order of the teacher's outputs"),
-        ({"task": replace(tasks["single-label"], label_names=("positive", "negative"))}, "the labels or their order"),
+        ({"encoder": moved}, "weights"),
+        ({"encoder": reads_otherwise}, "tokenizer"),
+        ({"dataset": texts}, "examples"),
+        ({"dataset": ids}, "examples"),
+        ({"max_length": 47}, "max_length"),
+        ({"precision": "bf16"}, "precision"),
+        ({"columns": [1, 0]}, "columns"),
+        ({"task": replace(tasks["single-label"], label_names=("positive", "negative"))}, "labels"),
     ):
         with pytest.raises(ArtifactError, match=f"are stale: {named}.* changed. Delete the folder"):
             label(**change)

@@ -35,21 +35,6 @@ LOGIT = "logit:"
 """Marks the columns of logits, so that a label named `id` cannot collide."""
 RESERVED = ("id", "split", "label", "group", "text", "text_pair", "starts", "ends", "words", "__index_level_0__")
 """Columns of a table by people that are no labels."""
-_MEANING = {
-    "weights": "the teacher's weights",
-    "tokenizer": "the teacher's tokenizer",
-    "examples": "ids or texts of the examples",
-    "labels": "the labels or their order",
-    "columns": "the order of the teacher's outputs",
-    "max_length": "the longest input (max_length)",
-    "windows": "how long texts are read (data.long_texts)",
-    "precision": "the number format (precision)",
-    "inputs": "the input files",
-    "text": "the text columns (text)",
-    "id_column": "the id column (id_column)",
-    "texts": "whether texts are kept (texts)",
-    "rows_per_shard": "the rows of a shard (rows_per_shard)",
-}
 
 
 def _plain(name: str) -> str:
@@ -228,8 +213,9 @@ def begin_store(wanted: LogitStore) -> LogitStore:
         return wanted
     store = open_store(wanted.path)
     if changed := compare(store.ingredients, wanted.ingredients):
-        named = ", ".join(_MEANING.get(name, name) for name in changed)
-        raise ArtifactError(f"{store.folder}: these logits are stale: {named} changed. {_anew(store.folder)}")
+        raise ArtifactError(
+            f"{store.folder}: these logits are stale: {', '.join(changed)} changed. {_anew(store.folder)}"
+        )
     before = {name: store.versions.get(name) for name in wanted.versions}
     newer = [f"{name} {before[name]} -> {now}" for name, now in wanted.versions.items() if before[name] != now]
     if newer:

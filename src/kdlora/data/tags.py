@@ -40,7 +40,7 @@ NO_SPACES = (
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
 """Characters of scripts that put no spaces between words, as ranges of a regular expression: each of them is a word."""
-CLOSE = f"[{NO_SPACES}\u3001-\u303f\uff01-\uff65]"
+_CLOSE = re.compile(f"[{NO_SPACES}\u3001-\u303f\uff01-\uff65]")
 """These, and their marks of punctuation: between two of them words that are joined have no space."""
 
 
@@ -202,8 +202,12 @@ def join_words(given: Sequence[object], where: str) -> Words:
         raise DataError(f"{where}: expected a list of words, got {given!r:.60}.")
     if not words:
         raise DataError(f"{where}: no words. Remove the row.")
-    close = re.compile(CLOSE)
-    gaps = ["" if close.match(last[-1]) and close.match(word) else " " for last, word in pairwise(words)]
+    return text_of(words)
+
+
+def text_of(words: Sequence[str]) -> Words:
+    """Put words together, with a space between two of them where their scripts write one."""
+    gaps = ["" if _CLOSE.match(last[-1]) and _CLOSE.match(word) else " " for last, word in pairwise(words)]
     pieces = [*chain(*zip(words, [*gaps, ""], strict=True))]
     edges = [0, *accumulate(map(len, pieces))]
     return Words("".join(pieces), edges[:-1:2], edges[1::2])

@@ -17,7 +17,6 @@ from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text, named_codes
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
-    CLOSE,
     LANGUAGE,
     OUTSIDE,
     SPAN_KEYS,
@@ -30,6 +29,7 @@ from kdlora.data.tags import (
     rows_with,
     tag_names,
     tags_from_spans,
+    text_of,
 )
 from kdlora.errors import DataError, did_you_mean
 
@@ -37,6 +37,7 @@ TEXTS = ("text", "sentence", "content")
 TAGS = ("tags", "ner_tags", "labels", "label", "ner")
 SPANS = ("spans", "entities", "labels", "label")
 _ROWS = 10_000
+_PLACES = pa.list_(pa.int32())
 _MANY = 10
 """Fewer rows that break their scheme are repaired, and fewer spans that cut a word taken, however few there are."""
 _EXPECTED = (
@@ -229,22 +230,14 @@ def _refuse_tag(raw: RawTable, flat: pa.Table, offsets: Integers, word: int, lab
 
 
 def _batches_of_words(flat: pa.Table, offsets: Integers) -> Iterator[pa.RecordBatch]:
-    """Join words as `join_words` does; they lie in the text where they were put."""
-    lengths = pc.utf8_length(flat["words"]).to_numpy().astype(np.int64)
-    closes, opens = (pc.match_substring_regex(flat["words"], one).to_numpy() for one in (f"{CLOSE}$", f"^{CLOSE}"))
-    apart = ~closes | ~np.append(opens[1:], False)  # from the next word
-    apart[offsets[1:] - 1] = False
-    ends = np.cumsum(lengths + apart)
-    ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + apart
-    for name, places in (("starts", ends - lengths), ("ends", ends)):
-        flat = flat.append_column(name, pa.array(places, pa.int32()))
+    """Join the words of each row; they lie in its text where they were put."""
     for start in range(0, len(offsets) - 1, _ROWS):
         edges = offsets[start : start + _ROWS + 1]
         words = flat.slice(edges[0], edges[-1] - edges[0])
         part = {name: as_lists(words[name].combine_chunks(), edges - edges[0]) for name in flat.column_names}
-        gaps = pc.if_else(pa.array(apart[edges[0] : edges[-1]]), " ", "")
-        spaced = pc.binary_join_element_wise(part.pop("words").values, gaps, "")
-        yield pa.record_batch({"text": pc.binary_join(as_lists(spaced, edges - edges[0]), ""), **part})
+        texts, *places = zip(*map(text_of, part.pop("words").to_pylist()), strict=True)
+        part |= {name: pa.array(values, _PLACES) for name, values in zip(("starts", "ends"), places, strict=True)}
+        yield pa.record_batch({"text": pa.array(texts), **part})
 
 
 def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[bool]) -> Iterator[pa.RecordBatch]:
@@ -255,7 +248,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
     ):
         raise DataError(f"{raw.source}: the column {label!r} holds {kind!s:.80} beside texts; {_EXPECTED}")
     wanted, numbers = [name for name in (text, label) if name is not None], count()
-    kinds = {"starts": pa.list_(pa.int32()), "ends": pa.list_(pa.int32()), "tags": pa.list_(pa.string())}
+    kinds = {"starts": _PLACES, "ends": _PLACES, "tags": pa.list_(pa.string())}
     for batch in raw.table.select(wanted).to_batches(_ROWS):
         rows = []
         for values in batch.to_pylist():

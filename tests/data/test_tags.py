@@ -341,8 +341,8 @@ SPAN = {"start": 0, "end": 2, "label": "A"}
     [
         ("a.conll", "a x O\nb O\n\nc x O\n", "a.conll, line 2: 2 columns where 3 are expected"),
         ("a.conll", "a\tB-X\nb\t\n", "a.conll, line 2: 1 columns where 2 are expected"),
-        ("a.conll", "a\tO\n\n\nb\tB-X,B-Y\n", "a.conll, line 4: the tag 'B-X,B-Y' .* keep that of one annotator"),
-        ("a.conll", "a\tO\nb\tB-X\nc\tB_X\n", "a.conll, line 3: the tag 'B_X' .* Did you mean 'B-X'"),
+        ("a.conll", "a\tO\n\n\nb\tB-X,B-Y\n", "a.conll, line 4: the tag 'B-X,B-Y' .* is of no scheme"),
+        ("a.conll", "a\tO\nb\tB-X\nc\tB_X\n", "a.conll, line 3: the tag 'B_X' .* is of no scheme"),
         ("a.conll", "O ,\nB-X a\n", "a.conll, line 1: the tag ',' .* is it the column of tags"),
         ("a.conll", "a NNP\nb VBZ\n", "a.conll, line 1: the tag 'NNP' .* is it the column of tags"),
         ("a.conll", "a\nb\n", "which columns hold words and tags"),

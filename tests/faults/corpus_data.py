@@ -99,18 +99,18 @@ CASES = [
     file("csv", "text,label\na,1\n\nwell, no,0\n", "row 2:", "3 columns where 2 are"),
     file("tsv", TABS + b"20\ta\n", "row 21", "2 columns where 3 are expected", "without quoting"),
     # One stray quote swallows all rows after it into a single text.
-    file("csv", csv('20,"a film,a'), "row 21", "never closed", "'a film"),
+    file("csv", csv('20,"a film,a'), "row 21", "end of data", "'20,", "Close each quote"),
     file(
         "csv",
         csv('20,"a film, so', "21,b,b", '22,"fine" they said,a'),
         "row 21: not",
         "in line 24; the row is '20,",
     ),
-    file("csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
+    file("csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "row 2", "Close each quote"),
     # Latin-1 bytes that are replaced or skipped change texts without a word.
-    file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9", "or gb18030"),
+    file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "0xE9", "windows-1252"),
     file("jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2", "UTF-8"),
-    file("csv", csv().decode().encode("utf-16"), "UTF-16"),
+    file("csv", csv().decode().encode("utf-16"), "line 1", "or utf-16"),
     file("tsv", b"\x00\x01\x02"),
     # With CSV's quoting one stray quote swallows rows, without it is a character. Never half of each.
     file("tsv", TABS + b'20\t"a text\nin two lines"\ta\n'),

@@ -132,9 +132,6 @@ def _delimited_rows(
             continue
         except csv.Error as error:
             found = f"not readable as CSV: {error}, in line {lines.number}; the row is {lines.first[:_SHOWN]!r}"
-            if lines.ended:  # in the middle of a row
-                *_, last = next(csv.reader([lines.first], delimiter=delimiter))
-                found = f"a quote is opened and never closed; it swallows the end of the file from {last[:_SHOWN]!r} on"
             yield number, f"{found}. Close each quote, and double one inside a text"
             continue
         if len(values) == width:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -179,9 +178,6 @@ class _RowFile:
                 "an object a row: df.to_json(FILE, orient='records', lines=True)"
             )
         _refuse_duplicates(str(self.path), columns)
-        for column in columns if self.form == "tsv" else ():
-            if len(column) > 1 and column[0] == column[-1] == '"':
-                raise DataError(f"{self.path}: the header has quotes around {column}. {NO_QUOTING}")
         return columns
 
     def read(self, wanted: tuple[str, ...]) -> RawTable:
@@ -251,22 +247,16 @@ def _refuse_quoting(raw: RawTable) -> None:
 
 
 def _encoding_error(file: Path) -> DataError:
-    """Describe the first byte that is not UTF-8."""
+    """Name the first line that is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return DataError(
-                    f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (in Excel: CSV UTF-8; elsewhere: "
-                    "iconv -f utf-16 -t utf-8)"
-                )
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                offset = stream.tell() - len(line) + error.start
                 return DataError(
-                    f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset} is not UTF-8; save the "
-                    "file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f ENCODING -t utf-8, with the file's own "
-                    "encoding, such as windows-1252 or gb18030)"
+                    f"{file}, line {number}: byte 0x{line[error.start]:02X} is not UTF-8; save the file as UTF-8 (in "
+                    "Excel: CSV UTF-8; elsewhere: iconv -f ENCODING -t utf-8, with the file's own encoding, such as "
+                    "windows-1252, gb18030 or utf-16)"
                 )
     return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")
 
@@ -284,14 +274,10 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
         if (named := list(map(_name_parts, values))) != values:
             return _to_array(named, key, file, first_row)
         row = bisect_left(range(len(values)), True, key=lambda last: not _fits(values[: last + 1]))
-        found, before = type(values[row]), next(type(value) for value in values if value is not None)
-        told = f"cannot be read ({error}); make it one type"
-        if isinstance(error, UnicodeEncodeError):
-            told = "holds half a character (a lone surrogate, such as \\ud800); write the text again"
-        elif found is not before and {found, before} != {int, float}:
-            shown = f"{found.__name__} ({str(values[row])[:40]!r})"
-            told = f"is {shown}, but {before.__name__} in the rows before; make it one type"
-        raise DataError(f"{file}, row {first_row + row + 1}: {key!r} {told}") from None
+        raise DataError(
+            f"{file}, row {first_row + row + 1}: {key!r} is {type(values[row]).__name__} ({str(values[row])[:40]!r}), "
+            f"which cannot be read ({error!s:.200}); correct it, or make the whole column one type"
+        ) from None
 
 
 def _name_parts(value: Any) -> Any:

@@ -31,7 +31,7 @@ from kdlora.data.tags import (
     tags_from_spans,
     text_of,
 )
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import DataError
 
 TEXTS = ("text", "sentence", "content")
 TAGS = ("tags", "ner_tags", "labels", "label", "ner")
@@ -217,15 +217,11 @@ def _refuse_tag(raw: RawTable, flat: pa.Table, offsets: Integers, word: int, lab
     where = f"{raw.where(row)}, word {word - offsets[row] + 1}"
     if LINES in flat.column_names:
         where = f"{raw.source}, line {flat[LINES][word].as_py()}"
-    tag, tags = flat["tags"][word].as_py(), pc.unique(flat["tags"]).to_pylist()
-    hint = did_you_mean(tag, [name for name in tags if name and name != tag and parse_tags([name]).get(name)])
-    if OUTSIDE not in tags:
-        hint = f" No tag in {label!r} is O: is it the column of tags? task.label names another."
-    elif any(mark in tag for mark in ",;|"):
-        hint = " A word has one tag; keep that of one annotator."
+    tags = pc.unique(flat["tags"]).to_pylist()
+    hint = "" if OUTSIDE in tags else f" No tag in {label!r} is O: is it the column of tags? task.label names another."
     raise DataError(
-        f"{where}: the tag {tag!r} ({label!r}) is of no scheme; expected O, B-TYPE and I-TYPE (also with L and U, or E "
-        f"and S), or O and plain types throughout.{hint}"
+        f"{where}: the tag {flat['tags'][word].as_py()!r} ({label!r}) is of no scheme; expected O, B-TYPE and I-TYPE "
+        f"(also with L and U, or E and S), or O and plain types throughout.{hint}"
     )
 
 

@@ -425,15 +425,6 @@ def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, 
     assert load({"metric": "accuracy"}, train=path).task.metrics == ("accuracy",)
 
 
-def test_a_drawn_split_of_many_classes_says_what_was_drawn(csv_file) -> None:
-    """Who asked for a tenth and got a fifth saw a note that said a tenth."""
-    texts = [f"text {row}" for row in range(300)]
-    path = csv_file("a.csv", text=texts, label=[f"class {row % 150}" for row in range(300)])
-    splits = load({"kind": "single-label"}, train=path)
-    (note,) = (note for note in splits.notes if "60 of 300 training rows" in note)
-    assert "30 more than asked for so that 60 of 150 classes give a row" in note
-
-
 @pytest.mark.parametrize("questions", [40, 400])
 def test_pairs_that_share_a_text_are_told(csv_file, questions: int) -> None:
     """Ten answers to a question fell into both splits, and a score on known questions was taken for one on new ones."""

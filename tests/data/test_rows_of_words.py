@@ -97,7 +97,6 @@ def test_training_words_are_cut_as_those_of_a_served_text(tmp_path):
     ]
     tags = [splits.task.label_names[tag] for tag in row["label"]]
     assert [*zip(words_of(row), tags, row["given"], strict=True)] == parts
-    assert any(note.startswith("12 of 18 training words are several") for note in splits.notes)
     assert words_of(splits.validation[0]) == words
     assert "given" not in splits.validation.column_names
 

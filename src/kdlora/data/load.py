@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
@@ -23,7 +22,7 @@ from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
-from kdlora.data.word_tokens import GIVEN, cut_words
+from kdlora.data.word_tokens import cut_words
 from kdlora.defaults import copies_for
 from kdlora.errors import DataError, listed
 from kdlora.section import Metric
@@ -114,7 +113,7 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     _check_labels(reading.task, data, train, scored)
     _check_scored(reading, scored)
     unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
-    train = _cut_words(reading, train) if reading.task.kind == "tokens" else train
+    train = cut_words(train) if reading.task.kind == "tokens" else train
     for note in reading.notes:
         logger.info(note)
     read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
@@ -225,9 +224,6 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     if not len(drawn):
         raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
     how = "stratified by label" if classes is not None else "at random"
-    if classes is not None and (more := len(drawn) - max(1, round(len(train) * data.validation_fraction))) > 0:
-        some, every = (len(np.unique(part)) for part in (classes[drawn], classes))
-        how += f", {more} more than asked for so that {some} of {every} classes give a row"
     reading.notes.append(
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
         f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
@@ -250,19 +246,6 @@ def give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tu
             back.append(row)
     returned = np.array(back, np.int64)
     return np.union1d(kept, returned), np.setdiff1d(drawn, returned)
-
-
-def _cut_words(reading: Reading, train: Dataset) -> Dataset:
-    """Cut the words of the training rows as those of a served text are, and note how many there were to cut."""
-    cut = cut_words(train)
-    if cut is not train:
-        given = np.asarray(pc.list_flatten(read_column(cut, GIVEN)))
-        several = np.diff(np.append(np.flatnonzero(given), len(given))) > 1
-        reading.notes.append(
-            f"{several.sum()} of {len(several)} training words are several where a text is served (as #a or b-c "
-            "are); they were cut there."
-        )
-    return cut
 
 
 def _first(reading: Reading, rows: Dataset, limit: int | None, what: str, key: str) -> Dataset:

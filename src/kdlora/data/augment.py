@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,31 +106,30 @@ def _write(made: Dataset, file: Path) -> None:
             writer.write_table(table.cast(schema))
 
 
-def _number_words(rows: Dataset) -> tuple[list[Any], np.ndarray, dict[str, np.ndarray]]:
-    """Give the words, their numbers text after text, as strings take fifty bytes, and per column where texts end.
+def _words_in_a_row(rows: Dataset) -> tuple[list[Any], dict[str, list[int]]]:
+    """Give the words text after text, equal ones as one object, as strings take fifty bytes, and where texts end.
 
     A word that the data has marked in a text comes in a pair, after whether white space stands before it.
     """
-    known: dict[Any, int] = {}
-    numbers = array("i")
+    known: dict[Any, Any] = {}
+    words: list[Any] = []
     ends = {}
     for name in text_columns(rows):
-        found = array("q", [len(numbers)])
+        ends[name] = [len(words)]
         for table in slice_rows(rows, [name, *word_columns(rows)]):
             for text, *marked in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                words = _marked_words(text, *marked) if marked else _words(text)
-                numbers.extend(known.setdefault(word, len(known)) for word in words)
-                found.append(len(numbers))
-        ends[name] = np.asarray(found)
-    return list(known), np.asarray(numbers), ends
+                found = _marked_words(text, *marked) if marked else _words(text)
+                words.extend(known.setdefault(word, word) for word in found)
+                ends[name].append(len(words))
+    return words, ends
 
 
 def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
-    known, numbers, ends = _number_words(rows)
+    every, ends = _words_in_a_row(rows)
 
     def words_of(name: str, row: int) -> list[Any]:
         start, end = ends[name][row : row + 2]
-        return [known[number] for number in numbers[start:end]]
+        return every[start:end]
 
     def perturb(words: Sequence[Any], other: Sequence[Any]) -> tuple[Sequence[Any], str]:
         """Perturb the words of one text, of which something always remains; give them and what joins them."""
@@ -139,7 +137,7 @@ def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Ite
             words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
         chances = draw.random(len(words))
         kept = [
-            word if chance >= LOST else known[numbers[int(draw.integers(len(numbers)))]]
+            word if chance >= LOST else every[int(draw.integers(len(every)))]
             for word, chance in zip(words, chances, strict=True)
             if chance >= LOST / 2  # below, the word is deleted
         ]

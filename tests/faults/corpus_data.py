@@ -132,7 +132,7 @@ CASES = [
     settings("every training label is 2.5", content=table(text=TEXTS, label=[2.5] * 20), task=NUMBERS),
     # The wrong column that happens to exist would be learnt without an error; the right name has to be suggested.
     settings("no column 'txt' (task.text)", "it has 'id', 'text'", "Did you mean 'text'?", task={"text": "txt"}),
-    settings("no label column 'lable' (task.label)", "Did you mean 'label'", task={"label": "lable"}),
+    settings("no column 'lable' (task.label)", "Did you mean 'label'", task={"label": "lable"}),
     settings("key", "data.id_column", data={"id_column": "key"}),
     settings("both text and label", task={"text": "label", "label": "label"}),
     # A guess between two columns is right half the time and never seen.

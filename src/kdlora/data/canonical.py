@@ -18,9 +18,13 @@ from kdlora.data.spool import doubles, hash_texts, make_dataset, read_column, sp
 from kdlora.data.tags import WORD_COLUMNS, Integers, tag_names
 from kdlora.data.tasks import Task, refuse_names
 from kdlora.data.token_rows import TEXTS, read_token_rows
-from kdlora.errors import DataError, did_you_mean, listed
+from kdlora.errors import DataError, listed
 
 _ROWS = 65_536
+_NEED = (
+    " Training, validation and test files need labels, by people or by a model; texts without any are for "
+    "data.unlabelled"
+)
 _SPLITS = ("split", "set", "subset", "partition")
 _SCORED = frozenset(("test", "dev", "eval", "val", "valid", "validation"))
 
@@ -108,13 +112,7 @@ class Reading:
             source.require(column, "task.text")
         label = self.task.label if labelled else ()
         for column in label:
-            if column not in source.columns:
-                others = [name for name in source.columns if name not in (*text, self.id_column)]
-                raise DataError(
-                    f"{source.name} has no label column {column!r} (task.label); it has "
-                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, others)} Training, validation and "
-                    "test files need labels, by people or by a model; texts without any are for data.unlabelled"
-                )
+            source.require(column, "task.label", _NEED)
         return Columns(text, label, self._id(source))
 
     def _id(self, source: Source) -> str | None:
@@ -141,10 +139,7 @@ class Reading:
 def unread_splits(train: Source) -> list[str]:
     """Say that a column of splits is not followed, or test rows are learnt from without a word."""
     for name in (column for column in train.columns if column.casefold() in _SPLITS):
-        try:
-            values = train.read((name,)).table[name]
-        except DataError:  # of a column that nobody asked for
-            continue
+        values = train.read((name,)).table[name]
         parts = pc.unique(values.cast(pa.string())).drop_null().to_pylist() if is_text(values.type) else []
         if not _SCORED.isdisjoint(part.strip().casefold() for part in parts):
             return [

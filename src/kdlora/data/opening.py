@@ -129,15 +129,11 @@ def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool =
     if is_saved_dataset(file):
         source, *others = (splits := open_saved(file)).values()
         if others:
-            own = {"data.validation": "validation", "data.test": "test", "the data file": "test"}.get(key)
-            one = file / (own if own in splits else next(iter(splits)))
             raise DataError(
-                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one, such as {one}"
-                + (", or train on the whole by data.path (--data)" if key.startswith("data.") else "")
+                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one of them, or name the "
+                "whole in data.path (--data)"
             )
         return source
-    if file.is_dir():
-        raise DataError(f"{file} ({key}) is a folder; expected a data file, or a folder written by save_to_disk")
     if glue is None or file.suffix.lower() != ".tsv":
         return open_file(file, key, plain=plain)
     source = open_file(file, key, benchmark=True)

@@ -70,11 +70,11 @@ class Source:
     benchmark: bool = False  # made by GLUE's publishers: its corrupt rows are dropped, a user's are an error
     plain: bool = False  # one text a line
 
-    def require(self, column: str, key: str) -> str:
+    def require(self, column: str, key: str, told: str = "") -> str:
         if column not in self.columns:
             raise DataError(
                 f"{self.name} has no column {column!r} ({key}); it has {', '.join(map(repr, self.columns))}."
-                + did_you_mean(column, self.columns)
+                f"{did_you_mean(column, self.columns)}{told}"
             )
         return column
 

@@ -39,7 +39,7 @@ def test_official_rows(glue_folder: Path, name: str) -> None:
     test = load_examples(str(folder / "test.tsv"), task, labelled=False)
     assert "label" not in test.column_names
     assert len(test) > 100
-    with pytest.raises(DataError, match="no column .* need labels"):
+    with pytest.raises(DataError, match=r"no column .* need labels"):
         load_examples(str(folder / "test.tsv"), task, labelled=True)
 
 

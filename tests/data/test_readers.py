@@ -209,7 +209,7 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
 def test_load_examples_faults(tmp_path: Path, csv_file, emotions: Dataset) -> None:
     """`kdlora evaluate` on a file without labels, or on a folder of splits."""
     task = Task("single-label", ("text",), ("label",), ("sad", "glad"), ("accuracy",))
-    with pytest.raises(DataError, match="no column 'label' .* need labels"):
+    with pytest.raises(DataError, match=r"no column 'label' .* need labels"):
         load_examples(csv_file("a.csv", text=["t"]), task, labelled=True)
     with pytest.raises(DataError, match="is a folder"):
         load_examples(str(tmp_path), task, labelled=False)

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.labels import encode_labels, encode_tags
-from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.spool import doubles, hash_texts, make_dataset, read_column, spool, text_columns
 from kdlora.data.tags import WORD_COLUMNS, Integers, tag_names
@@ -68,10 +67,6 @@ class Reading:
                 self.notes.append(
                     f"{source.name}: {dropped} of {total} corrupt rows (ragged, or without text or label) were dropped."
                 )
-        if NUMBERS in source.columns:
-            self.notes.append(
-                f"{source.name}: the first column counts the words; the second one was read as the words."
-            )
         if self.task.kind == "tokens":
             return self._words(raw, columns)
         arrays = {"id": _ids(raw, columns.id, f"{group}-" if group else "")}

@@ -23,8 +23,6 @@ NO_QUOTING = (
 
 LINES = "conll:line"
 """The column of a CoNLL file that says in which line each word stands."""
-NUMBERS = "conll:number"
-"""The first column of a CoNLL file, where it counts the words of each sentence."""
 _LOOKED_AT = 10
 """Sentences whose first column says whether it counts."""
 _SEP = re.compile(r"(?i)sep=([^\w\"])[\r\n]*$")
@@ -159,7 +157,7 @@ def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbe
     first = list(islice(rows, _LOOKED_AT))
     rows, words = chain(first, rows), [row["words"] for _, row in first if not isinstance(row, str)]
     if width > 1 and max(map(len, words), default=1) > 1 and all(map(_count, words)):
-        return (*columns, NUMBERS), _without_numbers(rows, columns[1])
+        return columns, _without_numbers(rows, columns[1])
     return columns, rows
 
 
@@ -178,7 +176,7 @@ def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered
         words = [number.isdigit() for number in row["words"]]
         if any(words) and all(is_word or _NO_WORD.fullmatch(n) for is_word, n in zip(words, row["words"], strict=True)):
             kept = {name: list(compress(values, words)) for name, values in row.items()}
-            yield place, kept | {"words": kept[second], NUMBERS: kept["words"]}
+            yield place, kept | {"words": kept[second]}
         else:
             yield place, "the first column counts words elsewhere, but not in this sentence; make all sentences alike"
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loading import TEXTS, WORDS, load
@@ -19,10 +19,8 @@ from loading import refused as load_refused
 
 from experiments import write_lines
 from kdlora.data.batches import tokenise
-from kdlora.data.load import load_examples
 from kdlora.data.read import open_file
 from kdlora.data.spool import doubles, read_column, settle, slice_rows, spool
-from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError
 
@@ -172,13 +170,11 @@ def test_second_files_need_the_labels_of_training(csv_file):
         ([("t", 0), ("t", 1)] * 5 + [("u", None), ("v", None)], {}, "row 11: no label in column 'label' (2"),
         ([("t", [0, 1]), ("t", [0, 3])], {}, "row 2: 'label' is 3, but"),
         ([("t", [0, 1]), ("t", [0])], {}, "differ in length"),
-        ([("t", ["a"]), ("t", None), ("t", ["b"])], {}, "row 2: no label"),
         ([("t", ["a"]), ("t", ["b", " "])], {}, "row 2: the label ' ' ('label') is not among"),
         ([("t", ["a"]), ("t", ["b", "c"])], {"label_names": ["a", "b"]}, "row 2: the label 'c'"),
         ([("t", []), ("t", [])], {}, "are all empty"),
         ([(None, "a"), (None, "b")], {}, "row 1: the text 'text' is empty (1 more such rows)"),
         ([("t", [0, 1])], {"label_names": ["a", "b", "c"]}, "row 1: 'label' has 2 values, but there are 3 labels"),
-        ([("t", ["a"]), ("t", ["b"])], {"kind": "single-label"}, "set task.kind: multi-label"),
     ],
 )
 def test_values_that_only_json_has(tmp_path: Path, rows, task, expected) -> None:
@@ -203,19 +199,6 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
         pq.write_table(pa.table({"text": TEXTS, "label": pa.array([0.0, missing, 1.0, 0.0] * 5, pa.float64())}), path)
         for found in (load_refused(train=path), load_refused(task, train=path)):
             assert "row 2: no label in column 'label' (5 of 20 rows)" in found
-
-
-def test_load_examples_faults(tmp_path: Path, csv_file, emotions: Dataset) -> None:
-    """`kdlora evaluate` on a file without labels, or on a folder of splits."""
-    task = Task("single-label", ("text",), ("label",), ("sad", "glad"), ("accuracy",))
-    with pytest.raises(DataError, match=r"no column 'label' .* need labels"):
-        load_examples(csv_file("a.csv", text=["t"]), task, labelled=True)
-    with pytest.raises(DataError, match="is a folder"):
-        load_examples(str(tmp_path), task, labelled=False)
-    DatasetDict({"train": emotions, "test": emotions}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="holds the splits train, test; give the folder of one"):
-        load_examples(str(tmp_path / "saved"), task, labelled=True)
-    assert len(load_examples(str(tmp_path / "saved" / "test"), task, labelled=True)) == 20
 
 
 ROWS = 4_000

@@ -214,11 +214,9 @@ class _RowFile:
 
 
 def _begins_an_array(stream: TextIO) -> bool:
-    start = stream.read(1)
-    while start.isspace():
-        start = stream.read(1)
+    begin = stream.read(1000).lstrip()
     stream.seek(0)
-    return start == "["
+    return begin.startswith("[")
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Numbered]:

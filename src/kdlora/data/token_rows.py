@@ -15,7 +15,7 @@ from kdlora.data.labels import KNOWN_COLUMNS
 from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text, named_codes
-from kdlora.data.spool import spool
+from kdlora.data.spool import SLICE_ROWS, spool
 from kdlora.data.tags import (
     LANGUAGE,
     OUTSIDE,
@@ -36,7 +36,6 @@ from kdlora.errors import DataError
 TEXTS = ("text", "sentence", "content")
 TAGS = ("tags", "ner_tags", "labels", "label", "ner")
 SPANS = ("spans", "entities", "labels", "label")
-_ROWS = 10_000
 _PLACES = pa.list_(pa.int32())
 _MANY = 10
 """Fewer rows that break their scheme are repaired, and fewer spans that cut a word taken, however few there are."""
@@ -227,8 +226,8 @@ def _refuse_tag(raw: RawTable, flat: pa.Table, offsets: Integers, word: int, lab
 
 def _batches_of_words(flat: pa.Table, offsets: Integers) -> Iterator[pa.RecordBatch]:
     """Join the words of each row; they lie in its text where they were put."""
-    for start in range(0, len(offsets) - 1, _ROWS):
-        edges = offsets[start : start + _ROWS + 1]
+    for start in range(0, len(offsets) - 1, SLICE_ROWS):
+        edges = offsets[start : start + SLICE_ROWS + 1]
         words = flat.slice(edges[0], edges[-1] - edges[0])
         part = {name: as_lists(words[name].combine_chunks(), edges - edges[0]) for name in flat.column_names}
         texts, *places = zip(*map(text_of, part.pop("words").to_pylist()), strict=True)
@@ -245,7 +244,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
         raise DataError(f"{raw.source}: the column {label!r} holds {kind!s:.80} beside texts; {_EXPECTED}")
     wanted, numbers = [name for name in (text, label) if name is not None], count()
     kinds = {"starts": _PLACES, "ends": _PLACES, "tags": pa.list_(pa.string())}
-    for batch in raw.table.select(wanted).to_batches(_ROWS):
+    for batch in raw.table.select(wanted).to_batches(SLICE_ROWS):
         rows = []
         for values in batch.to_pylist():
             where, given, spans = raw.where(next(numbers)), values[text], [] if label is None else values[label]

@@ -176,7 +176,7 @@ def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(write, tmp_path):
     plan = small_plan(tasks=["mnli"], seeds=[0])
     records = made(plan)
     keep_predictions(plan, tmp_path, records)
-    assert "(no verdict)" in write(plan, records)
+    assert "(one seed: no verdict)" in write(plan, records)
 
 
 def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(write, tmp_path):

@@ -24,7 +24,7 @@ from kdlora.report.wording import (
     arm_title,
     count,
     duration,
-    interval,
+    interval_cell,
     metric_title,
     milliseconds,
     model_title,
@@ -287,8 +287,7 @@ def compared(one: Comparison) -> tuple[str, str, str]:
     """Write a comparison as points, interval and p; where it was not paired, the reason stands for the interval."""
     if one.difference is None:
         return signed(one.plain) if one.plain == one.plain else "–", one.reason, "–"
-    verdict = " (no verdict)" if one.difference.sign is None else ""
-    return signed(one.plain), f"{interval(one.difference)}{verdict}", p_value(one.difference.p)
+    return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
 
 
 def _difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:

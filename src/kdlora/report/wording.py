@@ -100,6 +100,11 @@ def interval(difference: Difference) -> str:
     return f"{signed(difference.low)} to {signed(difference.high)}"
 
 
+def interval_cell(difference: Difference) -> str:
+    why = "one seed" if difference.n_seeds < 2 else "few rows" if difference.sign is None else ""
+    return f"{interval(difference)}{f' ({why}: no verdict)' if why else ''}"
+
+
 def span(difference: Difference) -> str:
     level = f"{100 * difference.level:g}% interval"
     if difference.n_seeds < 2:

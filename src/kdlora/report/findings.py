@@ -215,6 +215,8 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
         why = f"is within the interval of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
     elif found.sign == 1:
         why = f"is better than {other} by {points} ({span(found)})"
+    elif points == "0.0 points":
+        why = f"scores as high as {other} ({span(found)})"
     elif weighed.plain < 0:  # arms whose seeds differ
         why = f"has the highest mean of its own seeds, {points} below {other} on those of both ({span(found)})"
     else:

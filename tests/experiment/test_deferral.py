@@ -213,6 +213,8 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
         Cascade.load(promised / "student", lambda texts: [], 2.0).predict(["a film"])
     with pytest.raises(DataError, match="gave 'good'; the labels are negative, positive"):
         Cascade.load(promised / "student", lambda texts: ["good"], 2.0).predict(["a film"])
+    with pytest.raises(DataError, match="must be a number"):
+        Cascade.load(promised / "student", service, float("nan"))
     with pytest.raises(ModelError, match="promises no error rate"):
         Cascade.load(promised / "teacher", service)
     of_pairs = Classifier.load(promised / "teacher")

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import Sureness, measure_sureness
+from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness
 
 if TYPE_CHECKING:
     from kdlora.deploy.gates import LabelledTexts
@@ -61,6 +61,10 @@ class Cascade:
         read = [model.folder.texts for model in models]
         if len({texts for texts in read if texts}) > 1:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
+        if sureness not in SURENESS:
+            raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {sureness!r:.80}.")
+        if not isinstance(threshold, int | float) or np.isnan(threshold):
+            raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
 
     @classmethod

@@ -139,6 +139,15 @@ def test_what_holds_no_texts_is_refused(exported):
     assert np.array_equal(tagger.predict_logits(TEXTS[0]), tagger.predict_logits(TEXTS[:1]))
 
 
+def test_a_threshold_of_numpy_is_a_number_and_nan_is_none(exported):
+    """Prevents a cascade that never asks its teacher, or refuses the threshold that a user's own search found."""
+    model = Classifier.load(exported())
+    assert len(Cascade(model, model, np.float32(0.5)).predict(TEXTS[:2])) == 2
+    for threshold in (float("nan"), np.float32("nan"), "0.5", None):
+        with pytest.raises(DataError, match="threshold of a cascade must be a number"):
+            Cascade(model, model, threshold)
+
+
 def test_few_encodings_are_held_at_a_time(exported, monkeypatch):
     """Prevents 4 GB for 100,000 texts, most of it of what is cut off."""
     model = Classifier.load(exported(), precision="fp32")

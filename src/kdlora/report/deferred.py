@@ -81,10 +81,12 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
     ]
     for one in [] if found is None else found.models:
         if one.name == "student" and (promise := one.promise) is not None:
+            when = "every text is answered"
+            if promise.threshold != EVERYTHING:
+                when = f"no label is given where the {promise.sureness} is below {_threshold(one)}"
             said.append(
-                f"no label is given where the {promise.sureness} is below {_threshold(one)}: of the answers, "
-                f"{promise.coverage:.1%} of {promise.rows:,} rows, at most {stated(promise.error, 1)} are "
-                f"wrong, with {stated(promise.confidence, 0)} confidence"
+                f"{when}: of the answers, {promise.coverage:.1%} of {promise.rows:,} rows, at most "
+                f"{stated(promise.error, 1)} are wrong, with {stated(promise.confidence, 0)} confidence"
             )
     return said
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,7 @@ def _runs(
                 "use `kdlora run` for a teacher that is given"
             )
         effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
-        compared = any(key.endswith(ROUNDING_KEYS) for key in settings)  # for memory and speed
-        decides = identity(effective) if compared else run_identity(effective)
-        folder = f"runs/{task}/{arm}-{hash_json(decides)[:10]}"
+        folder = f"runs/{task}/{arm}-{hash_json(identity_over(settings, effective))[:10]}"
         if folder not in seen:
             seen.add(folder)
             kept = _used_settings(settings, config, arm)
@@ -205,6 +203,11 @@ def run_identity(config: Config) -> dict[str, Any]:
     """Give `identity` without what changes figures by rounding alone: after a lack of memory a suite goes on."""
     keys = (f"{role}.train.{key}" for role in ("teacher", "student") for key in ROUNDING_KEYS)
     return identity(functools.reduce(_reset, keys, config))
+
+
+def identity_over(keys: Iterable[str], config: Config) -> dict[str, Any]:
+    """Give the identity of a run beside others with other values of these keys, of memory and speed among them."""
+    return identity(config) if any(key.endswith(ROUNDING_KEYS) for key in keys) else run_identity(config)
 
 
 def _used_settings(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:

@@ -15,14 +15,14 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import KdLoraError, harmless
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
-from kdlora.experiment.plan import identity, reset_unused, run_identity
+from kdlora.experiment.plan import identity_over, reset_unused
 from kdlora.experiment.study import (
     ask,
     check_space,
@@ -67,24 +67,21 @@ class Search:
 
     def study(self) -> Study:
         """Open the study, which all processes share; what makes its trials comparable names it."""
-        values = self._identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
         own = self.settings.model_copy(update={"arm": self.arm})
+        values = identity_over(self.settings.space, self.config)
+        values |= {"seeds": self.config.run.seeds[:1], "rows": self.rows}
         values |= {"search": own.model_dump(mode="json", exclude={"trials", "resources"})}
         return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
     @contextmanager
     def hold(self, kind: str, config: Config, arm: Arm) -> Iterator[ExperimentLayout]:
         """Give the folder of a training, named by what decides its figures; another process that needs it waits."""
-        values = self._identity(config) | {"arm": arm, "rows": self.rows}
+        values = identity_over(self.settings.space, config) | {"arm": arm, "rows": self.rows}
         values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
         layout = ExperimentLayout(self.folder / kind / hash_json(values)[:12], shared_folder=self.folder)
         layout.root.mkdir(parents=True, exist_ok=True)
         with FileLock(layout.root / ".lock"):
             yield layout
-
-    def _identity(self, config: Config) -> dict[str, Any]:
-        compared = any(key.endswith(ROUNDING_KEYS) for key in self.settings.space)  # for memory and speed
-        return identity(config) if compared else run_identity(config)
 
 
 @dataclass(frozen=True)

@@ -236,9 +236,7 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     task = read_task(model, text=settings.text or ("text",), **_about_model(settings))
     job = _Job(model, settings, task, folder, files)
     new = () if (folder / COLLECTION_MANIFEST).exists() else files
-    for file in new:  # before anything is begun with columns that are not there
-        with contextlib.closing(iter(RowReader(file, job.columns(20_000)))) as rows:
-            next(rows, None)
+    # Before anything is begun with ids that are not unique, or columns that are not there.
     _refuse_doubles(_given_ids(new, job.columns(20_000)), data)
     begun = {} if new else open_store(folder / COLLECTION_MANIFEST).ingredients  # timing or model may differ now
     if settings.precision != "auto" or (precision := begun.get("precision")) is None:  # else perhaps another device's

@@ -46,8 +46,6 @@ _POLL_SECONDS = 0.05
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 _KILLED = 128
 """What a server adds to the number of the signal that killed its child, as a shell does."""
-_SIGNALS = 64
-"""The highest number of a signal on Linux."""
 _BEGUN, _BURIED = "begun", "buried"
 """What comes first, when there is something to save; and last, when a forked child has ended after its answer."""
 _START = (
@@ -246,10 +244,10 @@ def _write(number: int, content: bytes) -> None:
 
 
 def _describe_death(status: int) -> str:
-    number = status - _KILLED if _KILLED < status <= _KILLED + _SIGNALS else -status
-    if number <= 0:
+    number = status - _KILLED if status > _KILLED else -status
+    if number not in set(signal.Signals):
         return f"the process that ran this ended by itself with exit status {status}, without a result"
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    name = signal.Signals(number).name
     hint = " (the system may be out of memory)" if name == "SIGKILL" else ""
     return f"the process that ran this was killed by {name}{hint}"
 

@@ -77,13 +77,10 @@ class Answer(NamedTuple):
 
 
 def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None] | None = None) -> T:
-    """Run a function in a process of its own, in the caller's place, and give what it returns.
+    """Run a function of an importable module in a process of its own, in the caller's place, and give what it returns.
 
     `on_message` hears what the function sends, which then takes a sender as its last argument.
     """
-    name = f"{function.__module__}.{function.__qualname__}"
-    if function.__module__ == "__main__" or "<" in function.__qualname__:
-        raise ValueError(f"expected a function at the top of an importable module, got {name}")
     answer = _own.get().ask(function, arguments, on_message)
     if answer.fault is not None:
         raise answer.fault

@@ -260,11 +260,7 @@ def _names_source(values: Mapping[str, Any]) -> bool:
 
 def _with_absolute_paths(values: Mapping[str, Any], base: Path, has_source: bool) -> dict[str, Any]:
     def resolve(part: Any) -> Any:
-        if not isinstance(part, Mapping):
-            return part
-        data = part.get("data")
-        own = data["path"] is not None if isinstance(data, Mapping) and "path" in data else has_source
-        return absolute_paths(dict(part), base, has_source=own)
+        return absolute_paths(dict(part), base, has_source=has_source) if isinstance(part, Mapping) else part
 
     resolved = dict(values) | {"config": resolve(values.get("config", {}))}
     for key in ("tasks", "families"):

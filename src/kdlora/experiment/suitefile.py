@@ -1,78 +1,51 @@
-"""What a suite file can say: tasks x families x arms x configurations x seeds, every fault reported at once."""
+"""What a suite file can say: tasks x families x arms x configurations x seeds."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from kdlora.config import LORA_ARMS, Arm, GlueName
+from kdlora.config import LORA_ARMS, Arm
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
-from kdlora.defaults import FAMILIES
-from kdlora.errors import ConfigError, did_you_mean
+from kdlora.errors import ConfigError
 from kdlora.searchconfig import Resources
 from kdlora.section import Section
 
 Settings = dict[str, Any]
-Axes = tuple[tuple[Settings, ...], ...]
+Axes = tuple[Annotated[tuple[Settings, ...], Field(min_length=1)], ...]
 """The axes of a grid; each holds settings (config key to value), of which a configuration takes one."""
-
-_NAME = re.compile(r"\w[\w.+-]*")
-_TRAINABLE = [name for name in get_args(GlueName) if name != "ax"]
+Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+"""Of a task or family; results lie in folders of these names."""
 
 
 def _parse_axes(value: object) -> object:
     """Read a grid: `key: [values]` is an axis for each key; a list of mappings is one axis of joint settings."""
-    axes: list[list[Settings]] = []
+    axes: list[object] = []
     for part in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(part, Mapping):
-            for key, values in part.items():
-                if not isinstance(values, list | tuple):
-                    raise ValueError(f"{key}: expected a list of values, got {values!r}")  # noqa: TRY004 - pydantic reports these
-                axes.append([{str(key): one} for one in values])
-        elif isinstance(part, list | tuple) and all(isinstance(one, Mapping) for one in part):
-            axes.append([dict(one) for one in part])
-        else:
-            raise ValueError(f"expected `key: [values]`, or a list of mappings that go together, got {part!r}")
-    for axis in axes:
-        if not axis:
-            raise ValueError("an axis has no values")
-        if twice := [one for place, one in enumerate(axis) if one in axis[:place]]:
-            raise ValueError(f"{twice[0]} stands twice, so two runs would share one folder")
+        for key, values in part.items() if isinstance(part, Mapping) else ():
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"{key}: expected a list of values, got {values!r}")  # noqa: TRY004 - pydantic reports these
+            axes.append([{key: one} for one in values])
+        if not isinstance(part, Mapping):
+            axes.append(part)
     return axes
 
 
-def _parse_tasks(value: object) -> Any:
-    """Read a list of GLUE tasks, or a mapping from names to partial configs."""
-    names = [value] if isinstance(value, str) else value
-    if isinstance(names, list | tuple):
-        value = dict.fromkeys(_without_twins([_glue_name(str(one)) for one in names], "tasks"))
+def _parse_tasks(value: Any) -> Any:
+    """Read a list of GLUE tasks, or a mapping from names to partial configs; a name without `task` is a GLUE task."""
+    if isinstance(value, str | list | tuple):
+        value = {_folded(name): None for name in ([value] if isinstance(value, str) else value)}
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected GLUE tasks, or names with sections, got {value!r}")  # noqa: TRY004 - as above
-    tasks: dict[str, Any] = {}
-    for name, sections in value.items():
-        tasks[str(name)] = content = dict(sections or {}) if isinstance(sections, Mapping | None) else sections
-        if isinstance(content, dict) and "task" not in content:
-            content["task"] = {"name": _glue_name(str(name))}
-    _without_twins(map(str, value), "tasks")
-    return tasks
-
-
-def _glue_name(name: str) -> str:
-    folded = _folded(name)
-    if folded == "ax":
-        raise ValueError("'ax' has no training data; train on mnli, and predict AX with that model")
-    if folded not in _TRAINABLE:
-        raise ValueError(
-            f"unknown task {name!r}; the GLUE tasks are {', '.join(_TRAINABLE)}.{did_you_mean(folded, _TRAINABLE)} "
-            "For your own data, write `tasks: {NAME: {task: ..., data: ...}}`"
-        )
-    return folded
+        return value
+    return {
+        name: {"task": {"name": _folded(name)}} | dict(part or {}) if isinstance(part, Mapping | None) else part
+        for name, part in value.items()
+    }
 
 
 def _folded(name: object) -> str:
@@ -85,35 +58,14 @@ def _own_name(name: str, there: Mapping[str, Any]) -> str:
     return next((one for one in (name, *there) if one in there and _folded(one) == _folded(name)), name)
 
 
-def _parse_families(value: object) -> Any:
+def _parse_families(value: Any) -> Any:
     """Read a list of the paper's families, or a mapping from names to partial configs."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple):
-        _without_twins(map(str, value) if isinstance(value, Mapping) else (), "families")
+    if not isinstance(value, str | list | tuple):
         return value
-    for name in map(str, names):
-        if name not in FAMILIES:
-            raise ValueError(
-                f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{did_you_mean(name, FAMILIES)} "
-                "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
-            )
-    return {name: {"family": name} for name in _without_twins(map(str, names), "families")}
-
-
-def _without_twins(names: Iterable[str], what: str) -> list[str]:
-    """Refuse names that would be one folder, on any file system, and names that are none."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{what}: {name!r} cannot name a folder; use letters, digits and . _ + -")
-        if name.casefold() in seen:
-            raise ValueError(f"{what}: {name!r} stands twice, so two runs would share one folder")
-        seen[name.casefold()] = name
-    return list(seen.values())
+    return {str(name): {"family": name} for name in ([value] if isinstance(value, str) else value)}
 
 
 Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
-Partial = dict[str, Any]
 
 
 class Grids(Section):
@@ -146,11 +98,11 @@ class SuiteConfig(Section):
 
     name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=60)
     """Name of the suite; results go to `runs/<name>`."""
-    tasks: Annotated[dict[str, Partial], BeforeValidator(_parse_tasks)] = Field(min_length=1)
+    tasks: Annotated[dict[Name, Settings], BeforeValidator(_parse_tasks)] = Field(min_length=1)
     """GLUE tasks, or names with the sections `task` and `data` of a config."""
-    families: Annotated[dict[str, Partial], BeforeValidator(_parse_families)] = Field(min_length=1)
+    families: Annotated[dict[Name, Settings], BeforeValidator(_parse_families)] = Field(min_length=1)
     """The paper's families, or names with the sections `teacher` and `student` of a config."""
-    config: Partial = Field(default_factory=dict)
+    config: Settings = Field(default_factory=dict)
     """What all runs have in common, as in the config of one experiment."""
     arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
     """The paper's three and the control that it lacks, or any others."""
@@ -166,18 +118,14 @@ class SuiteConfig(Section):
     """What a run needs of a node, where a cluster carries the suite out."""
 
     @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        for key in ("arms", "seeds"):
-            values = getattr(self, key)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
+    def _names_no_idle_keys(self) -> Self:
         parts = {"config": self.config} | {f"families.{name}": part for name, part in self.families.items()}
         for where, part in (parts | {f"tasks.{name}": part for name, part in self.tasks.items()}).items():
             _refuse_idle_keys(where, part)
         return self
 
 
-def _refuse_idle_keys(where: str, part: Partial) -> None:
+def _refuse_idle_keys(where: str, part: Settings) -> None:
     """Refuse the keys of an experiment that a suite would read and not follow."""
     run = part.get("run") or {}
     if not isinstance(run, Mapping):
@@ -231,17 +179,18 @@ def build_suite(
     try:
         changes = _with_absolute_paths(changes, Path.cwd(), has_source)
         for key, parse in (("tasks", _parse_tasks), ("families", _parse_families)):
-            there, asked = ([one] if isinstance(one, str) else one for one in (merged.get(key), changes.get(key)))
-            if isinstance(there, list | tuple) and isinstance(asked, dict):  # a key of one leaves the others in
-                merged[key] = there = parse(there)
-            if isinstance(there, dict) and isinstance(asked, dict):
-                for name, part in changes.pop(key).items():
+            there = parse(merged.get(key, {}))
+            if key not in changes or not isinstance(there, dict):
+                continue
+            asked = changes.pop(key)
+            if isinstance(asked, dict):  # a key of one leaves the others in
+                for name, part in asked.items():
                     merge(there, {_own_name(name, there): part}, None)
-            elif isinstance(there, dict) and isinstance(asked, list):  # names choose among the file's own, too
-                names = [_own_name(str(name), there) for name in asked]
+                merged[key] = there
+            else:  # names choose among the file's own, too
+                names = [_own_name(str(name), there) for name in (asked if isinstance(asked, list) else [asked])]
                 own = {name: there[name] for name in names if name in there}
-                changes[key] = own | parse([name for name in names if name not in there])
-                del merged[key]
+                merged[key] = own | parse([name for name in names if name not in there])
         merge(merged, changes, SuiteConfig)
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:

@@ -17,20 +17,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import CUT, MANIFEST, REFUSED, UNREAD, Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import CUT, MANIFEST, REFUSED, UNREAD, Answers, BudgetSpentError, Key
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
-from kdlora.asking.questions import (
-    Option,
-    Questions,
-    Row,
-    count_votes,
-    join_groups,
-    likely_groups,
-    read_logprobs,
-    read_vote,
-)
-from kdlora.asking.server import Reply, Server
+from kdlora.asking.questions import Questions, Row, count_votes, join_groups, likely_groups, read_logprobs, read_vote
+from kdlora.asking.server import Server
 from kdlora.configfile import expand_home
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
@@ -133,10 +124,10 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
     refuse_foreign(folder, MANIFEST, "answers of a language model")
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
-        begin_folder(folder, asking.ingredients, {"base_url": settings.url, "data": str(data)})
+        answers = Answers(folder, rows.task.num_labels, settings)
+        answers.begin(asking.ingredients, {"base_url": settings.url, "data": str(data)})
         before = Asked.read(folder)
-        ids = {split: read_column(part, "id") for split, part in rows.parts.items()}
-        with Answers(folder, ids, rows.task.num_labels, settings) as answers:
+        with answers:
             begun = time.perf_counter()
             audit = _run(asking.carry_out(answers, progress or (lambda done, total: None)))
             asked = _sum_up(asking, answers, time.perf_counter() - begun, before)
@@ -144,14 +135,15 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
                 write_json_atomic(folder / Asked.FILE, asdict(asked))
             written = _write_outcome(folder, rows, answers, audit)
             chosen = 0 if audit is None else audit.chosen
-            left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
+            left = sum(1 for part in rows.chosen.items() for _ in asking.pending(answers, chosen, *part))
     requests, tokens_read, tokens_written = answers.spent.tolist()
+    unanswered = [{"split": key.split, "id": key.id, "unanswered": why} for key, why in answers.unanswered()]
     return AskSummary(
         folder=folder,
         table=folder / TABLE,
         rows=written,
-        unanswered=len(answers.bad),
-        examples=tuple(answers.bad.values())[:_SHOWN],
+        unanswered=len(unanswered),
+        examples=tuple(unanswered[:_SHOWN]),
         left=left,
         resumed=answers.resumed,
         requests=requests,
@@ -258,21 +250,21 @@ class _Asking:
         async with server.client:
             enough = True
             if rows.audit is not None:
-                asked = [self._pending(answers, prompt, *rows.audit) for prompt in range(len(self.questions))]
+                asked = [self.pending(answers, prompt, *rows.audit) for prompt in range(len(self.questions))]
                 if enough := await self._ask_all(server, answers, chain.from_iterable(asked), progress):
                     audit = self._audit(answers, *rows.audit)
             if enough:
                 best = 0 if audit is None else audit.chosen
-                asked = [self._pending(answers, best, *part) for part in rows.chosen.items()]
+                asked = [self.pending(answers, best, *part) for part in rows.chosen.items()]
                 await self._ask_all(server, answers, chain.from_iterable(asked), progress)
         if not answers.done:
             raise ConfigError("the budget is less than one question may need; raise it, or shorten the prompt")
         return audit
 
-    def _pending(self, answers: Answers, prompt: int, split: str, places: np.ndarray) -> Iterator[tuple[Key, Row]]:
-        left = answers.pending(prompt, split, places)
-        for place, row in zip(left.tolist(), each_row(self.rows.parts[split].select(left)), strict=True):
-            yield Key(prompt, split, place), row
+    def pending(self, answers: Answers, prompt: int, split: str, places: np.ndarray) -> Iterator[tuple[Key, Row]]:
+        for row in each_row(self.rows.parts[split].select(places)):
+            if (key := Key(prompt, split, row["id"])) not in answers.found:
+                yield key, row
 
     async def _ask_all(
         self, server: Server, answers: Answers, pending: Iterator[tuple[Key, Row]], progress: Progress
@@ -284,12 +276,11 @@ class _Asking:
             nonlocal enough
             for key, row in rows:
                 try:
-                    answers.keep(key, await self._answer(server, key.prompt, row, known=answers.good > 0))
+                    answers.keep(key, await self._answer(server, key.prompt, row))
                 except BudgetSpentError:
                     enough = False
                 progress(answers.done, self.count)
-                if not answers.good:
-                    answers.refuse_useless()
+                answers.refuse_useless()
                 if not enough:
                     return
 
@@ -304,11 +295,11 @@ class _Asking:
             raise faults.exceptions[0] from None
         return enough
 
-    async def _answer(self, server: Server, number: int, row: Row, *, known: bool) -> np.ndarray | str:
+    async def _answer(self, server: Server, number: int, row: Row) -> np.ndarray | str:
         questions = self.questions[number]
         options = questions.choices
         prompt = questions.fill(row, options)
-        if questions.votes:
+        if self.settings.votes:
             replies = [await server.ask(prompt, vote) for vote in range(self.settings.votes)]
             votes = [None if reply.refused else read_vote(reply.text, options) for reply in replies]
             if (counted := count_votes(votes, len(options))) is not None:
@@ -317,8 +308,8 @@ class _Asking:
             # One whose request failed is asked again in any case; else the first one that was cut, if any.
             reply = max(lost, key=lambda one: (one.refused.startswith((REFUSED, UNREAD)) and not one.cut, one.cut))
             return f"{CUT}{self.settings.answer_tokens}: {reply.reason}" if reply.cut else reply.reason
-        found = _read(reply := await server.ask(prompt), options, known=known)
-        if found is None:
+        reply = await server.ask(prompt)
+        if (found := read_logprobs(reply.likely, options)) is None:
             return reply.reason
         if len(questions.groups) == 1:
             return found
@@ -327,8 +318,8 @@ class _Asking:
             group = questions.groups[place]
             if len(group) == 1:
                 continue
-            inner = _read(reply := await server.ask(questions.fill(row, group)), group, known=known)
-            if inner is None:
+            reply = await server.ask(questions.fill(row, group))
+            if (inner := read_logprobs(reply.likely, group)) is None:
                 return reply.reason
             within[place] = inner
         return join_groups(found, options, within)
@@ -337,18 +328,11 @@ class _Asking:
         from kdlora.asking.audit import audit_answers  # here: it loads much, and is often not needed
 
         names = [one.name for one in self.questions]
-        tables = [answers.probabilities(prompt, split, places) for prompt in range(len(names))]
-        labels = read_column(self.rows.parts[split].select(places), "label").to_numpy()
+        rows = self.rows.parts[split].select(places)
+        ids = read_column(rows, "id").to_pylist()
+        tables = [answers.probabilities(prompt, split, ids) for prompt in range(len(names))]
+        labels = read_column(rows, "label").to_numpy()
         return audit_answers(self.rows.task, names, tables, labels, self.settings.seed)
-
-
-def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | None:
-    """Read the options' probabilities; the server is `known` to give some."""
-    if reply.refused or (reply.likely is None and known):
-        return None
-    if reply.likely is None:
-        raise ConfigError("the server gives no log-probabilities; ask with votes in their place: --votes 5")
-    return read_logprobs(reply.likely, options)
 
 
 def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:
@@ -364,11 +348,12 @@ def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audi
     for split, places in asked.chosen.items():
         if split == "validation":  # with people's labels, whether or not there is an answer
             _write_rows(folder / "validation.parquet", asked, asked.parts[split])
-        table = answers.probabilities(prompt, split, places)
+        rows = asked.parts[split].select(places)
+        table = answers.probabilities(prompt, split, read_column(rows, "id").to_pylist())
         answered = ~np.isnan(table).any(axis=1)
         if not answered.any():
             continue
-        rows, table = asked.parts[split].select(places[answered]), table[answered]
+        rows, table = rows.select(np.flatnonzero(answered)), table[answered]
         if audit is not None:
             table = correct(table, audit.temperature, audit.bias)
         if split != "validation":
@@ -377,7 +362,7 @@ def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audi
         splits += [split] * len(table)
         tables.append(table)
     if not tables:
-        raise DataError(f"none of the {len(answers.bad)} rows that were asked about has an answer; see {answers.path}")
+        raise DataError(f"none of the {answers.done} rows that were asked about has an answer; see {answers.path}")
     together = np.concatenate(tables)
     parts = {} if {*splits} == {"train"} else {"split": pa.array(splits)}
     columns: dict[str, Any] = {"id": pa.chunked_array(ids), **parts}

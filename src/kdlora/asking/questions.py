@@ -61,7 +61,7 @@ class Questions:
         self._environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         self._template = self._compile(file)
         most = settings.top_logprobs
-        self.groups = [_named(labels, most)] if settings.codes == "names" else self._groups(labels, most)
+        self.groups = [_named(labels, most)] if settings.codes == "names" else _lettered(labels, most, settings.votes)
 
     def _compile(self, file: Path) -> Any:
         try:
@@ -76,22 +76,6 @@ class Questions:
             return self._environment.from_string(self.source)
         except TemplateSyntaxError as fault:
             raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None
-
-    def _groups(self, labels: Mapping[str, str], most: int) -> list[list[Option]]:
-        """Give the options of each question: of the only one, or of those within the groups of many labels."""
-        count, most = len(labels), min(most, len(CODES))
-        parts = 1 if self.votes or count <= most else -(-count // most)
-        if parts > most:
-            raise ConfigError(
-                f"{count} labels are too many for {most} likely tokens, even in two steps ({most * most}); raise "
-                "top_logprobs if the server shows more, or ask with votes"
-            )
-        named = [(name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
-        groups = []
-        for places in np.array_split(np.arange(count), parts):
-            codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
-            groups.append([Option(code, *named[place]) for code, place in zip(codes, places, strict=False)])
-        return groups
 
     @cached_property
     def choices(self) -> list[Option]:
@@ -134,6 +118,23 @@ class Questions:
                     f"{self.name}: the prompt shows no code of the label {missing[0]!r}; write "
                     "{% for label in labels %}{{ label.code }}: {{ label.name }} ... for each"
                 )
+
+
+def _lettered(labels: Mapping[str, str], most: int, votes: int) -> list[list[Option]]:
+    """Give the options of each question: of the only one, or of those within the groups of many labels."""
+    count, most = len(labels), min(most, len(CODES))
+    parts = 1 if votes or count <= most else -(-count // most)
+    if parts > most:
+        raise ConfigError(
+            f"{count} labels are too many for {most} likely tokens, even in two steps ({most * most}); raise "
+            "top_logprobs if the server shows more, or ask with votes"
+        )
+    named = [(name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
+    groups = []
+    for places in np.array_split(np.arange(count), parts):
+        codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
+        groups.append([Option(code, *named[place]) for code, place in zip(codes, places, strict=False)])
+    return groups
 
 
 def _named(labels: Mapping[str, str], most: int) -> list[Option]:

@@ -45,7 +45,7 @@ class Reply:
     """What came: a text with the likely first tokens where the server gives them, or why there is none."""
 
     text: str = ""
-    likely: Sequence[tuple[str, float]] | None = None
+    likely: Sequence[tuple[str, float]] = ()
     refused: str = ""
     used: tuple[int, int] | None = None
     cut: bool = False
@@ -100,6 +100,8 @@ class Server:
                     reply = _read_reply(await self._request(prompt, vote))
                 reply = replace(reply, text=self._mask(reply.text), refused=self._mask(reply.refused))
                 used = reply.used or reserved
+                if vote is None and not (reply.likely or reply.refused or self._budget.good):
+                    raise ConfigError("the server gives no log-probabilities; ask with votes in their place: --votes 5")
                 self.answered += 1
                 return reply
             except self._openai.APIStatusError as fault:
@@ -137,7 +139,8 @@ class Server:
 
     async def _request(self, prompt: str, vote: int | None) -> str:
         settings = self._settings
-        asked: dict[str, Any] = {"model": settings.model, self._limit: self._written, "temperature": settings.heat}
+        asked: dict[str, Any] = {"model": settings.model, "temperature": settings.heat}
+        asked[self._limit] = self._written
         chat = settings.protocol == "chat"
         asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         if vote is None:
@@ -220,10 +223,10 @@ def _read_usage(usage: Mapping[str, Any]) -> tuple[int, int] | None:
     return (read, written) if type(read) is type(written) is int and 0 < read < 10**9 > written >= 0 else None
 
 
-def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
+def _likely_tokens(logprobs: Any) -> list[tuple[str, float]]:
     """Read the alternatives of the first token, in any of the shapes in use."""
     if not logprobs:
-        return None
+        return []
     if content := logprobs.get("content"):  # chat
         tops = content[0].get("top_logprobs") or content[:1]
     else:
@@ -232,7 +235,7 @@ def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
     kept = [(str(token), float("-inf") if value is None else float(value)) for token, value in found]
     if any(value > _ABOVE for _, value in kept):
         raise ValueError("a log-probability above 0")
-    return [(token, value) for token, value in kept if value == value] or None
+    return [(token, value) for token, value in kept if value == value]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

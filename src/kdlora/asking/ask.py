@@ -285,7 +285,7 @@ class _Asking:
                     return
 
         # One by one: it may all be wrong, and what an answer costs is not known.
-        while not server.proven and enough and (first := list(islice(pending, 1))):
+        while not (server.answered and answers.good) and enough and (first := list(islice(pending, 1))):
             await work(first)
         try:
             async with asyncio.TaskGroup() as group:

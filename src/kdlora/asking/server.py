@@ -19,8 +19,6 @@ from kdlora.errors import ConfigError, first_line
 from kdlora.extras import check_installed
 
 ATTEMPTS, FIRST_ATTEMPTS, UNREADABLE_ATTEMPTS = 9, 3, 5
-_REFUSED_ALONE = 3
-"""Rows of a call that wait for each other; then those that are refused for good are asked about together."""
 FIRST_DELAY, LONGEST_DELAY, LONGEST_WAIT = 0.5, 60.0, 900.0
 """Seconds; the last is the longest `Retry-After` that is obeyed."""
 _AGAIN = frozenset({408, 409, 425, 429})
@@ -77,12 +75,6 @@ class Server:
         # Some servers call the limit otherwise, or take no seed or temperature with a vote, and say so.
         self._limit, self._left_out = "max_tokens", frozenset[str]()
         self._optional = {"seed", "temperature"} if settings.heat == 1 else {"seed"}  # 1 is their default
-
-    @property
-    def proven(self) -> bool:
-        """Whether rows may be asked about together: after an answer, or some refusals where others have one."""
-        alone, limited = self._budget.done - self._budget.resumed, self._settings.max_tokens or self._settings.max_cost
-        return self._budget.good > 0 and (self.answered > 0 or (alone >= _REFUSED_ALONE and not limited))
 
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""

@@ -490,5 +490,5 @@ def test_a_server_that_takes_no_seed_is_asked_without(asking):
     assert asking(votes=3, rows=24).unanswered == 0
     assert all(("seed" in one, "temperature" in one) == (True, False) for one in asking.model.seen[-6:])
     asking.to = asking.folder / "another"  # votes at a temperature of one's own are not those at the model's
-    with pytest.raises(ConfigError, match=unsupported[4:]):
+    with pytest.raises(DataError, match=unsupported[4:]):
         asking(votes=3, temperature=0.5)

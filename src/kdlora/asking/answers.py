@@ -17,12 +17,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.errors import ArtifactError, ConfigError, DataError
+from kdlora.errors import ArtifactError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
 from kdlora.system.storage import write_json_atomic, write_text_atomic
 
-_FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
+_FIRST_UNANSWERED = 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
 REFUSED, UNREAD = "the server refuses it", "no answer of the protocol"
 """Begin the reason of a row whose request failed: the next call asks again."""
@@ -169,16 +169,7 @@ class Answers:
 
     def refuse_useless(self) -> None:
         """Refuse to go on where none of the first rows has an answer."""
-        reasons = [] if self.good else [reason for _, reason in self.unanswered()]
-        refused = [reason for reason in reasons if reason.startswith(REFUSED)]
-        if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
-            raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
-        if len(reasons) >= _FIRST_REFUSED and all(reason.startswith(CUT) for reason in reasons):
-            raise DataError(
-                f"the first {len(reasons)} rows have no answer ({reasons[0]}); raise --answer-tokens (a model that "
-                "thinks needs 1000 or more), or change the prompt"
-            )
-        if len(reasons) >= _FIRST_UNANSWERED:
+        if not self.good and self.done >= _FIRST_UNANSWERED:
             raise DataError(
                 f"none of the first {self.done} rows has an answer ({self.unanswered()[0][1]}); check the model, and "
                 "change the prompt. A model that thinks before it answers needs --votes 5 and tokens for its thoughts: "

@@ -298,9 +298,9 @@ def test_bad_prompts_and_labels(asking, cli):
     template, labels = asking.folder / "p.j2", asking.folder / "labels.yaml"
     codes = "{% for one in labels %}{{ one.code }}{% endfor %}"
     for text, message in {
-        "{{ txt }}" + codes: "unknown field 'txt'; there are examples, labels, text, text_pair. Did you mean 'text'?",
-        "{{ text }}{% for one in labels %}{{ one.cod }}{% endfor %}": "unknown field",
-        "{{ text_pair }}{{ text }}" + codes: "unknown field",
+        "{{ txt }}{{ text }}" + codes: "'txt' is undefined; its fields are text, text_pair of a pair, labels",
+        "{{ text }}{% for one in labels %}{{ one.cod }}{% endfor %}": "has no attribute 'cod'",
+        "{{ text_pair }}{{ text }}" + codes: "'text_pair' is undefined",
         "{{ text": "line 1: not a Jinja template",
         "{{ text }}{{ labels }}{% for one in labels %}{{ one.name }}{% endfor %}{{ 1 / 0 }}": "cannot be filled",
         "{{ text }}{% for one in labels %}{{ one.name }}{% endfor %}": "shows no code of the label 'negative'",

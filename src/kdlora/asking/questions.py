@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.errors import ConfigError, did_you_mean, first_line
+from kdlora.errors import ConfigError, first_line
 
 CODES = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
 """No I: a refusal begins with it ("I cannot ...")."""
 LEAST_MASS = 0.1
 """Probability that the codes together have, at least, in an answer that is one of them."""
 LEAST_PROBABILITY = 1e-6
-_FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _HAIR = 1e-3
 _LEAST_BEGUN = 2
@@ -65,13 +64,7 @@ class Questions:
 
     def _compile(self, file: Path) -> Any:
         try:
-            found = meta.find_undeclared_variables(self._environment.parse(self.source))
-            for name in sorted(found - _FIELDS):
-                raise ConfigError(
-                    f"{file}: the prompt has an unknown field {name!r}; there are {', '.join(sorted(_FIELDS))}."
-                    f"{did_you_mean(name, _FIELDS)}"
-                )
-            if "text" not in found:
+            if "text" not in meta.find_undeclared_variables(self._environment.parse(self.source)):
                 raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
             return self._environment.from_string(self.source)
         except TemplateSyntaxError as fault:
@@ -101,10 +94,11 @@ class Questions:
         ]
         try:
             filled = self._template.render(**_texts(row), labels=options, examples=shown)
-        except UndefinedError as fault:
-            raise ConfigError(f"{self.name}: the prompt has an unknown field: {fault.message}") from None
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as fault:
-            raise ConfigError(f"{self.name}: the prompt cannot be filled: {first_line(fault)}") from None
+            raise ConfigError(
+                f"{self.name}: the prompt cannot be filled: {first_line(fault)}; its fields are text, text_pair of a "
+                "pair, labels and examples"
+            ) from None
         return str(filled).strip()
 
     def check(self, row: Row) -> None:

@@ -116,7 +116,7 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("validate", f"{__file__}/x"), ("cannot be read", "Not a directory")),
     (("run", "--train", "caf\udce9.csv", "--family", "bert"), ("data.train", "is UTF-8")),
     (("run", "--train", "~nobody-here/x.csv", "--family", "bert"), ("data.train", "does not exist")),
-    (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),
+    (("run", "--train", "x.csv", "--family", "brt"), ("--family", "'bert'")),
     (("run", "--train", "x.csv", "--text", "a", "--text", "b", "--text", "c", "--family", "bert"), ("task.text",)),
     (("validate",), ("Missing argument", "'config'")),
     (("predict", "nowhere", "x.csv"), ("nowhere",)),

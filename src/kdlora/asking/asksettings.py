@@ -97,8 +97,8 @@ class AskSettings:
 
     def __post_init__(self) -> None:
         for name in ("text", "prompts"):
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, (value,))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         labels: Any = self.labels
         if labels is not None and not isinstance(labels, Mapping):
             object.__setattr__(self, "labels", dict.fromkeys((labels,) if isinstance(labels, str) else labels, ""))

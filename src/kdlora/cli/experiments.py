@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Exit, Option
 
 from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_table, verb
-from kdlora.defaults import FAMILIES
+from kdlora.defaults import FAMILIES, FamilyName
 from kdlora.errors import ConfigError, KdLoraError, harmless
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
@@ -28,7 +28,6 @@ _WITHOUT_A_FILE = (
     "Without a config file, give the data (--train FILE --text COLUMN --label COLUMN, or --task NAME --data FOLDER) "
     "and the models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
 )
-_FAMILY_HELP = "bert, roberta or deberta-v3: the paper's teacher and student."
 
 
 def _glue_tasks() -> Iterable[str]:
@@ -54,7 +53,9 @@ class Run:
         list[str] | None,
         Option(metavar="COLUMN", help="Label column. Several columns of 0 and 1 make a multi-label task."),
     ] = None
-    family: Annotated[str | None, Option(help=_FAMILY_HELP, autocompletion=completing(FAMILIES.keys))] = None
+    family: Annotated[
+        FamilyName | None, Option(help="bert, roberta or deberta-v3: the paper's teacher and student.")
+    ] = None
     teacher: Annotated[str | None, Option(help="Pretrained teacher: Hub id or folder.")] = None
     student: Annotated[str | None, Option(help="Pretrained student: Hub id or folder.")] = None
     fail_fast: Annotated[bool, Option("--fail-fast", help="Stop at the first failed run.")] = False
@@ -84,7 +85,7 @@ class Run:
 
     def _followed(self, config: Config) -> Config:
         """Refuse an option that the file leaves without effect."""
-        named = next((models for name, models in FAMILIES.items() if name == self.family), None)
+        named = FAMILIES.get(self.family) if self.family else None
         if named and config.teacher.model != named[0] and config.student.model != named[1]:
             raise ConfigError(f"--family {self.family}: both models are named already; leave it out")
         is_used = "lora" in config.run.arms or config.student.from_teacher_layers is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.cli.app import IdColumn, Json, Text, completing, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Text, print_json, print_table, verb
 from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
 
@@ -20,33 +20,27 @@ if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
 _TEXTS = dict(re.findall(r"^ {8}(\w+): (.+)$", AskSettings.__doc__ or "", re.MULTILINE))
+_SHARED = {"text": Text, "id_column": IdColumn}
 _OTHERWISE = {
     "prompts": (list[str], "--prompt", "FILE"),
-    "labels": (str, "--labels", "YAML"),
-    "audit": (str, "--audit", "FILE|N"),
-    "unlabelled": (str, "--unlabelled", "FILE"),
+    "labels": (str | None, "--labels", "YAML"),
+    "audit": (str | None, "--audit", "FILE|N"),
+    "unlabelled": (str | None, "--unlabelled", "FILE"),
 }
 
 
 def _option(name: str, kind: Any) -> Any:
-    if name in ("text", "id_column"):
-        return Text if name == "text" else IdColumn
-    text = _TEXTS.get(name, name)
-    text = text[0].upper() + text[1:]
+    if name in _SHARED:
+        return _SHARED[name]
+    text = _TEXTS[name][0].upper() + _TEXTS[name][1:]
     if name in _OTHERWISE:
         own, flag, metavar = _OTHERWISE[name]
-        return Annotated[own | None, Option(flag, metavar=metavar, help=text)]
-    if get_origin(kind) is Literal:
-        return Annotated[str, Option(help=text, autocompletion=completing(lambda: get_args(kind)))]
+        return Annotated[own, Option(flag, metavar=metavar, help=text)]
     return Annotated[kind, Option(help=text)]
 
 
 _KINDS = get_type_hints(AskSettings)
-_GIVEN = [
-    (one.name, _option(one.name, _KINDS[one.name]), field(default=None if one.name == "prompts" else one.default))
-    for one in fields(AskSettings)
-    if one.name != "model"
-]
+_GIVEN = [(one.name, _option(one.name, _KINDS[one.name]), one.default) for one in fields(AskSettings)[1:]]
 Ask = make_dataclass(
     "Ask",
     [
@@ -96,10 +90,10 @@ def _settings(options: Any) -> AskSettings:
     from kdlora.asking.asked_rows import read_labels
 
     given = {one.name: getattr(options, one.name) for one in fields(AskSettings)}
-    given["prompts"] = tuple(options.prompts or ())
-    given["text"] = None if options.text is None else tuple(options.text)
-    given["labels"] = None if options.labels is None else read_labels(options.labels)
-    given["audit"] = int(given["audit"]) if (options.audit or "").isdecimal() else options.audit
+    if options.labels is not None:
+        given["labels"] = read_labels(options.labels)
+    if (options.audit or "").isdecimal():
+        given["audit"] = int(options.audit)
     return AskSettings(**given)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from typer import Argument, Option
 
-from kdlora.cli.app import IdColumn, Json, Text, Threads, app, completing, print_json, print_table
+from kdlora.cli.app import IdColumn, Json, Text, Threads, app, print_json, print_table
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import Show, draw_bars
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kdlora.deploy.cascade import CascadeCurve
     from kdlora.deploy.stream import Progress
 
-_FORMATS = ("onnx", "onnx-int8", "all", "openvino")
 InputFormat = Annotated[
     str | None,
     Option(
@@ -145,12 +144,8 @@ def export(
     model: Annotated[Path, Argument(help="Experiment folder, merged model folder, or Hub id.")],
     to: Annotated[Path, Option("--to", help="Folder to write.")],
     formats: Annotated[
-        str,
-        Option(
-            "--format",
-            help="onnx, onnx-int8, all (both), or openvino (all three).",
-            autocompletion=completing(lambda: _FORMATS),
-        ),
+        Literal["onnx", "onnx-int8", "all", "openvino"],
+        Option("--format", help="onnx, onnx-int8, all (both), or openvino (all three)."),
     ] = "all",
     data: Annotated[str | None, Option(help="Labelled file for the checks. Default: the validation rows.")] = None,
     web: Annotated[

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -68,9 +67,7 @@ def main() -> NoReturn:
         _fail(f"out of memory{what}; lower micro_batch_tokens in teacher.train or student.train", 1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            longest = max(Path(error.filename).parts, key=len)
-            note = "(while a file is written, its name is longer)"
-            _fail(f"no file can have a name as long as {longest[:60]!r}... {note}; check the path", 2)
+            _fail(f"{error}; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:

@@ -113,15 +113,8 @@ def tokenizer_of(key: str, *, legacy: bool = False, several: bool = False) -> Ca
     return spoil
 
 
-def link_a_vocabulary(folder: Path, mark: Path) -> None:
-    """Put a link to a file of the user's in the place of a vocabulary, as an archive may hold one."""
-    tokenizer_of("vocab_file")(folder, mark)
-    edit_json(folder / "tokenizer_config.json", vocab_file=None)
-    (folder / "vocab.txt").symlink_to(folder.parent / "id_rsa")
-
-
 def link_settings(name: str) -> Callable[[Path, Path], None]:
-    """Put a link to a file of the user's in the place of a file with settings, all of which a saved tokenizer keeps."""
+    """Put a link to a file of the user's in the place of any file, as an archive may hold one."""
 
     def spoil(folder: Path, mark: Path) -> None:
         (folder.parent / "kaggle.json").write_text('{"username": "jane", "key": "secret"}')
@@ -148,9 +141,7 @@ DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
     ("a vocabulary by its place", tokenizer_of("init_inputs", several=True), "init_inputs must be"),
     ("a file of a tokenizer", tokenizer_of("spm_file"), "spm_file names the file"),
     ("a file beside special tokens", tokenizer_of("vocab_file", legacy=True), "vocab_file names the file"),
-    ("a vocabulary by a link", link_a_vocabulary, "vocab.txt is a link out of its folder"),
     ("settings by a link", link_settings("tokenizer_config.json"), "tokenizer_config.json is a link out of"),
-    ("special tokens by a link", link_settings("special_tokens_map.json"), "special_tokens_map.json is a link out of"),
     ("an unknown file by a link", link_settings("prophetnet.tokenizer"), "prophetnet.tokenizer is a link out of"),
     ("quantised weights", setting(quantization_config={"quant_method": "fp8"}), "quantised"),
 ]

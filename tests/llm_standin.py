@@ -41,7 +41,6 @@ class StandIn:
     models: tuple[str, ...] = ()
     key: str | None = None
     limit: str = "max_tokens"
-    sureness: float = 0.9
     edit: Callable[[dict[str, Any]], object] = lambda answer: None
     seen: list[dict[str, Any]] = field(default_factory=list)
     keep: bool = True
@@ -107,7 +106,7 @@ class StandIn:
             return 200, b"<html>a proxy of somebody</html>"
         chat = "messages" in asked
         prompt = asked["messages"][-1]["content"] if chat else asked["prompt"]
-        tokens = likely(prompt, self.sureness)
+        tokens = likely(prompt)
         if fault == "nonsense":
             tokens = {"Sorry": 0.9, "The": 0.05}
         text = "" if fault == "empty" else max(tokens, key=lambda token: tokens[token])
@@ -128,7 +127,7 @@ def _choice(text: str, shown: Mapping[str, float], chat: bool, fault: str | None
     return {"message": message, "logprobs": {"content": [{**tops[0], "top_logprobs": tops}]} if tops else None}
 
 
-def likely(prompt: str, sureness: float) -> dict[str, float]:
+def likely(prompt: str) -> dict[str, float]:
     """Give the probability of each code: most of it to the option whose name, or one of its words, is in the text."""
     text = _TEXT.findall(prompt)[-1]
     options = dict(_OPTION.findall(prompt.rsplit("Labels:", 1)[-1].split("\n\n", 1)[0]))
@@ -141,14 +140,14 @@ def likely(prompt: str, sureness: float) -> dict[str, float]:
             for word in (name, *WORDS.get(name, ()))
         )
     ]
-    rest = (1 - sureness) / max(1, len(options) - 1)
-    return {code: sureness if [code] == hit[:1] else rest for code in options}
+    rest = 0.1 / max(1, len(options) - 1)
+    return {code: 0.9 if [code] == hit[:1] else rest for code in options}
 
 
 @contextlib.contextmanager
-def running(model: StandIn | None = None) -> Iterator[StandIn]:
+def running() -> Iterator[StandIn]:
     """Serve in a thread."""
-    model, started = model or StandIn(), threading.Event()
+    model, started = StandIn(), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(model.serve(started.set)), daemon=True)
     thread.start()
     assert started.wait(10)

@@ -103,12 +103,12 @@ class Answers:
                 raise ArtifactError(
                     f"{manifest} is damaged or was edited; delete its folder to ask anew, or name another folder"
                 )
-            before, (files, text, _, *more) = content["ingredients"], ingredients["data"]
+            before, (files, texts, _, *more) = content["ingredients"], ingredients["data"]
             asked = {_FILES.get(key.split) for key in self.found}
             # Neither a file of no row asked about nor the name of the label column alone changes an answer.
             kept = {name: files.get(name) if name in asked else old for name, old in before["data"][0].items()}
-            if changed := compare(before, {**ingredients, "data": [kept, text, before["data"][2], *more]}):
-                named = ", ".join(_MEANING.get(name, name) for name in changed)
+            if changed := compare(before, {**ingredients, "data": [kept, texts, before["data"][2], *more]}):
+                named = ", ".join(_MEANING[name] for name in changed)
                 raise ArtifactError(
                     f"{manifest.parent}: these answers are stale: {named} changed. Name another folder with --to, or "
                     "delete this one to ask anew"

@@ -103,7 +103,7 @@ class Questions:
 
     def check(self, row: Row) -> None:
         """Fill every question once, and see that it shows each code."""
-        for options in [self.choices] if len(self.groups) == 1 else [self.choices, *self.groups]:
+        for options in (self.choices, *self.groups):
             marked = [replace(one, code=f"\x02{one.code}\x03") for one in options]
             filled = self.fill(row, marked)
             missing = [one.name for one in marked if one.code not in filled]

@@ -98,12 +98,12 @@ def each_row(rows: Dataset) -> Iterator[Row]:
 def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     """Settle columns and labels, and whether people labelled the rows."""
     text = settings.text or (source.columns if source.plain else infer_columns(source, "text"))
-    folded = {column.casefold() for column in source.columns}
-    elsewhere = isinstance(settings.audit, str | Path) and settings.label not in source.columns  # in the audited rows
-    if elsewhere if settings.label else not folded & set(KNOWN_COLUMNS["label"]):
-        label: tuple[str, ...] = ()
-    else:
-        label = (source.require(settings.label, "label"),) if settings.label else infer_columns(source, "label")
+    label: tuple[str, ...] = ()
+    if settings.label is None:
+        if not {column.casefold() for column in source.columns}.isdisjoint(KNOWN_COLUMNS["label"]):
+            label = infer_columns(source, "label")
+    elif settings.label in source.columns or not isinstance(settings.audit, str | Path):  # else in the audited rows
+        label = (source.require(settings.label, "label"),)
     names = tuple(settings.labels or ())
     if len({name.strip().casefold() for name in names} - {""}) != len(names):
         raise ConfigError("label names differ by more than case, and none is empty")

@@ -51,12 +51,11 @@ def test_config_values(refused, changes, expected):
 
 
 @pytest.mark.parametrize(("content", "expected"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
-@pytest.mark.parametrize("verb", ["validate", "run"])
-def test_config_files(refused, tmp_path, verb, content, expected):
+def test_config_files(refused, tmp_path, content, expected):
     """What is no config must not be half of one; what is hostile must not run, nor fill the memory."""
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    refused((*expected, "config.yaml"), verb, path)
+    refused((*expected, "config.yaml"), "run", path)
 
 
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[case[0][:30] for case in OVERRIDES])
@@ -132,4 +131,4 @@ def test_the_page_has_the_size_of_the_corpus():
     """A figure that was true once."""
     size = sum(len(part) for part in (FIELDS, FILES, OVERRIDES, CASES, MODELS, NAMES, TABLES, COMMANDS))
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
-    assert f"| bad inputs | {size}, of them {len(FILES)} through two verbs |" in page
+    assert f"| bad inputs | {size} |" in page

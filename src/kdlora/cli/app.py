@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.measure import Measurement
@@ -15,7 +15,10 @@ from rich.table import Table
 
 from kdlora.defaults import FAMILIES
 from kdlora.errors import harmless_json
-from kdlora.terminal import SafeConsole
+from kdlora.terminal import SafeConsole, Show
+
+if TYPE_CHECKING:
+    from kdlora.report.page import Table as Figures
 
 app = typer.Typer(
     name="kdlora",
@@ -67,7 +70,21 @@ def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any]
 
 
 def print_json(value: Any) -> None:
-    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
+    """Print a value for programs: dataclasses as objects, what JSON does not know as text."""
+    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=_plain)))
+
+
+def _plain(value: object) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def print_found(found: object, tables: Iterable[Figures], as_json: bool) -> None:
+    """Print what a verb found: as JSON, or as the tables that a report would have."""
+    if as_json:
+        print_json(found)
+        return
+    for table in tables:
+        print_table(table.columns, table.texts(), caption=table.note)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> None:
@@ -86,6 +103,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings
     elif wide > console.width and len(lines) < len(header):
         lines = [list(column) for column in zip(*lines, strict=True)]
     console.print(build())
+
+
+def counting(show: Show) -> Callable[[int, int | None], None]:
+    """Give what draws the bar of the rows that are done, of how many where that is known."""
+    return lambda done, total: show("rows", done, total, f"{done:,}" if total is None else f"{done:,} of {total:,}")
 
 
 def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -157,7 +179,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = diagnose()
     if as_json:
-        print_json(asdict(found))
+        print_json(found)
     else:
         lines = found.lines()
         width = max(map(len, lines))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, fields, make_dataclass
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.cli.app import IdColumn, Json, Text, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Text, counting, print_json, print_table, verb
 from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
 
@@ -71,19 +71,15 @@ def ask(options: Any) -> None:
     if options.dry_run:
         plan = plan_asking(options.data, settings)
         if options.as_json:
-            print_json(asdict(plan))
+            print_json(plan)
             return
         cost = "" if plan.cost is None else f", cost {plan.cost:.2f}"
         print(harmless("".join(f"{prompt}\n\n---\n\n" for prompt in plan.prompts)), end="")
         print(f"{plan.rows:,} rows, {plan.requests:,} requests, about {plan.tokens:,} tokens to read{cost}")
         return
     with draw_bars() as show:
-
-        def advance(done: int, total: int) -> None:
-            show("rows", done, total, f"{done:,} of {total:,}")
-
-        summary = ask_model(options.data, options.to, settings, progress=advance)
-    print_json(asdict(summary)) if options.as_json else _print_summary(summary)
+        summary = ask_model(options.data, options.to, settings, progress=counting(show))
+    print_json(summary) if options.as_json else _print_summary(summary)
 
 
 def _settings(options: Any) -> AskSettings:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from typer import Argument, Option
 
-from kdlora.cli.app import IdColumn, Json, Text, Threads, app, print_json, print_table
+from kdlora.cli.app import IdColumn, Json, Text, Threads, app, print_found, print_json, print_table
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import Show, draw_bars
 
@@ -69,7 +68,7 @@ def predict(
             progress=None if to_stdout else _advance(show),
         )
     if as_json and not to_stdout:
-        print_json(asdict(summary))
+        print_json(summary)
     elif not to_stdout:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
@@ -123,7 +122,7 @@ def redact(
             progress=None if to == "-" else _advance(show),
         )
     if as_json and to != "-":
-        print_json(asdict(summary))
+        print_json(summary)
     else:
         counts = ", ".join(f"{count:,} {name}" for name, count in summary.replaced.items())
         print(harmless(f"{summary.rows:,} rows, replaced {counts}"), file=sys.stderr)
@@ -168,7 +167,7 @@ def export(
 
         page = write_web_page(model, to)
         if as_json:
-            print_json(asdict(page))
+            print_json(page)
             return
         print(f"{page.model} in {page.folder}, {page.size_bytes / 1e6:.1f} MB that a browser loads")
         folder = shlex.quote(str(page.folder))
@@ -178,12 +177,9 @@ def export(
     from kdlora.report.shipped import stage_table
 
     result = export_model(model, to, formats=formats, data=data)
-    if as_json:
-        print_json(asdict(result))
-        return
-    table = stage_table(result, result.stages)
-    print_table(table.columns, table.texts())
-    print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
+    print_found(result, [stage_table(result, result.stages)], as_json)
+    if not as_json:
+        print(f"in {result.folder}")
 
 
 @app.command()
@@ -221,16 +217,12 @@ def benchmark(
     if plot is not None:
         raise ConfigError("--plot draws a cascade; give --cascade, too")
     result = benchmark_models(models, data=data, threads=threads)
-    if as_json:
-        print_json(asdict(result))
-        return
-    table = result.table()
-    print_table(table.columns, table.texts(), caption=table.note)
+    print_found(result, [result.table()], as_json)
 
 
 def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
     if as_json:
-        print_json(asdict(curve))
+        print_json(curve)
         return
     rows = [
         (
@@ -278,7 +270,7 @@ def push(
     if pushed is not None and pushed.removed:
         print(harmless(f"removed there, as an earlier model's: {', '.join(pushed.removed)}"), file=sys.stderr)
     if as_json:
-        print_json(asdict(pushed or parcel))
+        print_json(pushed or parcel)
     elif pushed is not None:
         print(f"{pushed.url} ({'private' if pushed.private else 'public'}, {len(pushed.files)} files)")
 
@@ -312,11 +304,7 @@ def defer(
         make_report(experiment)  # which must not go on with an earlier promise
         raise
     make_report(experiment)
-    if as_json:
-        print_json(asdict(found))
-        return
-    for table in deferral_tables(found):
-        print_table(table.columns, table.texts(), caption=table.note)
+    print_found(found, deferral_tables(found), as_json)
 
 
 @app.command()
@@ -348,8 +336,4 @@ def thresholds(
     goal = precision if precision is not None else metric
     found = fit_thresholds(experiment, goal if label is None else dict.fromkeys(label, goal))
     make_report(experiment)
-    if as_json:
-        print_json(asdict(found))
-        return
-    table = threshold_table(found)
-    print_table(table.columns, table.texts(), caption=table.note)
+    print_found(found, [threshold_table(found)], as_json)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from kdlora.cli.app import IdColumn, Json, Set, Text, Threads, app, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Set, Text, Threads, app, counting, print_json, print_table, verb
 from kdlora.deploy import Runtime
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
@@ -91,7 +91,7 @@ def search(
     with draw_bars() as show:
         result = run_search(*wanted, out, on=on, listen=lambda event: _show_search(event, show))
     if as_json:
-        print_json(asdict(result))
+        print_json(result)
     else:
         console = SafeConsole()
         console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
@@ -201,16 +201,13 @@ def label(options: Label) -> None:
     from kdlora.experiment.labelling import LabelSettings, label_collection
 
     given = {name: value for name, value in vars(options).items() if name in LabelSettings.__dataclass_fields__}
+    settings = LabelSettings(**given)
     with draw_bars() as show:
-
-        def advance(done: int, total: int | None) -> None:
-            show("rows", done, total, f"{done:,}")
-
         summary = label_collection(
-            options.model, options.data, options.to, LabelSettings(**given), on=options.on, progress=advance
+            options.model, options.data, options.to, settings, on=options.on, progress=counting(show)
         )
     if options.as_json:
-        print_json(asdict(summary))
+        print_json(summary)
         return
     bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
     cut = f", {summary.truncated} cut at {summary.max_length} tokens" if summary.truncated else ""

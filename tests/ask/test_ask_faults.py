@@ -61,7 +61,7 @@ def test_what_the_server_refused_is_asked_again(asking):
     assert (asking().resumed, asking.model.number) == (60, 140)
 
     asking.to = asking.folder / "nonsense"  # a folder without any answer begins anew, whatever was wrong
-    asking.model.fault = lambda number: "nonsense" if number < 200 else None
+    asking.model.fault = lambda number: "nonsense" if number < 160 else None
     with pytest.raises(DataError, match="none of the first 20 rows has an answer"):
         asking()
     done = asking()

@@ -152,7 +152,7 @@ def test_another_job_in_the_folder_is_refused(model, tmp_path):
     with pytest.raises(ArtifactError, match=r"are stale: max_length changed"):
         label(model, source, out, max_length=32)
     write_lines(source, rows(6, 1))
-    with pytest.raises(ArtifactError, match="the input files changed"):
+    with pytest.raises(ArtifactError, match="inputs changed"):
         label(model, source, out)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")

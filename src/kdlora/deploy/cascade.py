@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,7 +63,7 @@ class Cascade:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
         if sureness not in SURENESS:
             raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {sureness!r:.80}.")
-        if not isinstance(threshold, Real) or math.isnan(threshold):
+        if not isinstance(threshold, int | float | np.floating) or np.isnan(threshold):
             raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
 

@@ -159,8 +159,8 @@ def _describe(classifier: Classifier, title: str) -> dict[str, Any]:
 
 def _read_package(package: _Package) -> dict[str, bytes]:
     """Give the files of a package by their names in a page's folder; the archive is compared before it is opened."""
-    archive = f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"  # as `npm pack` names it
-    path = cache_folder() / "web" / archive
+    name = f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"  # as `npm pack` does
+    path = cache_folder() / "web" / name
     content = path.read_bytes() if path.is_file() else _download(package, path.parent)
     if (found := hashlib.sha256(content).hexdigest()) != package.sha256:
         raise ArtifactError(

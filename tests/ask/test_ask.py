@@ -151,6 +151,13 @@ def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     assert max(map(int, shown)) > 20
 
 
+def test_a_pair_is_an_example_of_another_with_the_same_question():
+    """By the first text alone, a question with ten candidate answers would be asked about without an example."""
+    pairs = [{"text": "who?", "text_pair": name, "label": 0} for name in ("Ann", "Ben")]
+    made = questions(2, examples=pairs)
+    assert made.fill(pairs[0], made.choices).count("who?") == 2
+
+
 def test_pairs_unlabelled_texts_and_their_split(asking):
     """Without a column that names the split, rows of two files with equal ids teach each other's texts."""
     more = asking.folder / "texts.txt"

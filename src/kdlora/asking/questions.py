@@ -90,7 +90,7 @@ class Questions:
             {**_texts(example), "label": self.names[example["label"]], "code": option.code}
             for example in self._examples
             for option in options
-            if example["label"] in option.labels and example["text"] != row["text"]
+            if example["label"] in option.labels and _texts(example) != _texts(row)
         ]
         try:
             filled = self._template.render(**_texts(row), labels=options, examples=shown)

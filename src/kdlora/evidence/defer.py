@@ -205,9 +205,11 @@ def _refuse(sureness: np.ndarray, wrong: np.ndarray, error: float, confidence: f
         if (rarity(answered, np.ceil(risk * answered), error) <= _RISKS[0] * (1 - confidence)).any():
             if rows > len(sureness):
                 return f"{said}; about {rows:,} labelled rows would probably do."
-            break  # it is the other rows that let the test begin where these do not show it
-    more = ", or give many more rows, for validation too" if seen.min() < error else ""
-    return f"{said}: of the surest rows {seen.min():.1%} are wrong. Allow a larger error{more}."
+            said += ": the validation rows let the test begin where these rows do not show it"
+            return f"{said}. Allow a larger error, or give more rows of either kind."
+    if seen.min() < error:
+        return f"{said}, too few to say how many would do. Allow a larger error, or give several times as many."
+    return f"{said}, nor on more: of the surest rows {seen.min():.1%} are wrong. Allow a larger error."
 
 
 @dataclass(frozen=True)

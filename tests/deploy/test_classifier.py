@@ -112,6 +112,8 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, tmp_path, mo
     assert model.predict("wonderful") == model.predict(["wonderful"])
     with pytest.raises(DataError, match="text 0: the text is empty"):
         model.predict("")
+    for blanks in (19_000, 20_000):  # of which a cut to 20,000 characters leaves nothing else
+        assert np.array_equal(model.predict_logits(" " * blanks + "wonderful"), model.predict_logits("wonderful"))
     monkeypatch.setitem(sys.modules, "peft", None)  # what only a training needs
     assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
     monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")

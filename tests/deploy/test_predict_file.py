@@ -207,6 +207,9 @@ def test_a_disk_without_locks_and_a_file_as_folder(tmp_path, model, source, monk
         assert predict_file(model, source, tmp_path / "out.jsonl").rows == 60
     with pytest.raises(ArtifactError, match=r"in\.csv is no folder; name one"):
         predict_file(model, source, source / "out.jsonl")
+    with pytest.raises(OSError, match=r"name too long|WinError"):  # with what is added while it is written
+        predict_file(model, source, tmp_path / f"{'a' * 230}.jsonl")
+    assert not list(tmp_path.glob("a*")), "refused before a row is predicted"
     (tmp_path / "new.jsonl.partial").mkdir()
     assert predict_file(model, source, tmp_path / "new.jsonl").rows == 60, "what a full disk left"
 

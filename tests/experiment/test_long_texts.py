@@ -210,10 +210,10 @@ def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
     with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
         export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))
 
-    # Without `fft` the report would say that its teacher has no score.
+    # Without `fft` the report would say that there is no score of a teacher.
     report = layout.report_md.read_text()
     assert f"{llama.name} (LoRA)" in report
-    assert "its teacher has no score" not in report
+    assert "there is no score of a teacher" not in report
 
     # A teacher in another arm's folder, not found, would be trained anew at every call.
     before = layout.run("lora", 0).record.stat().st_mtime_ns

@@ -155,7 +155,7 @@ def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(t
     ("arms", "expected"),
     [
         (("fft", "kd-lora"), "What distillation adds is not known without a distilled student and its control"),
-        (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; its teacher has no score)"),
+        (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; there is no score of a teacher)"),
         (("fft", "student-lora"), "What distillation adds is not known"),
         (("fft", "kd-lora", "student-fft"), "What distillation adds is not known"),
         (("student-fft",), "it is the only student with a score. It scores"),
@@ -231,11 +231,11 @@ def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
     layout.run("fft", 0).predictions.unlink()
     edit_record(layout.run("fft", 0).record, score=None, test_score=None, files={})
     report = _report(layout.root)
-    assert "accuracy on test, one seed; its teacher has no score" in _opening(report)
+    assert "accuracy on test, one seed; there is no score of a teacher" in _opening(report)
     assert "is missing" not in report.markdown
     config = read_record(layout.run("fft", 0).record).config | {"teacher": {"probabilities": "asked.parquet"}}
     edit_record(layout.run("fft", 0).record, score=80.0, config=config)  # by a table that covers validation, too
-    assert "accuracy on test, one seed; its teacher has no score" in _opening(_report(layout.root))
+    assert "accuracy on test, one seed; there is no score of a teacher" in _opening(_report(layout.root))
     records = [run.record for run in load_experiment(layout.root).runs]
     assert "on the test split" in arm_table(records).caption
     records[1].test_score = None  # one rule: no headline in the terminal that is not the report's

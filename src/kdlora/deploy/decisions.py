@@ -71,6 +71,9 @@ def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
     if wrong := {name: value for name, value in thresholds.items() if name not in names or not 0 < value < 1}:
         told = f"expected labels of the model with a probability above 0 and below 1, got {wrong!r:.200}"
         raise ModelError(f"{path}: damaged at thresholds: {told}. {_REMEDY}")
+    most = {"multi-label": len(names), "single-label": int(len(names) == 2)}
+    if len(thresholds) > most.get(folder.kind, 0):
+        raise ModelError(f"{path}: thresholds want a multi-label model, or one of two labels and one threshold.")
     if which == "thresholds" or decisions.promise is None:
         return replace(decisions, promise=None)
     if (tested := found.get("max_length")) != folder.max_length:

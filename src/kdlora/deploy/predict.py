@@ -184,7 +184,7 @@ def check_one(text: Any, where: str, *, whole: bool = False, most: int | None = 
     """Refuse what is no single text; one that is read whole may be empty, but has a largest length."""
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
-    text = text[:most]
+    text = text[:most] if most is None or not text[:most].isspace() else text.lstrip()[:most]
     if not whole and (not text or text.isspace()):
         raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
     if whole and len(text) > MOST_CHARACTERS:

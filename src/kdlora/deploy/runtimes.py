@@ -57,8 +57,10 @@ def ways_to_run(folder: Path) -> list[Way]:
     found = []
     for way in ways:
         with contextlib.suppress(ModelError):  # no such file, or thresholds or a promise of another way
-            read_decisions(read_model_folder(way))
-            found.append(way)
+            described = read_model_folder(way)
+            read_decisions(described)
+            if described.file is not None:  # PyTorch reads the folder's weights where the export's file is not there
+                found.append(way)
     return found
 
 

@@ -28,7 +28,7 @@ from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
 from kdlora.system.integrity import compare
 from kdlora.system.ownership import MANIFEST, check_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
-from kdlora.system.storage import atomic_file, hold_lock, mark_folder
+from kdlora.system.storage import atomic_file, hold_lock, mark_folder, temporary_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -295,6 +295,8 @@ class PartialResult(_Output):
         self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
         check_folder(self.folder, "prediction")
+        with contextlib.suppress(FileNotFoundError):  # too long a name is told before the work, not at its end
+            temporary_name(to).lstat()
         what, remedy = f"writes predictions into {to}", ", or name another file with --to"
         with contextlib.ExitStack() as stack:
             try:

@@ -60,7 +60,7 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         Both texts, and the paths where files were written.
 
     Raises:
-        ArtifactError: a folder that is neither, or a record that cannot be read.
+        ArtifactError: none, a folder that is neither, or a record that cannot be read.
         OSError: the folder cannot be written.
 
     Examples:
@@ -74,6 +74,8 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
 def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     """Read experiments and single runs; those of the same name are told apart by folder and number."""
     places = [RunLayout(folder) for folder in dict.fromkeys(map(expand_home, folders))]
+    if not places:
+        raise ArtifactError("expected at least one experiment or run folder, got none")
     found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
     names = [experiment.name for experiment in found]
     return [

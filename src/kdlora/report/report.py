@@ -203,7 +203,7 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
             if whole and not cost.is_alike(*runs):
                 detail = "the teacher was measured on another machine, or with another number of threads"
-            tiles.append(Tile(label, cost.write(one), detail or "not known of the teacher"))
+            tiles.append(Tile(label, cost.write(one), detail or "no figure of a teacher"))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
         detail += "" if arm in (found.first, found.second) else f", of {arm_title(found.first)}"

@@ -167,6 +167,9 @@ CASES = [
     settings("expected a list of label names", task={"kind": "multi-label"}),
     # Each combination would be a class of its own.
     settings("several labels in one ('a;b')", content=table(text=TEXTS, label=["a", "b", "", "a;b", "a; c"] * 4)),
+    settings(
+        "holds percentages ('85%'); write them without the sign", content=table(text=TEXTS, label=["85%", "7.5 %"] * 10)
+    ),
     # One row cannot be divided into training and validation.
     settings("each has a label that no other has", content=table(text=TEXTS[:3], label=["a", "b", "c"])),
     # A broken line that is skipped shifts every id after it.

@@ -33,7 +33,13 @@ MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
 INTEGER = r"^\s*[+-]?[0-9]+\s*$"
 _COMMA = r"^\s*[+-]?[0-9]+(,[0-9]+)?\s*$"
+_PERCENT = r"^\s*[+-]?[0-9]+([.,][0-9]+)?\s*%?\s*$"
 _POINT = "write decimals with a point, as in 0.5"
+_NO_SIGN = "write them without the sign for a regression, or set task.kind: single-label if they are classes"
+_STRANGE_NUMBERS = (
+    (",", _COMMA, "numbers with a comma", f"{_POINT}, and several labels as lists"),
+    ("%", _PERCENT, "percentages", _NO_SIGN),
+)
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
 """A whole number that is written as a decimal; without its decimals it is the same label."""
@@ -299,8 +305,9 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     strings = label_strings(raw, column)
     distinct = pc.unique(strings).drop_null()
     names = distinct.to_pylist()
-    if (commas := [name for name in names if "," in name]) and all(re.match(_COMMA, name) for name in names):
-        raise _holds(raw, column, f"numbers with a comma ({commas[0]!r}); {_POINT}, and several labels as lists")
+    for mark, form, what, remedy in _STRANGE_NUMBERS:
+        if (marked := [name for name in names if mark in name]) and all(re.match(form, name) for name in names):
+            raise _holds(raw, column, f"{what} ({marked[0]!r}); {remedy}")
     if joined := find_joined(names):
         told = (
             "write them as lists (JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label"

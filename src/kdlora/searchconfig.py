@@ -50,6 +50,10 @@ class Choices(Section):
     """The values."""
 
 
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+"""As an earlier version read them: a study is named by its values."""
+
+
 def _parse_space(value: object) -> object:
     """Read `key: [values]` and `key: {low: ..., high: ...}`."""
     if not isinstance(value, Mapping):
@@ -57,9 +61,11 @@ def _parse_space(value: object) -> object:
     space: dict[str, Any] = {}
     for key, one in _flat(value).items():
         if isinstance(one, list | tuple):
-            if not one:
-                raise ValueError(f"{key}: there are no values")
-            space[str(key)] = Choices(values=tuple(one))
+            values = [_SWITCHES.get(each, each) if isinstance(each, str) else each for each in one]
+            twice = [each for place, each in enumerate(values) if each in values[:place]]
+            if not values or twice:
+                raise ValueError(f"{key}: " + (f"{twice[0]!r} stands twice" if twice else "there are no values"))
+            space[str(key)] = Choices(values=tuple(values))
         elif isinstance(one, Mapping) and {"low", "high"} <= set(one):
             ends = [one["low"], one["high"]]
             whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)

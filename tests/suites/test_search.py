@@ -379,6 +379,7 @@ def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tm
         ({"lora.rnak": [1]}, "lora.rnak: unknown key. Did you mean 'rank'"),
         ({"lora.rank": [0]}, "lora.rank: input should be greater than or equal to 1"),
         ({"run.seeds": [[0]]}, "run.seeds: a search is over keys of teacher"),
+        ({"lora.rank": [8, 8]}, "lora.rank: 8 stands twice"),
         ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),
         ({"lora.rank": 8}, "expected a list of values"),
         ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "low 0.2 is above high 0.1"),

@@ -26,7 +26,7 @@ from kdlora.experiment.study import (
     ask,
     check_space,
     counted_trials,
-    distributions,
+    grid_of,
     hold_out,
     inspect_rows,
     load_held_out,
@@ -416,10 +416,14 @@ def test_spaces_are_read_as_they_are_written(workshop, tmp_path):
             "lora": {"rank": {"low": 2, "high": 8, "step": 2}, "targets": [["query"], "all-linear"]},
             "distil.alpha": {"low": 0.0, "high": 1.0, "step": 0.5},
         },
+        trials=24,
     )
-    assert type(distributions(search)["lora.rank"]).__name__ == "IntDistribution"
-    point = settings_of(search, {"lora.rank": 2, "lora.targets": '["query"]', "distil.alpha": 0.0})
+    grid = grid_of(search)
+    assert grid["lora.rank"] == [2, 4, 6, 8]
+    assert grid["distil.alpha"] == [0.0, 0.5, 1.0]
+    point = settings_of(search, {key: values[0] for key, values in grid.items()})
     assert point == {"lora.rank": 2, "lora.targets": ["query"], "distil.alpha": 0.0}
+    assert grid_of(search.model_copy(update={"trials": 23})) is None
 
     file = tmp_path / "models.yaml"
     file.write_text(yaml.safe_dump(workshop.values() | {"search": {"space": {"student.model": ["./a", "b/c"]}}}))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,10 +58,10 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
     """Open a study in the journal of a search's folder; both are created on first use."""
     import optuna
     from optuna.storages import JournalStorage
+    lock = JournalFileOpenLock(journal)  # Optuna's other lock is a link, for which a second process would refuse it
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     journal = str(folder / "journal.log")
-    lock = JournalFileOpenLock(journal)  # Optuna's other lock is a link, for which a second process would refuse it
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,7 +96,7 @@ def _cut_unfinished_line(journal: Path) -> None:
 
 
 def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:
-    """Take the next trial, at a point that no other has, unless all are done or under way, or no point is left.
+    """Take the next trial, at a point that no other has, unless all are done or under way elsewhere.
 
     A trial whose process died is told as failed, and its point is tried again first. A trial holds a lock as long
     as its process lives, so that the dead can be told from the slow.
@@ -101,15 +104,16 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "ask.lock"):
         _revive(study, folder)
+        grid = grid_of(search)
         counted = counted_trials(study)
         begun = [one for one in counted if one.state.name != "WAITING"]
-        if len(begun) >= search.trials:
+        if len(begun) >= (search.trials if grid is None else math.prod(map(len, grid.values()))):
             return None
         if len(begun) == len(counted):  # none waits
             tried = [one.params for one in begun]
-            point = next((one for one in _draw(study, search) if one not in tried), None)
-            if point is None:
-                return None
+            for point in _draw(study, search, grid):
+                if point not in tried:
+                    break
             study.enqueue_trial(point)
         trial = study.ask(distributions(search))
         lock = _lock_of(study, trial.number, folder)
@@ -117,11 +121,16 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
         return trial, lock
 
 
-def _draw(study: Study, search: SearchConfig) -> Iterator[dict[str, Any]]:
-    """Give the point that the others suggest, and random ones, since that is often one of them."""
+def _draw(study: Study, search: SearchConfig, grid: Mapping[str, list[Any]] | None) -> Iterator[dict[str, Any]]:
+    """Give the points of a grid, else one that the others suggest, and random ones, since that is often one of them."""
     import optuna
     from optuna.samplers import RandomSampler, TPESampler
 
+    if grid is not None:
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
+        yield from points
+        return
     # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
     seed = int(hash_json([search.seed, len(study.trials)])[:8], 16)
     first, space = TPESampler(n_startup_trials=search.startup_trials, seed=seed), distributions(search)
@@ -225,6 +234,19 @@ def settings_of(search: SearchConfig, params: Mapping[str, Any]) -> dict[str, An
         return point if isinstance(space, Range) else next(one for one in space.values if _label(one) == point)
 
     return {key: value_of(search.space[key], point) for key, point in params.items()}
+
+
+def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
+    """List every value of every key, where the whole space has no more points than there are trials."""
+    grid: dict[str, list[Any]] = {}
+    for key, one in search.space.items():
+        if isinstance(one, Choices):
+            grid[key] = [_label(value) for value in one.values]
+        elif step := one.step or (1.0 if one.whole or one.low == one.high else None):
+            count = min(int((one.high - one.low) / step + 1e-9), search.trials) + 1  # more than that is no grid
+            grid[key] = [one.values[0] + (int(step) if one.whole else step) * place for place in range(count)]
+    is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
+    return grid if is_small else None
 
 
 def _label(value: Any) -> Any:

@@ -25,6 +25,7 @@ LINES = "conll:line"
 """The column of a CoNLL file that says in which line each word stands."""
 _LOOKED_AT = 10
 """Sentences whose first column says whether it counts."""
+_SEP = re.compile(r"(?i)sep=([^\w\"])[\r\n]*$")
 _MARKS = ("-DOCSTART-", "#begin document", "#end document")
 _NO_WORD = re.compile(r"\d+[-.]\d+")
 _KEY = re.compile(r"# [\w.:-]+ ?=")
@@ -95,7 +96,10 @@ def _read_delimited(
         filled = (line for line in lines if line.strip("\r\n"))
         first, delimiter = next(filled, ""), "\t"
         if form == "csv":
-            delimiter = max(",\t;", key=re.sub('"[^"]*"', "", first).count)
+            if named := _SEP.match(first):  # Excel's
+                first = next(filled, "")
+            bare = re.sub('"[^"]*"', "", first)
+            delimiter = named[1] if named else max(",\t;", key=bare.count)
         reader = csv.reader(
             chain([first], lines),
             delimiter=delimiter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from packaging.requirements import Requirement
 
 from kdlora.errors import harmless
 from kdlora.system.environment import collect_versions, describe_machine, read_proc
+
+HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,11 @@ def _device() -> tuple[str, int | None]:
 
 
 def _ask_hub(seconds: float) -> str:
-    if constants.HF_HUB_OFFLINE:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "not asked: HF_HUB_OFFLINE is set"
-    endpoint = constants.ENDPOINT
+    endpoint = os.environ.get("HF_ENDPOINT") or HUB
+    if not endpoint.startswith(("http://", "https://")):
+        return f"HF_ENDPOINT is {endpoint!r}, which is no address; expected https://..."
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds):
             return f"{endpoint} answers"

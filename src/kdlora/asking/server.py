@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kdlora.asking.answers import REFUSED, UNREAD, Answers
@@ -230,7 +231,10 @@ def _likely_tokens(logprobs: Any) -> list[tuple[str, float]]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Read how many seconds the server wants us to wait."""
+    """Read how many seconds the server wants us to wait: a number, or a time."""
+    said = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
-        return max(0.0, float(headers.get("retry-after", "")))
+        return max(0.0, float(said))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     return None

@@ -49,7 +49,7 @@ Numbered = tuple[int, Mapping[str, Any] | str]
 
 
 class RowError(ValueError):
-    """A line beyond the limit; those after it can be read."""
+    """A line beyond the limit, or one that holds something else; those after it can be read."""
 
 
 class _Lines(Iterator[str]):
@@ -229,7 +229,7 @@ def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
             if form == "text":
                 yield number, {"text": line.rstrip("\r\n")}
             elif line.strip():
-                yield number, object_or_fault(json.loads(line))
+                yield number, as_object(json.loads(line))
         except StopIteration:
             return
         except UnicodeDecodeError:
@@ -247,7 +247,8 @@ def json_fault(error: Exception) -> str:
     return str(error) if isinstance(error, RowError) else f"not JSON ({error})"  # a number of too many digits
 
 
-def object_or_fault(value: object) -> dict[str, Any] | str:
-    if isinstance(value, dict):
-        return value
-    return f'expected a JSON object such as {{"text": ..., "label": ...}}, found {type(value).__name__}'
+def as_object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise RowError(f'expected a JSON object such as {{"text": ..., "label": ...}}, found {found}')
+    return value

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
-from kdlora.data.lines import FORMATS, LINES, NO_QUOTING, Format, Numbered, json_fault, object_or_fault, read_rows
+from kdlora.data.lines import FORMATS, LINES, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
 from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
+_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
 _QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
@@ -85,8 +86,9 @@ def open_file(
     header: tuple[str, ...] = (),
     benchmark: bool = False,
     plain: bool = False,
+    every_key: bool = False,
 ) -> Source:
-    """Open a data file by its extension; `header` names the columns of one without a header line."""
+    """Open a data file by its extension; `header` names columns, `every_key` looks for them in all JSON rows."""
     file = Path(path)
     _check_file(file, key)
     extension = file.suffix.lower()
@@ -95,7 +97,8 @@ def open_file(
         return _open_parquet(file)
     if form is not None and (form != "text" or plain):
         rows = _RowFile(file, form, header, benchmark)
-        return Source(str(file), rows.columns(), lru_cache(maxsize=1)(rows.read), benchmark, plain=form == "text")
+        columns = rows.columns(None if every_key else _LOOKED_AT)
+        return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), benchmark, plain=form == "text")
     raise DataError(
         f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)} "
         "(a word and its tag on each line)." + did_you_mean(extension, EXTENSIONS)
@@ -162,10 +165,10 @@ class _RowFile:
     header: tuple[str, ...]
     benchmark: bool
 
-    def columns(self) -> tuple[str, ...]:
-        """Read the header; the columns of JSON Lines are the keys of all objects."""
+    def columns(self, looked_at: int | None) -> tuple[str, ...]:
+        """Read the header; the columns of JSON Lines are the keys of the first objects, or of all."""
         with self._opened() as (named, rows):
-            last = {} if named else {key: value for row in rows for key, value in row.items()}
+            last = {} if named else {key: value for row in islice(rows, looked_at) for key, value in row.items()}
         columns = tuple(named or last)
         if not columns:
             raise DataError(f"{self.path} holds no JSON objects; expected one example per line")
@@ -224,7 +227,11 @@ def _array_rows(file: Path, text: str) -> Iterator[Numbered]:
         rows = json.loads(text)
     except (RecursionError, ValueError) as error:
         raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: {json_fault(error)}") from None
-    yield from enumerate(map(object_or_fault, rows))
+    for number, row in enumerate(rows):
+        try:
+            yield number, as_object(row)
+        except ValueError as error:
+            yield number, str(error)
 
 
 def _refuse_quoting(raw: RawTable) -> None:

@@ -58,7 +58,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         if split != "train":
             raise DataError(f"{file}: a labelled collection covers the training split, not {split!r}")
         return read_collection(file, task, "teacher.logits")
-    source = open_file(file, f"teacher.{values}")
+    source = open_file(file, f"teacher.{values}", every_key=True)
     source.require("id", f"teacher.{values}")
     is_named = values == "probabilities" and _names_labels(source.columns, task)
     columns = ["label"] if is_named else _label_columns(source.columns, task, file)

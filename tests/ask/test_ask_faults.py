@@ -298,7 +298,7 @@ def test_bad_prompts_and_labels(asking, cli):
     template, labels = asking.folder / "p.j2", asking.folder / "labels.yaml"
     codes = "{% for one in labels %}{{ one.code }}{% endfor %}"
     for text, message in {
-        "{{ txt }}{{ text }}" + codes: "'txt' is undefined; its fields are text, text_pair of a pair, labels",
+        "{{ text }}{{ title | default('') }}" + codes: "unknown field 'title'; there are examples, labels, text,",
         "{{ text }}{% for one in labels %}{{ one.cod }}{% endfor %}": "has no attribute 'cod'",
         "{{ text_pair }}{{ text }}" + codes: "'text_pair' is undefined",
         "{{ text": "line 1: not a Jinja template",

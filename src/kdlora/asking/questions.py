@@ -22,6 +22,7 @@ CODES = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
 LEAST_MASS = 0.1
 """Probability that the codes together have, at least, in an answer that is one of them."""
 LEAST_PROBABILITY = 1e-6
+_FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _HAIR = 1e-3
 _LEAST_BEGUN = 2
@@ -64,7 +65,12 @@ class Questions:
 
     def _compile(self, file: Path) -> Any:
         try:
-            if "text" not in meta.find_undeclared_variables(self._environment.parse(self.source)):
+            found = meta.find_undeclared_variables(self._environment.parse(self.source))
+            for name in sorted(found - _FIELDS):
+                raise ConfigError(
+                    f"{file}: the prompt has an unknown field {name!r}; there are {', '.join(sorted(_FIELDS))}"
+                )
+            if "text" not in found:
                 raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
             return self._environment.from_string(self.source)
         except TemplateSyntaxError as fault:

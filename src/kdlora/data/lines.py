@@ -194,7 +194,7 @@ def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
     last = line.split()[-1]
     if width and line[1] == "\t":
         return False
-    return width <= 2 and last not in parse_tags([last])
+    return last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
 
 def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:

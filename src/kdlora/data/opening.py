@@ -130,8 +130,8 @@ def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool =
         source, *others = (splits := open_saved(file)).values()
         if others:
             raise DataError(
-                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one of them, or name the "
-                "whole in data.path (--data)"
+                f"{file} ({key}) holds the splits {', '.join(splits)}; give the folder of one of them, such as "
+                f"{file / next(iter(splits))}"
             )
         return source
     if glue is None or file.suffix.lower() != ".tsv":

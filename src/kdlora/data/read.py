@@ -178,6 +178,9 @@ class _RowFile:
                 "an object a row: df.to_json(FILE, orient='records', lines=True)"
             )
         _refuse_duplicates(str(self.path), columns)
+        for column in columns if self.form == "tsv" else ():
+            if len(column) > 1 and column[0] == column[-1] == '"':
+                raise DataError(f"{self.path}: the header has quotes around {column}. {NO_QUOTING}")
         return columns
 
     def read(self, wanted: tuple[str, ...]) -> RawTable:

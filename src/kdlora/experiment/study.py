@@ -58,21 +58,25 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
     """Open a study in the journal of a search's folder; both are created on first use."""
     import optuna
     from optuna.storages import JournalStorage
-    lock = JournalFileOpenLock(journal)  # Optuna's other lock is a link, for which a second process would refuse it
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    class Lock(JournalFileOpenLock):
+        def acquire(self) -> bool:
+            held = super().acquire()
+            try:
+                _cut_unfinished_line(folder / "journal.log")
+            except BaseException:
+                self.release()
+                raise
+            return held
 
     journal = str(folder / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            backend = JournalFileBackend(journal, lock)
-            lock.acquire()
-            try:
-                _cut_unfinished_line(folder / "journal.log")
-            finally:
-                lock.release()
-            storage = JournalStorage(backend)
+            # Optuna's other lock is a link, for which a second process would refuse the folder.
+            storage = JournalStorage(JournalFileBackend(journal, Lock(journal)))
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(

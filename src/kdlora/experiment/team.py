@@ -27,7 +27,7 @@ from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_training_rows, train_run
-from kdlora.system.children import run_in_child
+from kdlora.system.children import ChildDiedError, run_in_child
 from kdlora.system.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ _REPORT_SECONDS = 10
 _FAREWELL_SECONDS = 3
 _LOOPBACK = ("127.0.0.1", "localhost")
 
+_FAULTS: dict[str, type[Exception]] = {"mistake": KdLoraError, "died": ChildDiedError}
 _STAGES: dict[str, Callable[..., Any]] = {stage.__name__: stage for stage in (train_run, label_training_rows)}
 
 
@@ -131,8 +132,8 @@ class Team:
             except distributed.DistError:
                 reason = f"process {rank} of this run is gone; the same command continues where it stopped"
                 return ConnectionError(reason)
-            if outcome["kind"] == "mistake":
-                return KdLoraError(f"process {rank}: {outcome['text']}")
+            if outcome["kind"] in _FAULTS:
+                return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
             if outcome["kind"] == "fault":
                 told.append(f"process {rank}: {outcome['text']}")
         return fault if isinstance(fault, OSError) or len(told) == 1 else RuntimeError("; ".join(told))
@@ -153,9 +154,9 @@ def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
 
 
 def _told(fault: BaseException) -> dict[str, str]:
-    if isinstance(fault, KdLoraError):
-        return {"kind": "mistake", "text": str(fault)}
-    return {"kind": "fault", "text": ": ".join(filter(None, (type(fault).__name__, str(fault))))}
+    kind = next((name for name, one in _FAULTS.items() if isinstance(fault, one)), "fault")
+    name, text = type(fault).__name__, str(fault)
+    return {"kind": kind, "text": f"{name}: {text}" if kind == "fault" and text else text or name}
 
 
 @contextmanager

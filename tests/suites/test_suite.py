@@ -211,6 +211,10 @@ def test_missing_data_are_told_before_any_training(suite_values, tmp_path):
     with pytest.raises(DataError, match=r"none\.csv"):
         run_suite(build_suite(suite_values(tasks={"first": tasks["first"]})), tmp_path / "suite")
 
+    # A URL taken for a folder would be written to `s3:` beside the suite file.
+    with pytest.raises(ConfigError, match="--out s3://bucket/suite: runs are written to a folder"):
+        run_suite(build_suite(suite_values()), "s3://bucket/suite")
+
 
 def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_folder, tmp_path):
     """A scheduler only sees the status: 0 all finished, 1 a run failed, 2 the suite is wrong."""

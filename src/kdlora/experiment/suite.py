@@ -140,6 +140,8 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
     """Give the folder of a suite, new or ours."""
+    if "://" in str(out):
+        raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
     root = (expand_home(out) if out is not None else Path("runs") / suite.name).absolute()
     check_folder(root, "suite")
     return root

@@ -242,7 +242,7 @@ def _train(search: Search, trial: Trial, hear: Callable[[Any], None]) -> float |
     settings, arm = settings_of(search.settings, trial.params), search.arm
     config = with_settings(search.config, settings)
     if search.settings.names_models:  # rates and lengths are those of the trial's own models
-        config = run_in_child(inspect_rows, config, search.settings)[1].fill_in(config)
+        config = run_in_child(inspect_rows, config, search.settings, False)[1].fill_in(config)
     with search.hold("trials", reset_unused(config, arm), arm) as layout:
         stop, known = layout.root / "stop", layout.root / "trial.json"
         trial.set_user_attr("folder", f"trials/{layout.root.name}")

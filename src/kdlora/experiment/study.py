@@ -298,14 +298,14 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     )
 
 
-def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
-    """Fingerprint a search's rows, with its given teacher; say what data and models decide of open keys."""
+def inspect_rows(config: Config, search: SearchConfig, named: bool = True) -> tuple[str, Chosen]:
+    """Fingerprint a search's rows, `named` with its given teacher; say what data and models decide of open keys."""
     splits = load_held_out(config, search)
     check_table(config, splits)
     rows, task = hash_splits(splits), splits.task
     if not task.name and task.metrics != DEFAULT_METRICS[task.kind]:
         rows = hash_json([rows, task.metrics])  # trials by another metric are another study
-    if config.given_teacher and set(config.run.arms) & DISTILLED_ARMS:  # so are those by another teacher
+    if named and config.given_teacher and set(config.run.arms) & DISTILLED_ARMS:  # so are those by another teacher
         tables = stored_logits(config, None, splits) if config.teacher.is_table else []
         rows = hash_json([rows, [one.fingerprint for one in tables] or hash_teacher(config, task)])
     looks = look_at_models(config, task, sample_texts(splits.train), timed=False)

@@ -39,7 +39,9 @@ _MEANING = {
     "distil": "the distillation settings",
     "lora": "the adapter's settings",
     "precision": "the number format",
+    "device": "the kind of device",
     "rows_per_epoch": "the number of rows in an epoch",
+    "copies": "the number of perturbed copies",
 }
 
 
@@ -122,10 +124,16 @@ class CheckpointFolder:
         mark_folder(self.folder, "training")
 
     def _refuse_others(self, checkpoint: Path, ingredients: Mapping[str, Any]) -> None:
-        if changed := compare(_without_memory(ingredients), _without_memory(self.ingredients)):
+        changed = compare(_without_memory(ingredients), _without_memory(self.ingredients))
+        if changed == ["processes"]:
+            count = int(ingredients["processes"])
+            way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
+            raise OtherTrainingError(
+                f"{checkpoint}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
+                f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
+            )
+        if changed:
             named = ", ".join(_MEANING.get(name, f"the {name}") for name in changed)
-            if "processes" in changed:
-                named += f" ({ingredients.get('processes')}, now {self.ingredients['processes']})"
             raise OtherTrainingError(
                 f"{checkpoint}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
                 "train anew, or choose another output folder"

@@ -72,7 +72,7 @@ class CheckpointFolder:
             self._claim()
             remove_abandoned(self.folder, deep=False)
         for folder in reversed(self._folders()):
-            manifest = _read_manifest(folder)
+            manifest = _read_manifest(folder, whole=True)
             if manifest is None:
                 logger.warning("%s is unfinished or damaged, or of an earlier version; it is not used", folder)
                 continue
@@ -119,7 +119,7 @@ class CheckpointFolder:
         if is_ours(self.folder):
             return
         taken = [entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name) or entry.name == _BEST]
-        if taken:
+        if taken and not any(_is_checkpoint(entry) and _read_manifest(entry) for entry in taken):
             raise ArtifactError(f"{taken[0]} has a name that checkpoints take; name another folder, or move it away")
         mark_folder(self.folder, "training")
 
@@ -199,12 +199,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read a manifest where it is one of ours, and every file that it names is unharmed."""
+def _read_manifest(folder: Path, *, whole: bool = False) -> dict[str, Any] | None:
+    """Read a manifest where it is one of ours and, where that is asked for, every file that it names is unharmed."""
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         ours = manifest["schema_version"] == SCHEMA_VERSION and "ingredients" in manifest and is_sealed_or_old(manifest)
-        fits = ours and all(hash_file(folder / name) == digest for name, digest in manifest["sha256"].items())
+        digests = manifest["sha256"].items() if whole else ()
+        fits = ours and all(hash_file(folder / name) == digest for name, digest in digests)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if fits else None

@@ -97,6 +97,19 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
     assert f"film is said above a probability of {read(fitted)['film']:.4f}" in card
 
 
+def test_a_test_split_of_known_texts_judges_nothing_and_ends_nothing(fitted: Path, monkeypatch) -> None:
+    """No threshold could be fitted, although it is fitted on validation rows."""
+
+    def load(*given):
+        splits = load_without_copies(*given)
+        return replace(splits, test=splits.validation)
+
+    monkeypatch.setattr("kdlora.experiment.deferral.load_without_copies", load)
+    found = fit_thresholds(fitted)
+    assert (found.source, found.judged) == ("validation", 200)
+    assert "all 200 texts of the test split are training, validation or unlabelled texts" in " ".join(found.notes)
+
+
 def test_scores_are_those_of_the_answers_by_thresholds(fitted: Path, finished: Path, cli, monkeypatch) -> None:
     """A score of other answers than those that the same folder gives."""
     rows, told = finished.parent / "test.csv", json.loads((fitted / "thresholds.json").read_text())["models"]

@@ -266,8 +266,11 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
     judged, source = splits.validation, "validation"
     earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
     models, decided, notes, able = [], [], list[str](), []
-    if splits.test is not None:
-        judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
+    try:
+        if splits.test is not None:
+            judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
+    except DataError as fault:
+        notes.append(f"{fault}, so what the thresholds do is told of the validation rows that chose them")
     for name, model in shipped_models(layout):
         thresholds, fitted, reasons = _fit(model, task, goals, goal is not None, splits.validation)
         notes += [reason for reason in reasons if reason not in notes]

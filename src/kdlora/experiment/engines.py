@@ -217,6 +217,8 @@ def connect(on: str) -> Any:
             socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError) as fault:
+        if not address and isinstance(fault, OSError) and not isinstance(fault, ConnectionError):
+            raise  # none was asked: that of this machine cannot be started, as on a full disk
         raise ConfigError(
             f"no Ray cluster answers at {address or on} ({fault}); check the address, which is one such as "
             "ray://head:10001, or start a cluster with `ray start --head`"

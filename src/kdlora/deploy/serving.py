@@ -108,7 +108,8 @@ class _Queue:
             found = await asyncio.gather(*waited)
         except KdLoraError:
             if len(texts) > 1:  # its error counts the texts as the request does
-                await loop.run_in_executor(self.pool, self.model.predict, texts)
+                predict: Callable[..., object] = self.model.predict
+                await loop.run_in_executor(self.pool, predict, texts)
             raise
         self.meters.texts.labels(self.name).inc(len(found))
         return found

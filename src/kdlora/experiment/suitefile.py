@@ -43,7 +43,7 @@ def _parse_tasks(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return {
-        name: {"task": {"name": _folded(name)}} | dict(part or {}) if isinstance(part, Mapping | None) else part
+        str(name): {"task": {"name": _folded(name)}} | dict(part or {}) if isinstance(part, Mapping | None) else part
         for name, part in value.items()
     }
 
@@ -159,7 +159,7 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
             in them resolve against the current folder.
 
     Raises:
-        ConfigError: with every fault at once.
+        ConfigError: with all faults of the file at once; unknown tasks and families are told where runs are planned.
 
     Examples:
         >>> suite = load_suite("configs/paper-small.yaml", ["tasks=[sst2]"])

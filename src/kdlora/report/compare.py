@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.configfile import expand_home
+from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout
 from kdlora.evidence.stats import MeanSd
 from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run

@@ -80,12 +80,15 @@ def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     ]
 
 
-def test_a_column_of_splits_that_is_not_followed_is_told(csv_file) -> None:
+def test_a_column_of_splits_that_is_not_followed_is_told(csv_file, tmp_path) -> None:
     """Test rows of a file with all splits, as Kaggle has them, were learnt from without a word."""
     for last, told in (("Test", True), ("train", False)):
         path = csv_file("a.csv", text=TEXTS, label=WORDS, Split=["train"] * 15 + [last] * 5)
         notes = " ".join(load(train=path).notes)
         assert ("a.csv: its column 'Split' (train, Test) is not followed, and every row is a" in notes) == told
+    odd = [{"text": text, "label": label, "split": "test"} for text, label in zip(TEXTS, WORDS, strict=True)]
+    odd[3]["split"] = 3  # nobody asked for it, so it refuses no file
+    assert len(load(train=write_lines(tmp_path / "a.jsonl", odd)).train) > 0
 
 
 def test_pairs_several_labels_and_kinds_that_are_set(csv_file):

@@ -255,7 +255,8 @@ def test_words_of_scripts_without_spaces_meet(tmp_path):
     raw = open_file(tmp_path / "a.conll", "data.train").read(("words", "tags"))
     rows = read_token_rows(raw, "words", "tags", []).to_pylist()
     assert [row["text"] for row in rows] == ["北京。 A b に", "Oslo is オスロ", "ประเทศ"]
-    assert join_words(lists[0], "") == tuple(rows[0][name] for name in ("text", "starts", "ends"))
+    for row, words in zip(rows, lists, strict=True):
+        assert [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)] == words
 
 
 def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):

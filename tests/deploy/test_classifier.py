@@ -214,12 +214,16 @@ def test_incomplete_and_changed_folders_are_named(exported, classifier_folder, t
     with pytest.raises(ModelError, match=r"no weights.*got config.json, pytorch_model.bin, .*A pickle .* is not read"):
         Classifier.load(student)
 
-    # A file that is not the one whose score was checked.
+    # A file that is not the one whose score was checked, and a label that no text can ever get.
     folder = shutil.copytree(exported(), tmp_path / "changed")
     with (folder / "model_quantized.onnx").open("ab") as file:
         file.write(b"\x00")
     with pytest.raises(ArtifactError, match=r"quantized\.onnx: not the file that was exported.*records sha256"):
         Classifier.load(folder)
+    shutil.copy(exported() / "model_quantized.onnx", folder)
+    edit_json(folder / "config.json", id2label={"0": "a", "1": "b"})
+    with pytest.raises(ModelError, match=r"names 2 labels, so .* of shape \(1, 2\); got float32 of shape \(1, 3\)"):
+        Classifier.load(folder, verify=False).predict(["a"])
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])

@@ -13,7 +13,7 @@ import json
 import numpy as np
 import pandas as pd
 from harness import command_line
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import rel_entr, softmax
 
 from kdlora import Classifier
 from kdlora.evidence.records import ExperimentLayout
@@ -32,8 +32,7 @@ def main() -> int:
     teacher, student = (Classifier.load(folder) for folder in (layout.teacher, layout.student))
     if teacher.label_names != student.label_names:
         raise SystemExit("teacher and student have other labels, or another order of them")
-    expected = softmax(teacher.predict_logits(texts), axis=-1)
-    given = np.exp(log_softmax(student.predict_logits(texts), axis=-1))
+    expected, given = (softmax(one.predict_logits(texts).astype(float), axis=-1) for one in (teacher, student))
     apart = rel_entr(expected, given).sum(axis=-1)
     number = round(SHARE * len(table))
     chosen = {

@@ -97,6 +97,17 @@ def test_outputs_agree(tmp_path, exported, source, kind):
     assert parquet.schema.field("label").type == types.get(kind, pa.string())
 
 
+def test_a_regression_of_several_values_fits_all_formats(tmp_path, classifier_folder, source):
+    """Such a model of other hands ended Parquet in a traceback, after the file was read."""
+    folder = shutil.copytree(classifier_folder("bert", "multi-label"), tmp_path / "model")
+    edit_json(folder / "config.json", problem_type="regression")
+    for suffix in ("jsonl", "parquet"):
+        predict_file(Classifier.load(folder), source, tmp_path / f"out.{suffix}")
+    said = [row["label"] for row in _read(tmp_path / "out.jsonl")]
+    assert said == pq.read_table(tmp_path / "out.parquet")["label"].to_pylist()
+    assert all(len([float(value) for value in row]) > 1 for row in said)
+
+
 def test_each_thread_computes_a_batch(tmp_path, exported, source, monkeypatch):
     """In one batch for all threads they wait for each other: a file took half as long again."""
     run, gate = Classifier.run, threading.Barrier(2, timeout=30)

@@ -268,7 +268,7 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_f
         data = {"unlabelled": collection and str(tmp_path / collection)}
         table = workshop.config(teacher | {"data": data})
         splits = load_splits(table.task, table.data)
-        assert len(check_table(table, splits)) == count  # rows left out
+        assert len(check_table(table, splits).notes) == len(splits.notes) + count  # rows left out
     foreign = {"data": {"unlabelled": str(write_collection(tmp_path / "foreign"))}}
     with pytest.raises(ConfigError, match="that M labelled, and one teacher teaches all rows"):
         check_table(workshop.config(teacher | foreign), splits)

@@ -183,7 +183,8 @@ class _Form:
             raise DataError(f"{to}: a row may have any number of entities; name a .jsonl file, which holds them.")
         if self.name == "parquet":
             check_installed("writing Parquet", "parquet")
-        self._kind = folder.kind
+        several = folder.kind == "regression" and len(folder.label_names) > 1  # of a model that is not ours
+        self._kind = "multi-label" if several else folder.kind
         labels = () if folder.kind == "regression" else folder.label_names
         self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]
 

@@ -100,8 +100,7 @@ def plan_experiment(config: Config, out: str | Path | None = None) -> Experiment
     """Say what an experiment would do, and on what; nothing is written and nothing trained."""
     config, layout = _settle_paths(config, out)
     config, splits, _, finished = _look(config, layout)
-    check_table(config, splits)
-    return make_plan(config, layout, splits, finished, read_launch().count)
+    return make_plan(config, layout, check_table(config, splits), finished, read_launch().count)
 
 
 def run_experiment(
@@ -194,9 +193,9 @@ def _lead(
     before: Callable[[ExperimentPlan], None] | None,
 ) -> ExperimentResult:
     config, splits, facts, finished = _look(config, layout)
-    asked, notes, plan = config, list(splits.notes), None
+    asked, plan = config, None
     if len(finished) < len(plan_runs(config)):
-        notes += check_table(config, splits)
+        splits = check_table(config, splits)
         plan = make_plan(config, layout, splits, finished, team.launch.count)
         config = plan.config
         for name, text in plan.lines():
@@ -226,7 +225,7 @@ def _lead(
         lock.check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
-    return ExperimentResult(layout.root, records, shipped, (*notes, *told))
+    return ExperimentResult(layout.root, records, shipped, (*splits.notes, *told))
 
 
 def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None = None) -> None:

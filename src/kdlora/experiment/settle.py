@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -163,10 +163,10 @@ def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
     return read_teacher_table(str(logits or probabilities), task, values=values, split=split)
 
 
-def check_table(config: Config, splits: Splits) -> list[str]:
-    """Check that a table of teacher outputs, or a labelled collection, fits the experiment and covers its rows."""
+def check_table(config: Config, splits: Splits) -> Splits:
+    """Check that a table of teacher outputs, or a labelled collection, fits the experiment; note what is odd in it."""
     if not set(config.run.arms) & DISTILLED_ARMS:
-        return []  # it teaches nobody
+        return splits  # it teaches nobody
     collection, table = _collection(config.data.unlabelled), _collection(config.teacher.logits)
     if collection is not None and config.data.augment:
         raise ConfigError(
@@ -181,7 +181,7 @@ def check_table(config: Config, splits: Splits) -> list[str]:
             "data.unlabelled to the files that were labelled"
         )
     if not config.teacher.is_table:
-        return []
+        return splits
     parts = [("training", splits.train)]
     parts += [] if splits.unlabelled is None else [("unlabelled", splits.unlabelled)]
     tables = stored_logits(config, None, splits)
@@ -196,7 +196,7 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         doubts = doubts_of_units(said, label_array(splits.train), "training labels")
     for doubt in doubts:
         logger.warning(doubt)
-    return notes + doubts
+    return replace(splits, notes=(*splits.notes, *notes, *doubts))
 
 
 def doubts_of_units(said: np.ndarray, labels: np.ndarray, what: str) -> list[str]:

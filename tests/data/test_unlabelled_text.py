@@ -44,6 +44,15 @@ def test_unlabelled_rows_have_ids_of_their_own_and_no_label(files, csv_file, tmp
     assert load(**files).unlabelled is None
 
 
+def test_ids_of_copies_are_not_taken(files, csv_file):
+    """The run ended after its teacher was trained, as if the ids of the file were not unique."""
+    more = csv_file("more.csv", id=["a", "0~1", "1~2"], text=["new one", "new two", "new three"])
+    assert "2 ids, first '0~1', are those of copies of the training texts" in refused(
+        **files, unlabelled=more, augment=2
+    )
+    assert len(load(**files, unlabelled=more, augment=0).unlabelled) == 3
+
+
 def test_scored_texts_are_left_out_and_counted(files, csv_file):
     """A validation text that the teacher answers for the student makes its score one on old texts."""
     splits = load(**files, unlabelled=csv_file("more.csv", text=["new", "seen two", "text 3", "seen one"]))

@@ -240,6 +240,19 @@ def test_other_rows_do_not_get_the_steps_that_were_chosen_for_the_first(workshop
         run_experiment(config, out)
 
 
+def test_labels_of_other_names_are_other_rows(workshop, tmp_path):
+    """A class was renamed in the data, and the same command shipped the old names as if they were the new ones."""
+    train, validation = (Path(shutil.copy(path, tmp_path)) for path in (workshop.train, workshop.validation))
+    data, out = {"train": str(train), "validation": str(validation)}, tmp_path / "out"
+    config = workshop.config({"data": data, "run": {"arms": ["student-lora"]}})
+    run_experiment(config, out)
+    for path in (train, validation):
+        path.write_text(path.read_text(encoding="utf-8").replace("positive", "praise"), encoding="utf-8")
+    for again in (config, workshop.config({"data": data, "run": {"arms": ["student-lora", "fft"]}})):
+        with pytest.raises(ArtifactError, match=rf"{out} was begun with other rows or labels"):
+            run_experiment(again, out)
+
+
 def test_a_teacher_that_is_trained_again_is_in_the_plan(copied, workshop):
     """Half of the hours were missing where the teacher's folder had been removed to save space."""
     shutil.rmtree(copied.teacher)

@@ -96,6 +96,8 @@ CASES = [
     # Skipping or padding ragged rows loses data, or puts text into the label.
     csv_line("20,a,b,c", "4 columns where 3 are expected", "Put quotes"),
     csv_line("20,a", "2 columns where 3"),
+    # `cat a.csv b.csv` made a class named `label` of one row, for whose sake all others counted less.
+    csv_line("id,text,label", "repeats the header", "remove the line"),
     file("csv", "text,label\na,1\n\nwell, no,0\n", "row 2:", "3 columns where 2 are"),
     file("tsv", TABS + b"20\ta\n", "row 21", "2 columns where 3 are expected", "without quoting"),
     # One stray quote swallows all rows after it into a single text.
@@ -134,6 +136,7 @@ CASES = [
     settings("no column 'txt' (task.text)", "it has 'id', 'text'", "Did you mean 'text'?", task={"text": "txt"}),
     settings("no column 'lable' (task.label)", "Did you mean 'label'", task={"label": "lable"}),
     settings("key", "data.id_column", data={"id_column": "key"}),
+    settings("names the column 'text' twice", task={"text": ["text", "text"]}),
     settings("both text and label", task={"text": "label", "label": "label"}),
     # A guess between two columns is right half the time and never seen.
     settings("Set task.text (--text); the columns are 'first', 'label'", content=table(first=TEXTS, label=AB)),
@@ -165,6 +168,11 @@ CASES = [
     settings("need the same names", content=BOTH, task=FLAGS | {"label_names": ["x", "z"]}),
     settings("name one", content=BOTH, task=FLAGS | {"kind": "single-label"}),
     settings("expected a list of label names", task={"kind": "multi-label"}),
+    # Positions that are read as names: a student answered `0` where the first label is absent.
+    file("parquet", parquet(label=[["1", "0"], ["0", "0"]] * 10), "lists of '0' and '1' as text; write label names"),
+    file("parquet", parquet(label=[[0], [1]] * 10), "lists of one number; write the class as a plain value"),
+    file("parquet", parquet(x=[b"0", b"\xff"] * 10, y=[0, 1] * 10), "column 'x' holds bytes that are no", task=FLAGS),
+    file("parquet", parquet(label=[1e20, 2e20] * 10), "row 1: ", "1e+20, larger", task={"kind": "single-label"}),
     # Each combination would be a class of its own.
     settings("several labels in one ('a;b')", content=table(text=TEXTS, label=["a", "b", "", "a;b", "a; c"] * 4)),
     settings(

@@ -111,16 +111,16 @@ def _read_delimited(
         raise DataError(f"{name}: {error}; expected a header line.") from None
     if not columns:
         raise DataError(f"{name}: expected a header line with the column names, got an empty file or blank lines.")
-    return columns, _delimited_rows(filter(None, reader), lines, columns, form, delimiter)
+    return columns, _delimited_rows(filter(None, reader), lines, columns, form, delimiter, name)
 
 
 def _delimited_rows(
-    rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str
+    rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str, name: str
 ) -> Iterator[Numbered]:
-    width = len(columns)
+    width, header = len(columns), [column.lstrip("\ufeff") for column in columns]
     advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
     for number in count():
-        lines.first = ""
+        lines.first, begun = "", lines.number
         try:
             values = next(rows)
         except StopIteration:
@@ -129,10 +129,17 @@ def _delimited_rows(
             yield number, f"not readable as {form.upper()}: {error}"
             continue
         except csv.Error as error:
-            found = f"not readable as CSV: {error}, in line {lines.number}; the row is {lines.first[:_SHOWN]!r}"
-            yield number, f"{found}. Close each quote, and double one inside a text"
+            found = (
+                f"not readable as CSV: {error}, in line {lines.number}; the row is {lines.first[:_SHOWN]!r}. Close "
+                "each quote, and double one inside a text"
+            )
+            if lines.ended and lines.number > begun + 1:  # whatever rows followed are in that value
+                raise DataError(f"{name}, row {number + 1}: {found}") from None
+            yield number, found
             continue
-        if len(values) == width:
+        if width > 1 and [value.lstrip("\ufeff") for value in values] == header:
+            yield number, "it repeats the header, as where two files were joined; remove the line"
+        elif len(values) == width:
             yield number, dict(zip(columns, values, strict=True))
         else:
             shown = f"{delimiter.join(values):.{_SHOWN}}"

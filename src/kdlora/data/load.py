@@ -18,7 +18,7 @@ from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
-from kdlora.data.spool import label_array, read_column
+from kdlora.data.spool import doubles, label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
@@ -136,6 +136,11 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
     of_rows = share_copies(splits.task, splits.train, each)
     made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)
     both = made if texts is None else concatenate_datasets([texts.select_columns(made.column_names), made])
+    if len(twice := doubles(read_column(both, "id"))):
+        raise DataError(
+            f"{data.unlabelled}: {len(twice)} ids, first {twice[0].as_py()!r}, are those of copies of the training "
+            "texts, too. Give the texts other ids (data.id_column), or set data.augment to 0"
+        )
     note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
     return replace(splits, unlabelled=both, copies=len(made), notes=(*splits.notes, note))
 
@@ -173,6 +178,8 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         raise DataError(
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
         )
+    if len(set(text)) < len(text):
+        raise DataError(f"task.text names the column {text[0]!r} twice; a pair of texts is in two columns")
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
     raw = train.read(reading.columns(train, labelled=True).all)
     if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):

@@ -64,6 +64,12 @@ class RowReader:
         self.name = "standard input" if self._path is None else str(source)
         self.form = _choose_format(self._path, form)
         self._columns, self.start = columns, start
+        if self._path is None and self.form == "text" and (columns.text is not None or columns.id != "id"):
+            raise DataError(
+                "standard input is read as one text a line, which has no columns; name its format "
+                "(--input-format csv, tsv or jsonl), or no column."
+            )
+        self._has_ids = False
         self.text_columns: tuple[str, ...] = ()
         self.header: Sequence[str] = ()
         """Columns of the input, once its first row is read; none of JSON Lines, where each row has its own."""
@@ -76,7 +82,7 @@ class RowReader:
                 if number < self.start:
                     continue
                 if isinstance(values, str):
-                    yield Row(str(number), None, f"row {number}: {values}")
+                    yield Row(self._number(number), None, f"row {number}: {values}")
                 else:
                     yield self._row(number, values)
 
@@ -122,13 +128,17 @@ class RowReader:
                 if number > self.start:
                     yield from enumerate(_parquet_rows(batch), first)
 
+    def _number(self, number: int) -> str:
+        """Name a row without an id; beside others' ids, its number might be one of them."""
+        return "" if self._has_ids else str(number)
+
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         given = values.get(self._columns.id) if self.form != "text" else None
-        name, where = str(number) if given is None else str(given), f"row {number}"
+        name, where = self._number(number) if given is None else str(given), f"row {number}"
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
-            return Row(str(number), None, f"{where}: the id is not valid UTF-8")
+            return Row(self._number(number), None, f"{where}: the id is not valid UTF-8")
         parts: list[Any] = []
         cut = self._columns.cut
         for column in self.text_columns:
@@ -151,7 +161,7 @@ class RowReader:
             return Row(name, None, str(error))
 
     def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
-        found = self._choose_columns(available)
+        found, self._has_ids = self._choose_columns(available), self._columns.id in available
         for column in available if self._columns.keep else (*found, self._columns.id):
             if list(available).count(column) > 1:
                 raise DataError(f"{self.name}: there are two columns {column!r}; rename one.")

@@ -79,7 +79,7 @@ def predict_file(
             as JSON Lines.
         text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`), or
             the only one left, with a warning.
-        id_column: copied to the output; rows are numbered from 0 where the input has none.
+        id_column: copied to the output; rows are numbered from 0 where the input has no such column.
         input_format: by default from the extension; standard input is one text a line.
         batch_size: most texts in one forward pass.
         strict: stop at the first bad row instead of writing an error entry.

@@ -142,7 +142,7 @@ def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecor
         write_text_atomic(job.layout.config, save_config(job.config))
     place = job.layout.run(job.arm, job.seed)
     record = train() if job.ships else train_afresh(train, place.checkpoints)
-    if record.fingerprints.get("data") != job.facts.fingerprint(job.config):
+    if not job.facts.made(record, job.config):
         raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
     if job.ships:
         return record
@@ -258,8 +258,8 @@ class Queue:
         facts = self._facts[run.task]
         for path in () if self._ships or labels else layout.runs.glob("*/run.json"):  # of seeds that are named no more
             other = read_record(path)
-            made = other.fingerprints.get("data"), other.fingerprints.get("taught_by", "")
-            if other.status == "finished" and made != (facts.fingerprint(config), mark):
+            same = facts.made(other, config) and other.fingerprints.get("taught_by", "") == mark
+            if other.status == "finished" and not same:
                 remove(path)  # else this run would be refused, since the two are not comparable
         job = Job(kind, place.key, config, layout, run.arm, run.seed, facts, mark, lesson, self._ships)
         bisect.insort(self._ready, (self._order[run.task], job), key=operator.itemgetter(0))
@@ -370,7 +370,7 @@ def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, Ta
     found = {}
     for run in runs:
         record, now = undamaged_record(run, root), facts[run.task]
-        if record is None or record.fingerprints.get("data") != now.fingerprint(run.config):
+        if record is None or not now.made(record, run.config):
             continue
         try:
             made, wanted = run_identity(Config.model_validate(record.config)), run_identity(run.config)

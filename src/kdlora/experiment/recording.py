@@ -77,6 +77,11 @@ class TaskFacts:
     def fingerprint(self, config: Config) -> str:
         return self.fingerprints[config.data.row_settings]
 
+    def made(self, record: RunRecord, config: Config) -> bool:
+        """Say whether a run had these rows, and labels of these names, whose codes alone are fingerprinted."""
+        names = record.task.get("label_names")
+        return record.fingerprints.get("data") == self.fingerprint(config) and names == list(self.task.label_names)
+
 
 def count_rows(splits: Splits) -> dict[str, int]:
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}

@@ -166,7 +166,7 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
         splits = replace(splits, notes=(*splits.notes, f"The arm words is left out: {told}."))
     _check_wishes(config, splits, layout)
     facts = look_at(splits, config.data)
-    finished = _finished(config, layout, facts.fingerprint(config), {})
+    finished = _finished(config, layout, facts, {})
     refuse_exchanged_teacher(config, layout, splits, finished.values())
     return config, splits, facts, finished
 
@@ -207,7 +207,7 @@ def _lead(
         claim_folder(layout.root, "experiment")
         # Another call may have come between the plan and the lock, and have settled what is open here.
         check_folder(asked if with_recorded(asked, layout.config) == asked else config, layout)
-        finished = _finished(config, layout, facts.fingerprint(config), finished)
+        finished = _finished(config, layout, facts, finished)
         remove_abandoned(layout.root)
         if not layout.config.exists():  # what is left open today may be left open tomorrow
             is_open = {key: value if value in (None, "auto") else False for key, value in _flatten(asked).items()}
@@ -258,17 +258,17 @@ def _flatten(config: Config) -> dict[str, Any]:
 
 
 def _finished(
-    config: Config, layout: ExperimentLayout, rows: str, known: Mapping[str, RunRecord]
+    config: Config, layout: ExperimentLayout, facts: TaskFacts, known: Mapping[str, RunRecord]
 ) -> dict[str, RunRecord]:
     """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
-    found = {}
+    found, rows = {}, facts.fingerprint(config)
     noted = (read_manifest(layout.root) or {}).get("rows", rows)  # an earlier version noted none
     made = {noted if layout.config.exists() else rows}
     for run in plan_runs(config):
         record = known.get(run.key) or undamaged_record(run, layout.root)
         if record is None:
             continue
-        made.add(record.fingerprints.get("data"))
+        made.add(rows if facts.made(record, config) else "")
         place = layout.run(run.arm, run.seed)
         weights = place.adapter if run.arm in LORA_ARMS else place.model
         if run.arm in STUDENT_ARMS and not weights.exists():
@@ -277,8 +277,8 @@ def _finished(
             found[run.key] = record
     if made != {rows}:
         raise ArtifactError(
-            f"{layout.root} was begun with other rows than the config names now, for which its steps and lengths were "
-            "chosen: the data changed since. Put back what was there, name another folder with --out, or delete it"
+            f"{layout.root} was begun with other rows or labels than the config names now, for which its steps and "
+            "lengths were chosen: the data changed since. Put back what was there, name another folder with --out, or delete it"
         )
     if config.given_teacher:
         return found

@@ -211,6 +211,14 @@ def test_some_rows_and_later_more_of_them(asking, tiny_model_folder):
     assert margin[chosen].max() <= margin.drop(chosen).min() + 1e-6
     (student / "README.md").write_text("The card, which `kdlora defer` writes anew, chooses no row.")
     assert asking(rows=12, select="uncertain", select_by=str(student)).resumed == 10
+    # Of an experiment it is the student that chooses, and not its report.
+    experiment, asking.to = student.rename(asking.folder / "moved").parent / "runs", asking.folder / "by-run"
+    (experiment / "student").parent.mkdir()
+    (asking.folder / "moved").rename(experiment / "student")
+    (experiment / "config.yaml").write_text("{}")
+    asking(rows=10, select="uncertain", select_by=str(experiment))
+    (experiment / "report.md").write_text("as written anew")
+    assert asking(rows=12, select="uncertain", select_by=str(experiment)).resumed == 10
 
 
 def test_the_command_prints_what_was_done_and_audited_rows_are_no_examples(asking, cli):
@@ -326,6 +334,8 @@ def test_names_in_place_of_letters_are_told_by_their_first_token():
         Questions(None, names, (), AskSettings("m", codes="names", votes=3)) for names in (long, {"a": "", "b": ""})
     ]
     assert [one.tokens_of_answer for one in asked] == [len(next(iter(long)).encode()), 8]
+    with pytest.raises(ConfigError, match="cannot tell '10' from '1', which may be its first token"):
+        Questions(None, {str(number): "" for number in range(1, 11)}, (), settings)
     with pytest.raises(ConfigError, match="'card lost' and 'card stolen'"):
         Questions(None, {"card lost": "", "card stolen": ""}, (), settings)
     with pytest.raises(ConfigError, match=r"as the server shows \(20\), not 21"):
@@ -345,6 +355,10 @@ def test_votes_are_read_by_code_or_name():
     options = Questions(None, {"good": "", "C++": "", "(größer)": ""}, (), AskSettings("m", votes=5)).choices
     said = ["A film that I liked", "A", "A.", "a good", "A good", "B: C++", "C++", "GRÖSSER", "A\nB", "**C**"]
     assert [read_vote(one, options) for one in said] == [None, 0, 0, None, 0, 1, 1, 2, 0, 2]
+
+    # With the codes A to D, the answer B was a vote for the label b.
+    options = Questions(None, dict.fromkeys("bemt", ""), (), AskSettings("m", votes=5)).choices
+    assert [read_vote(one, options) for one in ("A", "B", "b", "e", "E", "T")] == [0, 1, 0, 1, 1, 3]
 
     # Of equally many the first decides: the first label would get every tie.
     for votes in ([1, 0], [2, 1, 0, 0, 1], [1, 0, 0, 1], [1, None, 0]):

@@ -27,6 +27,25 @@ def answered(folder: Path) -> Counter[str]:
     return Counter(f"{line['prompt']} {line['split']} {line['id']}" for line in lines if "id" in line)
 
 
+def test_rows_are_not_replaced_by_those_that_were_answered(asking):
+    """500 rows became the 20 that the budget was for, and the answers to them stale."""
+    asking(rows=10)
+    rows = asking.to / "unlabelled.parquet"
+    pd.DataFrame({"id": ["a", "b"], "text": ["fine", "dull"], "source": ["x", "y"]}).to_parquet(rows)
+    kept = rows.read_bytes()
+    for told, given in (("unlabelled", {"unlabelled": str(rows)}), ("train", {"data": asking.to / "train.parquet"})):
+        with pytest.raises(ConfigError, match=rf"{told}\.parquet would be replaced by what is written there"):
+            asking(**given)
+    assert rows.read_bytes() == kept
+
+
+def test_texts_without_words_are_not_spread(asking):
+    """Fifty texts of emoji ended in a traceback."""
+    write_csv(asking.data, [{"id": str(row), "text": "😀" * (row + 1)} for row in range(20)])
+    with pytest.raises(DataError, match="diverse finds no words of two letters"):
+        asking(rows=5, select="diverse", labels={"good": "", "bad": ""})
+
+
 def test_what_passes_is_repeated(asking):
     """One bad answer among many ends hours of work, or leaves rows without an answer."""
     asking.model.fault = {3: "429", 10: "500", 24: "cut", 31: "garbage", 45: "slow"}.get

@@ -151,6 +151,11 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
     """Typing errors must not become repositories."""
     with pytest.raises(ConfigError, match="'student' is no name of a repository; expected USER/NAME"):
         push_experiment(finished.root, "student")
+    with pytest.raises(ConfigError, match="'someone/my--model' is no name of a repository"):
+        plan_push(finished.root, "someone/my--model")
+    for name in ("runs/demo--2", "runs/demo.git"):
+        with pytest.raises(ModelError, match=f"{name}: no such folder, and no name of a Hub model"):
+            locate_model(name)
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ModelError, match="has no student to push"):
         push_experiment(tmp_path, "someone/student")

@@ -247,5 +247,7 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exported, monkeypatc
     assert list(name_models(["."])) == ["onnx"]
     with pytest.raises(ConfigError, match="threads must be at least 1, got -1"):  # none would ever answer
         serve(["."], threads=-1)
+    with pytest.raises(ConfigError, match="the host is empty"):  # for the system it is all addresses
+        serve(["."], host="")
     with pytest.raises(ConfigError, match="could never wait"):
         Limits(waiting=2, texts=3)

@@ -157,6 +157,9 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     assert by_hand.exists()
     assert copied.report_md.exists(), "the trainings are done, and their report is due"
     by_hand.unlink()
+    (copied.page / "notes").mkdir(parents=True)
+    assert "page's folder; name another, or empty it" in run_experiment(narrowed, copied.root).notes[-1]
+    (copied.page / "notes").rmdir()  # which it did not take for its own, and remove
     result = run_experiment(narrowed, copied.root)
     assert (result.shipped.arm, result.shipped.seed) == ("student-fft", 0)
     assert not copied.adapter.exists()  # the old one belongs to another student

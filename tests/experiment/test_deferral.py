@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,10 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
         with pytest.raises(ModelError, match=r"promised for a max_length of \d+, got 8. Load the model with the"):
             Classifier.load(place, max_length=8)  # its answers are others
         assert Classifier.load(place, max_length=8, decisions="thresholds").predict([unsure])[0].label is not None
+    changed = shutil.copytree(promised / "student-onnx", tmp_path / "changed") / "kdlora_decisions.json"
+    changed.write_text(re.sub(r'"threshold": [^,]*', '"threshold": 0.99', changed.read_text()))
+    with pytest.raises(ArtifactError, match=r"decisions\.json is damaged: it is not what was written"):
+        Classifier.load(changed.parent)
     texts = tiny.write_csv(tmp_path / "texts.csv", [{"id": "a", "text": sure}, {"id": "b", "text": unsure}])
     cli("predict", promised / "student-onnx", texts, "--to", tmp_path / "said.csv")
     assert [(row["label"], row["error"]) for row in read_rows(tmp_path / "said.csv")] == [(first.label, ""), ("", "")]

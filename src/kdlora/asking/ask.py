@@ -25,7 +25,8 @@ from kdlora.asking.server import Server
 from kdlora.configfile import expand_home
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
-from kdlora.deploy.folder import DECISIONS, MEASURED
+from kdlora.deploy.folder import DECISIONS, MEASURED, Way, read_model_folder
+from kdlora.deploy.network import find_way
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.records import Asked
 from kdlora.system.integrity import hash_files
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
 AUDIT, TABLE = "audit.json", "probabilities.parquet"
+_WRITTEN = (TABLE, "train.parquet", "validation.parquet", "unlabelled.parquet")
 _SHOWN, _SAMPLE = 3, 200
 _CHARACTERS_OF_TOKEN = 4
 
@@ -123,6 +125,10 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
     folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
     refuse_foreign(folder, MANIFEST, "answers of a language model")
+    for one in (data, settings.unlabelled, settings.audit):
+        source = Path(os.path.realpath(expand_home(str(one))))
+        if source.parent == folder and source.name in _WRITTEN:
+            raise ConfigError(f"{one} would be replaced by what is written there; name another folder with --to")
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         answers = Answers(folder, rows.task.num_labels, settings)
         answers.begin(asking.ingredients, {"base_url": settings.url, "data": str(data)})
@@ -230,7 +236,8 @@ class _Asking:
         audited = settings.audit if isinstance(settings.audit, int) else None
         by = None
         if settings.select_by is not None:  # its card and decisions choose no row
-            found = hash_files(model := expand_home(settings.select_by), [model])
+            model = read_model_folder(find_way(Way(Path(settings.select_by)))).path
+            found = hash_files(model, [model])
             by = {name: digest for name, digest in found.items() if name not in ("README.md", DECISIONS, MEASURED)}
         return {
             "prompts": [one.source for one in self.questions],

@@ -160,7 +160,10 @@ def _spread(rows: Dataset, settings: AskSettings) -> np.ndarray:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = read_column(rows, "text").to_pylist()
-    words = TfidfVectorizer(sublinear_tf=True, max_features=20_000).fit_transform(texts)
+    try:
+        words = TfidfVectorizer(sublinear_tf=True, max_features=20_000).fit_transform(texts)
+    except ValueError:  # of an empty vocabulary
+        raise DataError("select: diverse finds no words of two letters in these texts; take random") from None
     groups = MiniBatchKMeans(min(settings.rows or 1, 500), random_state=settings.seed, n_init=1, batch_size=2048).fit(
         words
     )

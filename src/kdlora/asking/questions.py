@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,6 +150,10 @@ def _named(labels: Mapping[str, str], most: int) -> list[Option]:
                 f"codes: names needs labels that begin with different words, but there are {other!r} and {name!r}; "
                 "rename one by --labels, or use letters"
             )
+    for one, other in itertools.permutations(filter(str.isdigit, begun), 2):
+        if other.startswith(one):  # as one of the tokens 1 and 0
+            told = f"{begun[other]!r} from {begun[one]!r}, which may be its first token"
+            raise ConfigError(f"codes: names cannot tell {told}; rename one by --labels, or use letters")
     return [Option(name, name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
 
 
@@ -188,10 +193,13 @@ def _meant(said: str, options: Sequence[Option]) -> list[int]:
 
 def read_vote(answer: str, options: Sequence[Option]) -> int | None:
     """Find the option that an answer names: by its name alone, or by its code at the beginning."""
-    codes, said = {option.code for option in options}, answer.strip(_AROUND).casefold()
-    for place, option in enumerate(options):
-        if (option.name == option.code or option.name not in codes) and option.name.strip(_AROUND).casefold() == said:
-            return place
+    as_written: Callable[[str], str] = str
+    for fold in (as_written, str.casefold):  # of the labels b and e, `b` is the first, and `B` the code of the second
+        codes, said = {fold(option.code) for option in options}, fold(answer.strip(_AROUND))
+        for place, option in enumerate(options):
+            is_name = option.name == option.code or fold(option.name) not in codes
+            if is_name and fold(option.name.strip(_AROUND)) == said:
+                return place
     for place, option in enumerate(options):
         code, name = re.escape(option.code), re.escape(option.name)
         # "A film" begins with an article, "A" alone, "A: ..." and "A positive" with a code

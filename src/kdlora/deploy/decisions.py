@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from kdlora.deploy.folder import DECISIONS, ModelFolder
-from kdlora.errors import ModelError
+from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.defer import Promise
 from kdlora.foreign import read_json
-from kdlora.system.integrity import hash_file, hash_json
+from kdlora.system.integrity import CHECKSUM, hash_file, hash_json, is_sealed_or_old, seal
 
 Which = Literal["all", "thresholds", "none"]
 """What of the decisions is read."""
@@ -34,7 +35,7 @@ def write_decisions(folder: ModelFolder, decisions: Decisions) -> None:
     from kdlora.system.storage import write_json_atomic  # here: whoever predicts does without it
 
     path = folder.path / DECISIONS
-    kept: dict[str, Any] = read_json(path) if path.is_file() else {}
+    kept = _read(path) if path.is_file() else {}
     name, digest = _weights(folder)
     kept[name] = {
         "sha256": digest,
@@ -43,7 +44,14 @@ def write_decisions(folder: ModelFolder, decisions: Decisions) -> None:
         "promise": None if decisions.promise is None else asdict(decisions.promise),
         "thresholds": dict(decisions.thresholds),
     }
-    write_json_atomic(path, kept)
+    write_json_atomic(path, seal(kept))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    kept = read_json(path)
+    if not is_sealed_or_old(kept):
+        raise ArtifactError(f"{path} is damaged: it is not what was written. {_REMEDY}")
+    return {name: one for name, one in kept.items() if name != CHECKSUM}
 
 
 def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
@@ -51,7 +59,7 @@ def read_decisions(folder: ModelFolder, which: Which = "all") -> Decisions:
     path = folder.path / DECISIONS
     if which == "none" or not path.is_file():
         return Decisions()
-    kept = read_json(path)
+    kept = _read(path)
     name, digest = _weights(folder)
     found = kept.get(name)
     if found is None:

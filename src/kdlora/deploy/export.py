@@ -264,8 +264,8 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ModelError(
             f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
         )
-    target, source = to.absolute(), folder.path.absolute()
-    if target == source or target in source.parents:
+    target, source = to.absolute(), folder.path.resolve()
+    if to.resolve() == source or to.resolve() in source.parents:
         raise ArtifactError(f"{to}: the export would replace the model {folder.path}; give another folder.")
     if target.is_symlink():
         raise ArtifactError(f"{to} is a link, and kdlora replaces none; name the folder that is meant.")

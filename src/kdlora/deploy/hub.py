@@ -18,11 +18,12 @@ _ONNX = "onnx/"
 
 _MESSAGE = "Student distilled with kdlora"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
-_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
-"""Keys under which transformers may note down where a model came from."""
+_PLACES = ("name_or_path", "_file")
+"""Ends of the keys under which transformers may note down where a model came from."""
 _ABSOLUTE = re.compile(
     r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
 )
+_OF_A_FOLDER = "Give the folder of a model, such as EXPERIMENT/student"
 _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _BY_HAND = ("README.md", "LICENSE", "NOTICE")
 _EXPORTED = ("*.onnx", "*.onnx_data*", "*.onnx.data", "openvino_model_quantized.*")
@@ -66,20 +67,27 @@ def locate_export(name: str | Path) -> Path:
 def _download(repo: str, revision: str | None, inner: str) -> Path:
     """Fetch the files of a model, and nothing that runs code; what is in the cache is not fetched again."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     wanted = [f"{inner}/{name}" for name in (*_ROOT_FILES, *_EXPORTED)] if inner else list(_ROOT_FILES)
     ignored = [] if inner else ["*/*", "training_args*", "optimizer*"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+    except HFValidationError:
+        raise ModelError(f"{repo}: no such folder, and no name of a Hub model. {_OF_A_FOLDER}") from None
     except RevisionNotFoundError:
         raise ModelError(f"{repo} has no revision {revision!r} on the Hub") from None
     except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
         where = f"in the cache, and the Hub was not asked or does not answer ({first_line(error)})"
         where = "that you may see" if isinstance(error, RepositoryNotFoundError) else where
         raise ModelError(
-            f"{repo}: no such folder, no Hub model of this name {where}. Give the folder of a model, such as "
-            "EXPERIMENT/student; for a private model log in with `hf auth login`"
+            f"{repo}: no such folder, no Hub model of this name {where}. {_OF_A_FOLDER}; for a private model log in "
+            "with `hf auth login`"
         ) from None
 
 
@@ -121,8 +129,6 @@ def push_experiment(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    if (found := _HUB_ID.fullmatch(repo)) is None or found["inner"] or found["revision"]:
-        raise ConfigError(f"{repo!r} is no name of a repository; expected USER/NAME")
     contents = _contents(ExperimentLayout(Path(experiment)), report, repo)
     try:
         api = HfApi(token=token)
@@ -175,8 +181,18 @@ def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Par
 
 def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Path | bytes]:
     """Map names in the repository to files here, or to what is sent in the place of those that name paths."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     from kdlora.report.card import FOLDER_IN_CARD  # here: models are found without what a report needs
 
+    try:
+        validate_repo_id(repo)
+        found = _HUB_ID.fullmatch(repo)
+    except HFValidationError:
+        found = None
+    if found is None or found["inner"] or found["revision"]:
+        raise ConfigError(f"{repo!r} is no name of a repository; expected USER/NAME")
     student = _pushable(layout.root)
     contents: dict[str, Path | bytes] = {path.name: path for path in student.path.iterdir() if is_model_file(path)}
     if "config.json" not in contents or not any(name.endswith(".safetensors") for name in contents):
@@ -198,7 +214,7 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
         contents[name] = shorten_paths(text, layout.root).encode()
     for name in {"config.json", "tokenizer_config.json"} & contents.keys():
         settings = read_json(student.path / name)
-        if named := [key for key in _PLACES if Path(str(settings.get(key, ""))).is_absolute()]:
+        if named := [key for key, at in settings.items() if key.endswith(_PLACES) and Path(str(at)).is_absolute()]:
             settings |= {key: Path(str(settings[key])).name for key in named}
             contents[name] = json.dumps(settings, indent=2).encode()
     return contents

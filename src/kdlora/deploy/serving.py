@@ -284,6 +284,8 @@ def serve(
         timeout_graceful_shutdown=_SECONDS_TO_END,
     )
     server = uvicorn.Server(settings)
+    if not host.strip():  # which the system takes for all addresses
+        raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listener:
         shown = f"[{host}]" if family == socket.AF_INET6 else host

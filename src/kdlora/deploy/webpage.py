@@ -87,7 +87,7 @@ class WebPage:
 
 def write_web_page(model: str | Path, to: str | Path) -> WebPage:
     """Write the folder of a page for an export, or for the one that an experiment has."""
-    place, target = locate_export(model), Path(to)
+    place, target = locate_export(model), Path(to).absolute()
     file = read_model_folder(place).file
     if file is None:
         raise ModelError(
@@ -97,7 +97,7 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
     classifier = Classifier.load(place)
     if fault := _find_fault(classifier):
         raise ModelError(f"{place}: {fault}, and the page cannot do that; use `kdlora serve`.")
-    _check_target(target)
+    check_page(target)
     parts = {name: content for package in _PACKAGES for name, content in _read_package(package).items()}
     with atomic_folder(target) as work:
         mark_folder(work, "page")
@@ -120,7 +120,7 @@ def _find_fault(classifier: Classifier) -> str:
     return "its SentencePiece tokenizer has a table of characters" if with_table else ""
 
 
-def _check_target(target: Path) -> None:
+def check_page(target: Path) -> None:
     """Refuse to replace what is no page, or a page beside whose files others lie."""
     check_folder(target, "page")
     if target.is_dir() and (foreign := sorted({entry.name for entry in target.iterdir()} - _NAMES)):

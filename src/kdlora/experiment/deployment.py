@@ -28,6 +28,7 @@ from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
+from kdlora.deploy.webpage import check_page
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, read_record
@@ -171,6 +172,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     notes: list[str] = []
     if not holds(layout.exported, _mark(config, layout)):
         refuse_loss(layout, layout.onnx)
+        check_page(layout.page)
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
         for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx, layout.page):
             remove(place)

@@ -278,7 +278,8 @@ def _finished(
     if made != {rows}:
         raise ArtifactError(
             f"{layout.root} was begun with other rows or labels than the config names now, for which its steps and "
-            "lengths were chosen: the data changed since. Put back what was there, name another folder with --out, or delete it"
+            "lengths were chosen: the data changed since. Put back what was there, name another folder with --out, or "
+            "delete it"
         )
     if config.given_teacher:
         return found

@@ -260,7 +260,7 @@ def test_predict_writes_entities(tagger, tmp_path):
     summary = predict_file(tagger, source, tmp_path / "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (summary.rows, summary.errors) == (5, 1)
-    assert [row["id"] for row in rows] == ["a", "b", "c", "d", "4"]
+    assert [row["id"] for row in rows] == ["a", "b", "c", "d", ""]
     assert rows[1]["entities"] == rows[2]["entities"] == []
     assert "column 'text' is empty or missing" in rows[3]["error"]
     for row, text in ((rows[0], TEXTS[0]), (rows[4], TEXTS[1])):

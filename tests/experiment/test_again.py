@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments import ARMS, FAST, copy_experiment, edit_json, predicted, snapshot
-from kdlora.configfile import load_config
+from kdlora.configfile import load_config, save_config
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, jobs, preview
@@ -179,6 +179,15 @@ def test_a_control_differs_from_the_distilled_arm_by_its_teacher_alone(copied, w
         assert not np.array_equal(distilled, predicted(copied, control, 1).logits)  # the teacher does matter
         train_run(workshop.config(ALL | {"distil": {"alpha": 1.0}}), copied, arm, 1, lambda event: None)
         np.testing.assert_array_equal(predicted(copied, arm, 1).logits, predicted(copied, control, 1).logits)
+
+
+def test_a_given_teacher_has_no_seed(workshop, tmp_path):
+    """Seeds in another order were another config: the first is the teacher's seed, where one is trained."""
+    layout, teacher = ExperimentLayout(tmp_path / "out"), {"teacher": {"fine_tuned": str(tmp_path)}}
+    first, second = (workshop.config(teacher | {"run": {"arms": ARMS, "seeds": seeds}}) for seeds in ([0, 1], [1, 0]))
+    layout.root.mkdir()
+    layout.config.write_text(save_config(first), encoding="utf-8")
+    experiment_run.check_folder(second, layout)
 
 
 def test_another_config_is_refused_and_named(copied, workshop):

@@ -23,6 +23,7 @@ from kdlora.experiment import deployment
 from kdlora.experiment.jobs import refuse_another_teacher
 from kdlora.experiment.plan import PlannedRun
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.settle import with_values
 from tiny import train_tokenizer, write_csv
 
 
@@ -101,6 +102,9 @@ def test_a_teacher_that_would_be_another_one_is_refused_before_it_is_trained(mad
     """Hours of a teacher on a GPU ended in students that were refused; the report set old ones beside a new teacher."""
     record = layout.run("kd-lora", 0).record
     told = r"fft-seed0: .*its record or .*runs/fft-seed0\) are gone.* taught kd-lora-seed0\. Put them back, or delete"
+    smaller = with_values(made.config, {"teacher.train.micro_batch_tokens": 64})
+    with pytest.raises(ArtifactError, match=told):  # other sums, and so other last bits
+        refuse_another_teacher(PlannedRun("fft", 0, smaller), layout.root)
     edit_record(record, machine=read_record(record).machine | {"cores": "64"})
     refuse_another_teacher(PlannedRun("fft", 0, made.config), layout.root)  # does not: cores decide no bits
     for name, damage, threads in (("teacher/model.safetensors", flip_one_bit, 2), ("teacher", shutil.rmtree, 1)):

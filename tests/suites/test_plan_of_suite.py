@@ -207,6 +207,7 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
         ({"families": {"bert": {"family": "bert", "teacher": {"fine_tuned": "one"}}}}, "a suite trains its teachers"),
         ({"config": {"teacher": 5}}, "s: cola, one: teacher: expected keys such as 'model:', got 5"),
         ({"grids": {"adapters": {"lora.rank": [8, 0]}}}, "s: cola, one, lora.*lora.rank"),
+        ({"grids": {"adapters": {"data.max_train_examples": [40, 80]}}}, "is of rows that a task's runs share"),
         ({"grids": {"adapters": {"lora.rnak": [8]}}}, "lora.rnak: unknown key. Did you mean 'rank'"),
     ],
 )

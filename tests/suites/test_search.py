@@ -20,8 +20,9 @@ from kdlora.distil.resume import OtherTrainingError
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.plan import identity, reset_unused
 from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
-from kdlora.experiment.settle import rows_per_epoch
+from kdlora.experiment.settle import rows_per_epoch, with_values
 from kdlora.experiment.study import (
     ask,
     check_space,
@@ -407,6 +408,31 @@ def test_a_key_that_changes_nothing_is_not_searched(search_of, arm, key, values,
     config, settings = search_of({key: values}, {"run": {"arms": ["fft", "kd-lora", "student-lora", "student-fft"]}})
     with nullcontext() if is_searched else pytest.raises(ConfigError, match=f"{key} changes nothing of the arm {arm}"):
         check_space(config, settings, arm)
+
+
+def test_nothing_of_a_given_teacher_is_searched(search_of, tmp_path):
+    """Its trials were one training under many rates, of which the first was told as the best."""
+    config, settings = search_of({"teacher.train.learning_rate": [1e-5, 1e-4]}, {"run": {"arms": ["fft", "kd-lora"]}})
+    given = with_values(config, {"teacher.fine_tuned": str(tmp_path)})
+    with pytest.raises(ConfigError, match="changes nothing of the arm kd-lora"):
+        check_space(given, settings, "kd-lora")
+    with pytest.raises(ConfigError, match="a teacher that is given is not trained"):
+        begin_search(with_values(given, {"run.arms": ("fft",)}), settings, tmp_path / "s")
+
+
+def test_the_adapters_of_a_teacher_are_part_of_what_it_teaches(search_of):
+    """Three trials over the rank of a teacher's adapters were one training, told three times."""
+    values = {"teacher": {"tuning": "lora"}, "run": {"arms": ["lora", "kd-fft"]}}
+    config, _ = search_of({"lora.rank": [1, 4]}, values)
+    one, other = (identity(reset_unused(with_values(config, {"lora.rank": rank}), "kd-fft")) for rank in (1, 4))
+    assert one != other
+
+
+def test_a_grid_stays_within_its_range():
+    """0.1 + 2 x 0.1 is above 0.3, and such a trial was refused when the search went on."""
+    space = {"lora.dropout": {"low": 0.1, "high": 0.3, "step": 0.1}}
+    assert grid_of(SearchConfig(space=space, trials=5))["lora.dropout"] == pytest.approx([0.1, 0.2, 0.3])
+    assert max(grid_of(SearchConfig(space=space, trials=5))["lora.dropout"]) == 0.3
 
 
 def test_spaces_are_read_as_they_are_written(workshop, tmp_path):

@@ -190,12 +190,12 @@ def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """Leave out the rows whose text, or pair of texts, a score is measured on: it must stay one on new texts."""
     names = text_columns(rows)
-    known = {texts for part in scored for texts in _beginnings(part, names)}
-    is_new = np.fromiter((texts not in known for texts in _beginnings(rows, names)), bool, len(rows))
+    known = {texts for part in scored for texts in beginnings(part, names)}
+    is_new = np.fromiter((texts not in known for texts in beginnings(rows, names)), bool, len(rows))
     return rows if is_new.all() else rows.select(np.flatnonzero(is_new))
 
 
-def _beginnings(rows: Dataset, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def beginnings(rows: Dataset, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Give how texts begin; those of words whole and without spaces, which joined words have where a text has none."""
     has_words = "starts" in rows.column_names
     for part in slice_rows(rows, names):

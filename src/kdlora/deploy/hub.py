@@ -182,7 +182,7 @@ def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Par
 def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Path | bytes]:
     """Map names in the repository to files here, or to what is sent in the place of those that name paths."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     from kdlora.report.card import FOLDER_IN_CARD  # here: models are found without what a report needs
 

@@ -33,7 +33,7 @@ _SHOWN = 1000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the input: a text or a pair, or what is wrong with it."""
+    """One row of the input: a text or a pair, or what is wrong with it; an error beside a text is a missing id."""
 
     id: str
     text: Text | Words | None
@@ -156,7 +156,9 @@ class RowReader:
                 text = check_one(found, where, whole=True)
             else:
                 text = check_text(found, where, self._columns.texts, cut)
-            return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)
+            fault = "" if name else f"{where}: column {self._columns.id!r} is empty or missing"
+            numbered = given is None and not self._has_ids
+            return Row(name, text, fault, numbered=numbered, values=values if self._columns.keep else None)
         except DataError as error:
             return Row(name, None, str(error))
 

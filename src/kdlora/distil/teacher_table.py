@@ -9,8 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kdlora.data.augment import beginnings
+from kdlora.data.load import Splits
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, open_collection
+from kdlora.data.opening import open_collection_texts
 from kdlora.data.read import is_list, is_text, open_file
+from kdlora.data.spool import read_column, text_columns
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import ConfigError, DataError, did_you_mean
@@ -237,3 +241,17 @@ def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file
                 f"{ids[row].as_py()!r}: {probabilities[row].tolist()}. {remedy}"
             )
     return np.clip(logits, _NEVER, -_NEVER).astype(np.float32)
+
+
+def refuse_other_texts(table: Path, splits: Splits) -> None:
+    """See that a collection's logits are of the texts that have their ids here, where it keeps texts."""
+    if open_collection(table).texts != len(splits.task.text):
+        return
+    labelled, names = open_collection_texts(table, splits.task), text_columns(splits.train)
+    here = dict(zip(read_column(splits.train, "id").to_pylist(), beginnings(splits.train, names), strict=True))
+    there = zip(read_column(labelled, "id").to_pylist(), beginnings(labelled, names), strict=True)
+    if other := [name for name, texts in there if here.get(name, texts) != texts]:
+        raise DataError(
+            f"{table} (teacher.logits) was labelled with other texts: {len(other)} of its ids, first {other[0]!r}, are "
+            "of another text in the training rows. Label these rows, or give both files ids (data.id_column)"
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, TEACHER_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
 from kdlora.distil.precision import resolve_device
@@ -352,11 +352,16 @@ def refuse_another_teacher(teacher: PlannedRun, root: Path) -> None:
     here = resolve_device(teacher.config.run.device).type, collect_versions(), machine["cpu"], threads
     made = [one for path in sorted(layout.runs.glob("*/run.json")) if (one := read_record(path)).status == "finished"]
     taught = [one for one in made if one.arm in DISTILLED_ARMS]
-    places = []
-    for one in [*taught, *(one for one in made if (one.arm, one.seed) == (teacher.arm, teacher.seed))]:
+    before = [one for one in made if (one.arm, one.seed) == (teacher.arm, teacher.seed)]
+    own, places = teacher.config.teacher.train.model_dump(mode="json"), []
+    for one in [*taught, *before]:
         threads = str((one.config.get("run") or {}).get("threads") or one.machine.get("cores"))
         places.append((one.device, one.versions, one.machine.get("cpu"), threads))
-    if taught and any(place != here for place in places):  # as on each GPU, whose name is not that of its type
+    trained = [(one.config.get("teacher") or {}).get("train") or {} for one in before]
+    rounded = any(then.get(key, own[key]) != own[key] for then in trained for key in ROUNDING_KEYS)
+    if taught and (
+        rounded or any(place != here for place in places)
+    ):  # as on each GPU, whose name is not that of its type
         raise ArtifactError(
             f"{teacher.key}: files of the teacher ({layout.teacher}), its record or its predictions "
             f"({layout.run(teacher.arm, teacher.seed).root}) are gone or damaged, and trained again here it would not "

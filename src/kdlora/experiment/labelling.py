@@ -214,7 +214,7 @@ def _given_ids(files: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBat
     for file in files:
         with contextlib.closing(iter(RowReader(file, columns))) as rows:
             for window in cut_windows(rows):
-                if not (ids := [row.id for row in window if row.text is not None and not row.numbered]):
+                if not (ids := [row.id for row in window if row.text is not None and row.id and not row.numbered]):
                     break
                 yield pa.record_batch([pa.array(ids, pa.string())], ["id"])
 
@@ -258,6 +258,8 @@ def _find_files(data: str, out: Path) -> tuple[Path, ...]:
     if place.is_dir():
         found = [path for path in place.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES]
         found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+        collections = {path.parent for path in place.rglob(COLLECTION_MANIFEST)} - {place}  # of earlier calls
+        found = [path for path in found if collections.isdisjoint(path.parents)]
         if links := [path for path in found if not path.resolve().is_relative_to(place.resolve())]:
             raise DataError(f"{min(links)} is a link out of {data}; copy that file there, or label it by itself")
     else:
@@ -356,9 +358,12 @@ def _write_shard(
     prefix = f"{file.relative_to(root).as_posix()}:" if len(job.files) > 1 else ""
     rejected: list[str] = []
 
+    def named(row: Row) -> Row:
+        """Make a row's number unique over all files; without an id beside others' it cannot be told from them."""
+        return replace(row, id=prefix + row.id) if row.numbered else row if row.id else replace(row, text=None)
+
     def windows() -> Iterator[Dataset]:
-        # A row number is only unique within its file.
-        for window in cut_windows(replace(row, id=prefix + row.id) if prefix and row.numbered else row for row in rows):
+        for window in cut_windows(map(named, rows)):
             bad = [{"id": row.id, "error": row.error} for row in window if row.text is None]
             if bad and job.settings.strict:
                 raise DataError(f"{file}, {bad[0]['error']}")

@@ -165,7 +165,9 @@ def reset_unused(config: Config, arm: Arm) -> Config:
 
 
 def _unused_keys(config: Config, arm: Arm) -> list[str]:
-    unused = ["family", "student.full_learning_rate" if arm in LORA_ARMS else "lora"]
+    unused = ["family", *(["student.full_learning_rate"] if arm in LORA_ARMS else [])]
+    if arm not in LORA_ARMS and not (arm in DISTILLED_ARMS and config.teacher_arm == "lora"):
+        unused.append("lora")
     if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
         unused += [
             "data.augment",

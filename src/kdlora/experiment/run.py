@@ -254,7 +254,8 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    return {key: attrgetter(key)(config) for key in known_keys()} | {"teacher.seed": config.teacher_seed}
+    seed = None if config.given_teacher else config.teacher_seed
+    return {key: attrgetter(key)(config) for key in known_keys()} | {"teacher.seed": seed}
 
 
 def _finished(

@@ -18,7 +18,7 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import KdLoraError, harmless
+from kdlora.errors import ConfigError, KdLoraError, harmless
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
@@ -159,6 +159,8 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     check_installed("a search", "search")
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
     arm = settings.arm or [*students, config.teacher_arm][0]
+    if config.given_teacher and arm == "fft":
+        raise ConfigError("a teacher that is given is not trained, so nothing of it can be searched; set search.arm")
     given, config = config, with_settings(config, {"run.arms": [arm]})
     check_space(config, settings, arm)
     if settings.arm is None and {"kd-lora", "kd-fft"} <= set(students):

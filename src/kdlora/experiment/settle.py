@@ -31,7 +31,7 @@ from kdlora.distil.inference import hash_model, predict_logits, read_stored_logi
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.processes import current_processes
-from kdlora.distil.teacher_table import doubts_of_logits, read_collection, read_teacher_table
+from kdlora.distil.teacher_table import doubts_of_logits, read_collection, read_teacher_table, refuse_other_texts
 from kdlora.distil.tracking import check_trackers
 from kdlora.distil.words import Texts
 from kdlora.errors import ArtifactError, ConfigError, ModelError
@@ -182,6 +182,8 @@ def check_table(config: Config, splits: Splits) -> Splits:
         )
     if not config.teacher.is_table:
         return splits
+    if table is not None:
+        refuse_other_texts(table, splits)
     parts = [("training", splits.train)]
     parts += [] if splits.unlabelled is None else [("unlabelled", splits.unlabelled)]
     tables = stored_logits(config, None, splits)

@@ -187,9 +187,11 @@ def check_space(config: Config, search: SearchConfig, arm: Arm) -> None:
     def trained(key: str, value: Any) -> list[Any]:
         """Say what is trained with a value of a key, by the arm and by its teacher."""
         one, found = with_settings(config, {key: value}, where="search.space"), []
-        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS else (arm,):
+        for each in (arm, one.teacher_arm) if arm in DISTILLED_ARMS and not one.given_teacher else (arm,):
             found.append(identity(reset_unused(one, each)))
             found[-1]["student"]["train"] = settings_for(one, each).model_dump(mode="json")
+            if one.given_teacher and arm != "lora":  # it is trained no more
+                found[-1]["teacher"]["train"] = one.teacher.train.max_length
         return found
 
     if not search.space:
@@ -248,7 +250,8 @@ def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
             grid[key] = [_label(value) for value in one.values]
         elif step := one.step or (1.0 if one.whole or one.low == one.high else None):
             count = min(int((one.high - one.low) / step + 1e-9), search.trials) + 1  # more than that is no grid
-            grid[key] = [one.values[0] + (int(step) if one.whole else step) * place for place in range(count)]
+            steps = ((int(step) if one.whole else step) * place for place in range(count))
+            grid[key] = [min(one.values[0] + more, one.values[-1]) for more in steps]  # 0.1 + 0.2 is above 0.3
     is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
     return grid if is_small else None
 

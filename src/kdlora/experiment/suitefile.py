@@ -14,7 +14,7 @@ from kdlora.config import LORA_ARMS, Arm
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.errors import ConfigError
 from kdlora.searchconfig import Resources
-from kdlora.section import Section
+from kdlora.section import WINDOW_KEYS, Section
 
 Settings = dict[str, Any]
 Axes = tuple[Annotated[tuple[Settings, ...], Field(min_length=1)], ...]
@@ -66,6 +66,8 @@ def _parse_families(value: Any) -> Any:
 
 
 Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
+_TEXTS_OF_STUDENTS = {f"data.{key}" for key in ("unlabelled", "max_unlabelled_examples", "augment", *WINDOW_KEYS)}
+"""Keys of the data that leave the labelled rows as they are."""
 
 
 class Grids(Section):
@@ -77,6 +79,14 @@ class Grids(Section):
     """Of `lora`, `kd-lora` and `student-lora`, alike: keys of `lora`, `student.train` and `distil`."""
     full_students: Grid = ()
     """Of `student-fft` and `kd-fft`, alike: keys of `student` and `distil`."""
+
+    @field_validator("fft", "adapters", "full_students")
+    @classmethod
+    def _has_no_rows_of_its_own(cls, axes: Axes) -> Axes:
+        for key in (key for axis in axes for settings in axis for key in settings):
+            if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
+                raise ValueError(f"{key} is of rows that a task's runs share; set it in the task, or name two tasks")
+        return axes
 
     @field_validator("full_students")
     @classmethod

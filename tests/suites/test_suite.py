@@ -39,6 +39,16 @@ def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite
     assert not list(finished_suite.folder.glob("runs/*/*/runs/*/model"))
 
 
+def test_students_of_two_pretrained_models_are_not_compared(suite_folder, suite_values, tmp_path):
+    """A model that was exchanged at its place between two calls of a suite had its students in one table."""
+    for path in suite_folder.glob("runs/reviews/kd-lora-*/runs/*/run.json"):
+        edit_record(path, fingerprints=read_record(path).fingerprints | {"base": "of another model"})
+    result = run_suite(build_suite(suite_values(arms=["fft", "kd-lora", "student-fft"])), suite_folder)
+    failed = [record for record in result.records.values() if record.status == "failed"]
+    assert {record.arm for record in failed} == {"student-fft"}
+    assert "the pretrained model, its weights or its tokenizer, changed since kd-lora" in failed[0].error
+
+
 def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values):
     """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files.
 

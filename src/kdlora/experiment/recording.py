@@ -176,12 +176,12 @@ def add_origin(
         own["teacher"] = hash_json([one.fingerprint for one in teacher])
     if record.arm in STUDENT_ARMS:  # which are compared by equal steps
         own["processes"] = str(current_processes().count)
-    for path in sorted(layout.runs.glob("*/run.json")):
-        other = read_record(path)
-        if other.status != "finished" or (other.arm, other.seed) == (record.arm, record.seed):
+    for path in sorted(layout.shared.glob("**/runs/*/run.json")):
+        other, is_here = read_record(path), path.is_relative_to(layout.runs)
+        if other.status != "finished" or (is_here and (other.arm, other.seed) == (record.arm, record.seed)):
             continue
         for key, meaning in _MEANING.items():
-            if key == "base" and other.model != record.model:
+            if other.model != record.model if key == "base" else not is_here:  # of a suite, or search, only the models
                 continue
             if len({other.fingerprints.get(key), own.get(key)} - {None}) == 2:
                 raise ArtifactError(

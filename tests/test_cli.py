@@ -183,6 +183,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
     for name in student.metrics:  # a line each, for a tagger has three of every type
         assert told["f1:positive" if name == "f1" else name] == [f"{one['metrics'][name]:.4f}" for one in rows.values()]
     assert snapshot(experiment.folder) == before
+    assert "40 of 40 texts are training, validation or unlabelled texts" in shown.err
     again = cli("report", experiment.folder, "--out", tmp_path / "report")
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     assert str(tmp_path / "report" / "report.md") in again.out

@@ -301,6 +301,10 @@ def describe_faults(error: ValidationError, where: str, root: type[BaseModel]) -
     return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
 
 
+_UNION_TAGS = ("function-", "literal[", "tuple[", "dict[", "union[", "constrained-")
+"""How pydantic names the branches of a value that may be of several types; nobody wrote them."""
+
+
 def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
@@ -312,12 +316,12 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(location[-1], known)
         suggestion = hint or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"
-    key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
+    key = ".".join(part for part in location if not part.startswith(_UNION_TAGS))
     if fault["type"] == "value_error":
         return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"{key}: this section or key is required"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
+    message = (fault["msg"][0].lower() + fault["msg"][1:]).replace("tuple", "list").replace(" after validation", "")
     hint = ""
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))

@@ -179,7 +179,7 @@ def test_rows_behind_an_open_quote_are_not_lost_unseen(tmp_path, model):
     """Of 9,000 rows 8,949 were the value of one bad row, and the command ended well."""
     path = tmp_path / "in.csv"
     path.write_text('id,text\na,good\nb,"open\nc,bad\nd,good\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"in\.csv, row 2: not readable as CSV: unexpected end of data, in line 5"):
+    with pytest.raises(DataError, match=r"in\.csv, line 3: not readable as CSV: unexpected end of data, in line 5"):
         predict_file(model, path, tmp_path / "out.csv")
     assert not list(tmp_path.glob("out*"))
 

@@ -179,10 +179,16 @@ def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path,
     (promised / "defer.json").write_text(json.dumps(found))
     told = "Of what ships: student, int8 nothing can be promised, so every text is answered."
     assert told in make_report(promised).markdown
+    refused = cli("defer", promised, "--error", "0.0001", code=2)  # what is in use is not switched off by a try
+    assert "What was promised before stays" in refused.err
+    assert told in make_report(promised).markdown
+    assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is None
+    (promised / "defer.json").unlink()
     refused = cli("defer", promised, "--error", "0.0001", code=2)
     assert "\nNothing can be promised, so every text is answered." in (promised / "report.md").read_text()
     assert "cannot be promised with 95% confidence on 600 rows" in refused.err
-    assert "Nothing is promised now, so every text is answered." in refused.err
+    assert ", asked for: at most " in (promised / "report.md").read_text()
+    assert "Nothing is promised, so every text is answered." in refused.err
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5", code=2).err
 

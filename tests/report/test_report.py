@@ -22,6 +22,7 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import Asked, read_record
 from kdlora.report.collect import load_experiment
+from kdlora.report.compare import compare
 from kdlora.report.report import Report, make_report
 from kdlora.report.tables import Links, arm_table
 from kdlora.system.integrity import seal
@@ -204,7 +205,20 @@ def test_no_gain_is_not_called_a_gain(reviews, tmp_path):
     assert "Distillation makes a difference of 0.0 points" in opening
     assert "it includes zero, so no gain is shown" in opening
     assert "Scores are of 20 rows" in report.markdown
+    alone = make_experiment(tmp_path / "alone", rows=20, arms=("student-lora",))  # without a gain it was not said
+    for seed in range(3):
+        edit_record(alone.run("student-lora", seed).record, rows={"train": 100, "validation": 20})
+    assert "Scores are of 20 rows" in _report(alone.root).markdown
     assert "Scores are of" not in reviews[1].markdown
+
+
+def test_other_texts_of_the_same_ids_are_not_paired(tmp_path):
+    """Row numbers are ids of any file: two test files were compared row by row, to an interval and a verdict."""
+    one, same, other = (
+        make_experiment(tmp_path / name, texts=[text]) for name, text in (("a", "dull"), ("b", "dull"), ("c", "fine"))
+    )
+    told = ["other texts of the same ids" in compare([one.root, two.root], draws=50).markdown for two in (same, other)]
+    assert told == [False, True]
 
 
 def test_labels_by_the_teacher_make_no_student_without_one(reviews, tmp_path):

@@ -179,7 +179,7 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
     with pytest.raises(DataError, match=r"in\.jsonl, row 3: the text is empty"):
         label(model, source, tmp_path / "strict", strict=True)
     write_lines(tmp_path / "none.jsonl", [{"text": ""}])
-    with pytest.raises(DataError, match="none of the 1 rows has a text"):
+    with pytest.raises(DataError, match="none of the 1 rows can be labelled"):
         label(model, tmp_path / "none.jsonl", tmp_path / "none")
 
 

@@ -190,7 +190,7 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
         ({"arms": ["kdlora"]}, "arms.0: input should be 'words', .*, got 'kdlora'. Did you mean 'kd-lora'"),
         ({"families": {"a/b": {}}}, "families.a/b.*should match pattern"),
         ({"seeds": [1, 1]}, "run.seeds holds a value twice"),
-        ({"grids": {"adapters": {"lora.rank": []}}}, "grids.adapters.0: tuple should have at least 1 item"),
+        ({"grids": {"adapters": {"lora.rank": []}}}, "grids.adapters.0: list should have at least 1 item"),
         ({"grids": {"adapters": {"lora.rank": 8}}}, "expected a list of values, got 8"),
         ({"config": {"run": {"seeds": [1]}}}, "set `seeds` at the top level"),
         ({"config": {"run": "arms"}}, "config.run: expected keys such as .*, got 'arms'"),
@@ -207,7 +207,10 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
         ({"families": {"bert": {"family": "bert", "teacher": {"fine_tuned": "one"}}}}, "a suite trains its teachers"),
         ({"config": {"teacher": 5}}, "s: cola, one: teacher: expected keys such as 'model:', got 5"),
         ({"grids": {"adapters": {"lora.rank": [8, 0]}}}, "s: cola, one, lora.*lora.rank"),
-        ({"grids": {"adapters": {"data.max_train_examples": [40, 80]}}}, "is of rows that a task's runs share"),
+        (
+            {"grids": {"adapters": {"data.max_train_examples": [40, 80]}}},
+            "grids: data.max_train_ex.* is of rows",
+        ),
         ({"grids": {"adapters": {"lora.rnak": [8]}}}, "lora.rnak: unknown key. Did you mean 'rank'"),
     ],
 )

@@ -62,7 +62,8 @@ class Questions:
         self._environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         self._template = self._compile(file)
         most = settings.top_logprobs
-        self.groups = [_named(labels, most)] if settings.codes == "names" else _lettered(labels, most, settings.votes)
+        votes, is_named = settings.votes, settings.codes == "names"
+        self.groups = [_named(labels, most, votes)] if is_named else _lettered(labels, most, votes)
 
     def _compile(self, file: Path) -> Any:
         try:
@@ -138,7 +139,7 @@ def _lettered(labels: Mapping[str, str], most: int, votes: int) -> list[list[Opt
     return groups
 
 
-def _named(labels: Mapping[str, str], most: int) -> list[Option]:
+def _named(labels: Mapping[str, str], most: int, votes: int) -> list[Option]:
     """Give options whose codes are the labels' names, each to be told by its first token."""
     if len(labels) > most:
         raise ConfigError(f"codes: names is for as many labels as the server shows ({most}), not {len(labels)}")
@@ -151,7 +152,7 @@ def _named(labels: Mapping[str, str], most: int) -> list[Option]:
                 "rename one by --labels, or use letters"
             )
     for one, other in itertools.permutations(filter(str.isdigit, begun), 2):
-        if other.startswith(one):  # as one of the tokens 1 and 0
+        if other.startswith(one) and not votes:  # as one of the tokens 1 and 0
             told = f"{begun[other]!r} from {begun[one]!r}, which may be its first token"
             raise ConfigError(f"codes: names cannot tell {told}; rename one by --labels, or use letters")
     return [Option(name, name, text, (place,)) for place, (name, text) in enumerate(labels.items())]

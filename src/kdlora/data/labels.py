@@ -86,12 +86,6 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
                 f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, a decimal, but the task "
                 "is single-label; set task.kind: regression, or make the labels names"
             )
-        too_large = pc.and_(pc.is_finite(values), pc.greater(pc.abs(values), 2**53))
-        if (position := first_true(too_large)) is not None:
-            raise DataError(
-                f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, larger than a decimal "
-                "number holds exactly; make the labels names"
-            )
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
     elif not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         hint = "; for lists set task.kind: multi-label" if is_list(kind) else ""
@@ -185,10 +179,7 @@ def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     values = raw.table[column]
     if pa.types.is_nested(values.type):
         _refuse_value(raw.where(0), column, values[0])
-    try:
-        strings = pc.utf8_lower(values.cast(pa.string()))
-    except pa.ArrowInvalid:
-        raise _holds(raw, column, "bytes that are no text; expected 0 and 1") from None
+    strings = pc.utf8_lower(values.cast(pa.string()))
     remedy = f"write 0 where a text does not have {column!r}, and remove a row only if nobody has looked at it"
     refuse_missing(raw, column, pc.is_in(strings, pa.array(["", "nan", None])), remedy)
     one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))
@@ -392,15 +383,12 @@ def _names_in_lists(raw: RawTable, column: str) -> tuple[str, ...]:
     _refuse_other_lists(raw, column, values.type)
     if is_text(values.type.value_type):
         names = _sorted_names(pc.list_flatten(values))
-        if {name.lower() for name in names} <= {"0", "1", "true", "false"}:
-            told = f"lists of {' and '.join(map(repr, names))} as text; write label names, or 0 and 1 as numbers"
-            raise _holds(raw, column, f"{told} (task.label_names, where these are the names)")
+        if names and {name.lower() for name in names} <= {"0", "1", "true", "false"}:
+            raise _holds(raw, column, "lists of 0 and 1 as text; write label names, or 0 and 1 as numbers")
         return names
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))
     if len(lengths) != 1:
-        raise DataError(
-            f"{raw.source}: the lists in {column!r} differ in length; expected 0 and 1, one per label, or label names"
-        )
+        raise _holds(raw, column, "lists that differ in length; expected 0 and 1, one per label, or label names")
     if lengths[0].as_py() == 1:
         raise _holds(raw, column, "lists of one number; write the class as a plain value, or lists of label names")
     return tuple(str(position) for position in range(lengths[0].as_py()))

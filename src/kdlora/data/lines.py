@@ -117,7 +117,7 @@ def _read_delimited(
 def _delimited_rows(
     rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str, name: str
 ) -> Iterator[Numbered]:
-    width, header = len(columns), [column.lstrip("\ufeff") for column in columns]
+    width = len(columns)
     advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
     for number in count():
         lines.first, begun = "", lines.number
@@ -134,10 +134,10 @@ def _delimited_rows(
                 "each quote, and double one inside a text"
             )
             if lines.ended and lines.number > begun + 1:  # whatever rows followed are in that value
-                raise DataError(f"{name}, row {number + 1}: {found}") from None
+                raise DataError(f"{name}, line {begun + 1}: {found}") from None
             yield number, found
             continue
-        if width > 1 and [value.lstrip("\ufeff") for value in values] == header:
+        if width > 1 and values[1:] == columns[1:] and values[0].lstrip("\ufeff") == columns[0].lstrip("\ufeff"):
             yield number, "it repeats the header, as where two files were joined; remove the line"
         elif len(values) == width:
             yield number, dict(zip(columns, values, strict=True))

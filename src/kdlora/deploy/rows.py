@@ -103,7 +103,9 @@ class RowReader:
             while not columns and len(ahead) < _LOOKED_AT and held < _WINDOW_CHARACTERS and (row := next(rows, None)):
                 ahead.append(row)
                 held += len(str(row[1]))
-            keys = dict.fromkeys(chain(*(values for _, values in ahead if not isinstance(values, str))))
+            shown = [values for _, values in ahead if not isinstance(values, str)]
+            keys = dict.fromkeys(chain(*shown))
+            self._has_ids = self._columns.id in columns or any(row.get(self._columns.id) is not None for row in shown)
             # As in training: by sentences, and without empty lines.
             for number, (_, values) in enumerate(chain(ahead, rows)):
                 if not self.text_columns and not isinstance(values, str):  # of a run that goes on, as it began
@@ -119,7 +121,7 @@ class RowReader:
         # Not buffered ahead: the first rows would wait until all texts of the file are in memory.
         with parquet_faults(self.name), pq.ParquetFile(self._path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            self.text_columns = self._find_columns(names)
+            self.text_columns, self._has_ids = self._find_columns(names), self._columns.id in names
             number = 0
             self.fraction = lambda: number / max(1, file.metadata.num_rows)
             wanted = [name for name in dict.fromkeys((*self.text_columns, self._columns.id)) if name in names]
@@ -163,7 +165,7 @@ class RowReader:
             return Row(name, None, str(error))
 
     def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
-        found, self._has_ids = self._choose_columns(available), self._columns.id in available
+        found = self._choose_columns(available)
         for column in available if self._columns.keep else (*found, self._columns.id):
             if list(available).count(column) > 1:
                 raise DataError(f"{self.name}: there are two columns {column!r}; rename one.")

@@ -253,5 +253,6 @@ def refuse_other_texts(table: Path, splits: Splits) -> None:
     if other := [name for name, texts in there if here.get(name, texts) != texts]:
         raise DataError(
             f"{table} (teacher.logits) was labelled with other texts: {len(other)} of its ids, first {other[0]!r}, are "
-            "of another text in the training rows. Label these rows, or give both files ids (data.id_column)"
+            "of another text in the training rows. Give both files ids (data.id_column) and label these rows; where "
+            "other texts are meant, label with --without-texts"
         )

@@ -107,6 +107,10 @@ class Deferral:
     models: tuple[Deferring, ...]  # what ships first, then the others on the same rows
     unknown: int = 0  # texts of no known class that were given
 
+    @property
+    def promises(self) -> bool:
+        return any(model.promise for model in self.models)
+
 
 class NoPromiseError(DataError):
     """The rows do not allow the promise; the message says how many would, or that no number does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -11,8 +12,9 @@ import numpy as np
 from datasets import Dataset
 
 from kdlora.config import Config
+from kdlora.data.augment import beginnings
 from kdlora.data.load import load_examples
-from kdlora.data.spool import label_array
+from kdlora.data.spool import label_array, text_columns
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
@@ -50,6 +52,8 @@ from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
 from kdlora.system.storage import hold_lock, write_json_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ def _defer(
     splits, source = load_without_copies(config, layout), "the test split" if data is None else str(data)
     given = splits.test if data is None else load_examples(data, task, id_column=config.data.id_column, labelled=True)
     rows, known = unseen_rows(splits, rows_to_promise(task, given), source)
+    if repeated := len(rows) - len(set(beginnings(rows, text_columns(rows)))):
+        logger.warning("%d of %d rows repeat a text: a promise is of independent rows", repeated, len(rows))
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
     parts, models, decided = (splits.validation, rows), list[Deferring](), []
     for name, model in shipped_models(layout):
@@ -175,14 +181,16 @@ def _defer(
         known_as = next((one for one in models if one.name == arm), None) or judged.curve(arm, sureness)
         models = [one for one in models if one.name != arm]
         models.append(replace(known_as, unknown=judged.meet(model.predict_logits(strange))))
+    told = " ".join(dict.fromkeys(reasons)) if reasons else f"{layout.root} ships no student."
+    if all(reasons) and getattr(read_part(layout.deferral, Deferral, "")[0], "promises", False):
+        raise NoPromiseError(f"{told} What was promised before stays.")
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     for folder, decisions in decided:
         write_decisions(folder, decisions)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
-        told = [*dict.fromkeys(reasons), "Nothing is promised now, so every text is answered."]
-        raise NoPromiseError(" ".join(told) if reasons else f"{layout.root} ships no student")
+        raise NoPromiseError(f"{told} Nothing is promised, so every text is answered." if reasons else told)
     return deferral
 
 
@@ -283,7 +291,7 @@ def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | 
         kept = "; what was decided before stays" if layout.thresholds.exists() else ""
         raise NoThresholdError(("; ".join(notes) or f"{layout.root} ships no student") + kept)
     gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
-    passing = [gone] if layout.deferral.exists() else []
+    passing = [gone] if getattr(read_part(layout.deferral, Deferral, "")[0], "promises", False) else []
     remove(layout.deferral)
     for folder, decisions in decided:
         write_decisions(folder, decisions)

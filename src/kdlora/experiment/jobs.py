@@ -357,7 +357,7 @@ def refuse_another_teacher(teacher: PlannedRun, root: Path) -> None:
     for one in [*taught, *before]:
         threads = str((one.config.get("run") or {}).get("threads") or one.machine.get("cores"))
         places.append((one.device, one.versions, one.machine.get("cpu"), threads))
-    trained = [(one.config.get("teacher") or {}).get("train") or {} for one in before]
+    trained = [(one.config.get("teacher") or {}).get("train") or {} for one in before or taught]
     rounded = any(then.get(key, own[key]) != own[key] for then in trained for key in ROUNDING_KEYS)
     if taught and (
         rounded or any(place != here for place in places)
@@ -367,6 +367,7 @@ def refuse_another_teacher(teacher: PlannedRun, root: Path) -> None:
             f"({layout.run(teacher.arm, teacher.seed).root}) are gone or damaged, and trained again here it would not "
             f"be the same to the bit as the one that taught {listed(f'{one.arm}-seed{one.seed}' for one in taught)}. "
             f"Put them back, or delete the folders of these runs in {layout.runs} to have them trained again"
+            + (f". {' or '.join(ROUNDING_KEYS)} (teacher.train) is another, too" if rounded else "")
         )
 
 

@@ -204,7 +204,7 @@ def label_collection(
         _refuse_doubles(store.model_copy(update={"shards": shards}).batches(["id"]), str(folder))
         store.finish(shards, len(job.task.text) if job.settings.texts else 0)
     if not rows:
-        raise DataError(f"{folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
+        raise DataError(f"{folder}: none of the {rejected} rows can be labelled; see rejected-*.jsonl there")
     seconds = time.perf_counter() - start
     return LabelSummary(folder, rows, rejected, cut, teacher.max_length, len(shards), resumed, seconds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
+from kdlora.data.augment import keep_unscored
 from kdlora.data.batches import Collator, tokenise
-from kdlora.data.load import Splits, load_examples
+from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.logit_table import as_offsets
 from kdlora.data.parquet import read_batches
 from kdlora.data.spool import label_array, read_column, text_columns
@@ -330,6 +332,11 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
     if not trust_remote_code:  # the folder says what its author trusted
         config = with_values(config, {"teacher.trust_remote_code": False})
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+    with contextlib.suppress(KdLoraError, OSError):  # the experiment's own data may be elsewhere
+        splits = load_splits(config.task, config.data.without_copies)
+        seen = [part for part in (splits.train, splits.validation, splits.unlabelled) if part is not None]
+        if known := len(examples) - len(keep_unscored(examples, seen)):
+            logger.warning("%d of %d texts are training, validation or unlabelled texts", known, len(examples))
 
     def row(
         name: str, found: tuple[Encoder, list[int]], max_length: int, thresholds: Mapping[str, float] | None = None

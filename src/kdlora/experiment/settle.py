@@ -182,11 +182,11 @@ def check_table(config: Config, splits: Splits) -> Splits:
         )
     if not config.teacher.is_table:
         return splits
-    if table is not None:
-        refuse_other_texts(table, splits)
     parts = [("training", splits.train)]
     parts += [] if splits.unlabelled is None else [("unlabelled", splits.unlabelled)]
     tables = stored_logits(config, None, splits)
+    if table is not None:
+        refuse_other_texts(table, splits)
     notes = [
         f"{table.source}: {extra} rows belong to no {name} example and are not used."
         for table, (name, rows) in zip(tables, parts, strict=True)

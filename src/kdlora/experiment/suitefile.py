@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from kdlora.config import LORA_ARMS, Arm
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.errors import ConfigError
 from kdlora.searchconfig import Resources
@@ -80,14 +80,6 @@ class Grids(Section):
     full_students: Grid = ()
     """Of `student-fft` and `kd-fft`, alike: keys of `student` and `distil`."""
 
-    @field_validator("fft", "adapters", "full_students")
-    @classmethod
-    def _has_no_rows_of_its_own(cls, axes: Axes) -> Axes:
-        for key in (key for axis in axes for settings in axis for key in settings):
-            if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
-                raise ValueError(f"{key} is of rows that a task's runs share; set it in the task, or name two tasks")
-        return axes
-
     @field_validator("full_students")
     @classmethod
     def _has_rates_of_its_own(cls, axes: Axes) -> Axes:
@@ -132,6 +124,10 @@ class SuiteConfig(Section):
         parts = {"config": self.config} | {f"families.{name}": part for name, part in self.families.items()}
         for where, part in (parts | {f"tasks.{name}": part for name, part in self.tasks.items()}).items():
             _refuse_idle_keys(where, part)
+        taught = [arm for arm in self.arms if arm in DISTILLED_ARMS]
+        for key in (key for arm in taught for axis in self.grids.of(arm) for settings in axis for key in settings):
+            if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
+                raise ValueError(f"grids: {key} is of rows that one teacher labels for all; make it two tasks")
         return self
 
 

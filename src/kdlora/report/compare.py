@@ -113,10 +113,18 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
     kinds = [(it.task.kind, it.task.metrics, it.task.label_names) for it in (mine, theirs)]
-    if kinds[0] == kinds[1] and mine.split == theirs.split:
+    if kinds[0] == kinds[1] and mine.split == theirs.split and not _differ(mine, theirs):
         return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
     reason = "another task or order of labels" if kinds[0] != kinds[1] else f"scored on {mine.split}"
+    reason = "other texts of the same ids" if kinds[0] == kinds[1] and mine.split == theirs.split else reason
     return Comparison(one.name, reference.name, None, float("nan"), reason)
+
+
+def _differ(one: Experiment, other: Experiment) -> bool:
+    """Say whether two experiments have other texts under an id: row numbers are ids of any file."""
+    theirs = {key: (found.text, found.text_pair) for key, found in other.examples.items() if key[0] == one.split}
+    mine = ((theirs.get(key), (found.text, found.text_pair)) for key, found in one.examples.items())
+    return any(there is not None and there != here for there, here in mine)
 
 
 def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:

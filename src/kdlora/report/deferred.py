@@ -63,7 +63,7 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
         )
         if bare := [_title(model.name) for model in found.models if model.reason]:
             told += f" Of {', '.join(bare)} nothing can be promised, so every text is answered."
-        if not any(model.promise for model in found.models):
+        if not found.promises:
             told = "Nothing can be promised, so every text is answered."
         blocks += [Paragraph(told), *deferral_tables(found), _curves(found)]
     return blocks
@@ -104,7 +104,8 @@ def deferral_tables(found: Deferral) -> list[Table]:
         f"least {found.sureness}": _threshold,
         "error, mean over coverages": lambda one: f"{one.area:.2%}",
     }
-    promised = f"at most {stated(found.error, 1)} wrong with {stated(found.confidence, 0)} confidence"
+    asked = "" if found.promises else "asked for: "
+    promised = f"{asked}at most {stated(found.error, 1)} wrong with {stated(found.confidence, 0)} confidence"
     note = f"{found.rows} rows of {found.source}, {promised}.{left_out}{''.join(reasons)}"
     tables = [Table.of("What may be acted on", found.models, columns, note=note)]
     rows = tuple(

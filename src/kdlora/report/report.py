@@ -144,6 +144,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,
+        "scored_rows": None,
     }
     others: dict[str, float] = {
         one: score.mean
@@ -159,6 +160,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         seeds = len(experiment.finished(arm))
         metric = f"{score_title(experiment.task)} on {experiment.split}"
         facts["scored"] = f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+        facts["scored_rows"] = experiment.finished(arm)[0].record.rows.get(experiment.split)
         facts["kept"] = retention(experiment, arm, taught_by)
         title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
         facts["teacher_model"] = f"{title} (LoRA)" if title and taught_by == "lora" else title

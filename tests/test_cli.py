@@ -167,7 +167,7 @@ def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path
     assert [record.arm for record in read_results(tmp_path / "fast" / "results.json")] == ["student-fft"]
 
 
-def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop, tmp_path):
+def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop, tmp_path, caplog):
     """Other truncation or label order in `evaluate` would give other scores for the same model and rows."""
     before, shipped = snapshot(experiment.folder), (experiment.shipped.arm, experiment.shipped.seed)
     shown = cli("evaluate", experiment.folder, workshop.validation, "--json")
@@ -183,7 +183,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
     for name in student.metrics:  # a line each, for a tagger has three of every type
         assert told["f1:positive" if name == "f1" else name] == [f"{one['metrics'][name]:.4f}" for one in rows.values()]
     assert snapshot(experiment.folder) == before
-    assert "40 of 40 texts are training, validation or unlabelled texts" in shown.err
+    assert "40 of 40 texts are training, validation or unlabelled texts" in caplog.messages
     again = cli("report", experiment.folder, "--out", tmp_path / "report")
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     assert str(tmp_path / "report" / "report.md") in again.out

@@ -72,7 +72,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     layout = ExperimentLayout(place)
     if layout.config.exists():
         config = load_config(layout.config)
-        if not layout.student.exists():
+        if layout.results.exists() and not layout.student.exists():
             raise ArtifactError(f"{place} ships no student; name the folder of a model")
         if data is None:
             splits = load_without_copies(config, layout)

@@ -125,10 +125,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
     folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
     refuse_foreign(folder, MANIFEST, "answers of a language model")
-    for one in (data, settings.unlabelled, settings.audit):
-        source = Path(os.path.realpath(expand_home(str(one))))
-        if source.parent == folder and source.name in _WRITTEN:
-            raise ConfigError(f"{one} would be replaced by what is written there; name another folder with --to")
+    _refuse_replacing(folder, (data, settings.unlabelled, settings.audit))
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         answers = Answers(folder, rows.task.num_labels, settings)
         answers.begin(asking.ingredients, {"base_url": settings.url, "data": str(data)})
@@ -160,6 +157,14 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
         asked=asked,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_replacing(folder: Path, sources: Iterable[object]) -> None:
+    """Refuse rows that lie where the answered ones are written."""
+    for one in sources:
+        source = Path(os.path.realpath(expand_home(str(one))))
+        if source.parent == folder and source.name in _WRITTEN:
+            raise ConfigError(f"{one} would be replaced by what is written there; name another folder with --to")
 
 
 def _sum_up(asking: _Asking, answers: Answers, seconds: float, before: Asked | None) -> Asked:

@@ -136,7 +136,7 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
     of_rows = share_copies(splits.task, splits.train, each)
     made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)
     both = made if texts is None else concatenate_datasets([texts.select_columns(made.column_names), made])
-    if len(twice := doubles(read_column(both, "id"))):
+    if texts is not None and len(twice := doubles(read_column(both, "id"))):
         raise DataError(
             f"{data.unlabelled}: {len(twice)} ids, first {twice[0].as_py()!r}, are those of copies of the training "
             "texts, too. Give the texts other ids (data.id_column), or set data.augment to 0"

@@ -271,6 +271,8 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
     if threads is not None and threads < 1:
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
+    if not host.strip():  # which the system takes for all addresses
+        raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
     ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
     many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
     at_once = {name: 1 if read_model_folder(way).backend == "openvino" else many for name, way in ways.items()}
@@ -284,8 +286,6 @@ def serve(
         timeout_graceful_shutdown=_SECONDS_TO_END,
     )
     server = uvicorn.Server(settings)
-    if not host.strip():  # which the system takes for all addresses
-        raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listener:
         shown = f"[{host}]" if family == socket.AF_INET6 else host

@@ -8,15 +8,18 @@ import yaml
 from filelock import FileLock
 
 from experiments import snapshot, write_collection
-from fabricate import edit_record
+from fabricate import BINARY, NAMES, edit_record, make_record
 from kdlora.data.logit_table import open_store
+from kdlora.data.tasks import Task
 from kdlora.distil.inference import LOGITS_MANIFEST
 from kdlora.errors import ArtifactError, ConfigError, DataError
-from kdlora.evidence.records import read_record
+from kdlora.evidence.records import ExperimentLayout, read_record, write_record
 from kdlora.experiment import engines
 from kdlora.experiment.jobs import undamaged_record
+from kdlora.experiment.recording import add_origin
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
+from kdlora.models.encoders import load_encoder
 from kdlora.system.integrity import hash_file
 
 
@@ -47,6 +50,25 @@ def test_students_of_two_pretrained_models_are_not_compared(suite_folder, suite_
     failed = [record for record in result.records.values() if record.status == "failed"]
     assert {record.arm for record in failed} == {"student-fft"}
     assert "the pretrained model, its weights or its tokenizer, changed since kd-lora" in failed[0].error
+
+
+def test_models_of_other_kinds_or_revisions_are_no_exchanged_ones(tmp_path, tiny_model_folder):
+    """All students of a suite's second task failed where one task is of words, whose models have no pooler."""
+    source = str(tiny_model_folder("bert"))
+
+    def train(number: int, task: Task, revision: str, **base: str) -> None:
+        layout = ExperimentLayout(tmp_path / "runs" / str(number), shared_folder=tmp_path)
+        config = {"student": {"model": source, "revision": revision}}
+        record = make_record("student-lora", task=task).model_copy(update={"model": source, "config": config})
+        record = add_origin(record, layout, load_encoder(source, task, seed=0), [])
+        write_record(layout.run("student-lora", 0).record, record)
+        edit_record(layout.run("student-lora", 0).record, fingerprints=record.fingerprints | base)
+
+    train(0, BINARY, "first", base="of another model")
+    train(1, NAMES, "first")
+    train(2, BINARY, "second")
+    with pytest.raises(ArtifactError, match=f"changed since student-lora .*, or delete {tmp_path}$"):
+        train(3, BINARY, "first")
 
 
 def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values):

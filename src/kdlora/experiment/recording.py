@@ -181,15 +181,21 @@ def add_origin(
         if other.status != "finished" or (is_here and (other.arm, other.seed) == (record.arm, record.seed)):
             continue
         for key, meaning in _MEANING.items():
-            if other.model != record.model if key == "base" else not is_here:  # of a suite, or search, only the models
+            if _loaded(other) != _loaded(record) if key == "base" else not is_here:  # of a suite only the models
                 continue
             if len({other.fingerprints.get(key), own.get(key)} - {None}) == 2:
                 raise ArtifactError(
                     f"{meaning} changed since {other.arm} with seed {other.seed} was trained: {record.arm} with seed "
                     f"{record.seed} would not be comparable. Put back what was there, or name another folder with "
-                    f"--out, or delete {layout.root}"
+                    f"--out, or delete {layout.shared if key == 'base' else layout.root}"
                 )
     return record.model_copy(update={"fingerprints": own})
+
+
+def _loaded(record: RunRecord) -> tuple[Any, ...]:
+    """Say of what, and as what, a pretrained model was loaded; one that reads words has a class of its own."""
+    revisions = [(record.config.get(part) or {}).get("revision") for part in ("teacher", "student")]
+    return record.model, record.task.get("kind") == "tokens", revisions
 
 
 def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherLogits]) -> RunRecord:

@@ -131,6 +131,19 @@ def test_long_files_and_quotes_that_are_text(tmp_path):
     assert read(write(tmp_path / "b.csv", 'label,text\n1,a\n0,"b\nc"\n'))["text"] == ["a", "b\nc"]
 
 
+def test_rows_between_two_stray_quotes_are_not_lost_unseen(tmp_path, caplog):
+    """Of 100 rows 50 were the text of one, without a word."""
+    rows = [f"{number},a text" for number in range(100)]
+    rows[10], rows[60] = '10,"a text', '60,a text"'
+    path = write(tmp_path / "a.csv", "\n".join(["label,text", *rows]))
+    assert len(read(path)["text"]) == 50
+    assert f"{path}: lines 12 to 62 are one row by their quotes, though each looks like a row" in caplog.text
+    caplog.clear()
+    letter = 'label,text\n1,"Dear all,\n' + "we met, and spoke\n" * 20 + 'and, then, left"\n'
+    assert len(read(write(path, letter.replace("and spoke\n", "and, too, spoke\n", 1)))["text"]) == 1
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, compress, count, islice
@@ -16,6 +17,8 @@ MOST_CHARACTERS = 64 << 20
 """Of a line, and of a value, so that neither a stream without a line break nor an open quote fills the memory."""
 _CHUNK = 1 << 20
 _SHOWN = 60
+_SWALLOWED = 10
+"""A value of so many lines that each have the columns of a row was hardly meant as one."""
 NO_QUOTING = (
     "A .tsv file is read without quoting: a quote is a character, and a text holds no tab or line break. "
     "Write the file without quotes, or give it the extension .csv, which is read with quoting"
@@ -44,6 +47,7 @@ FORMATS: dict[str, Format] = {
     ".iob": "conll",
     ".iob2": "conll",
 }
+logger = logging.getLogger(__name__)
 Numbered = tuple[int, Mapping[str, Any] | str]
 """A row's number from 0 (of JSON Lines and CoNLL, its line's), and its values or what is wrong with it."""
 
@@ -140,6 +144,10 @@ def _delimited_rows(
         if width > 1 and values[1:] == columns[1:] and values[0].lstrip("\ufeff") == columns[0].lstrip("\ufeff"):
             yield number, "it repeats the header, as where two files were joined; remove the line"
         elif len(values) == width:
+            inner = delimiter.join(values).split("\n")[1:-1]
+            if width > 1 and len(inner) >= _SWALLOWED and all(one.count(delimiter) == width - 1 for one in inner):
+                told = "%s: lines %d to %d are one row by their quotes, though each looks like a row; double each quote"
+                logger.warning(f"{told} inside a text", name, begun + 1, lines.number)
             yield number, dict(zip(columns, values, strict=True))
         else:
             shown = f"{delimiter.join(values):.{_SHOWN}}"

@@ -10,7 +10,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as Listed
 from loading import words_of
 
-from kdlora.config import TaskConfig
+from experiments import write_lines
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.load import load_splits
 from kdlora.data.read import open_dataset, open_file
 from kdlora.data.tags import (
     Span,
@@ -288,6 +290,15 @@ def test_texts_with_spans_as_other_tools_write_them(read):
     found, notes = read("a.jsonl", lines(*rows), kind="auto")
     assert (found, notes) == (["Ann/O Lee/O", *["Ann/B-PER Lee/O"] * 2] * 4, [])
     assert read("a.json", json.dumps(rows[-3:]))[0] == found[:3]
+
+
+def test_types_that_begin_as_tags_keep_their_names(tmp_path):
+    """`B-cell` became `cell`, and every span of it was refused as unknown."""
+    rows = [{"text": "the cell", "spans": [{"start": 4, "end": 8, "label": f"{kind}-cell"}]} for kind in "BT" * 10]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    given = (None, ["B-cell", "T-cell"], ["O", "B-B-cell", "I-B-cell", "B-T-cell", "I-T-cell"])
+    tasks = [load_splits(TaskConfig(label_names=names), DataConfig(train=str(file))).task for names in given]
+    assert [task.label_types for task in tasks] == [("B-cell", "T-cell")] * 3
 
 
 def test_offsets_that_are_not_those_of_characters(read):

@@ -195,7 +195,9 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
 
 def _begin_tokens(task: TaskConfig, data: DataConfig, train: Source, columns: tuple[str, str]) -> Reading:
     """Complete a task of words and their tags, or of texts and spans; the training rows give its types."""
-    types = sorted({name.removeprefix("B-").removeprefix("I-") for name in task.label_names or ()} - {OUTSIDE})
+    given = {*(task.label_names or ())} - {OUTSIDE}
+    are_tags = all(name.startswith(("B-", "I-")) for name in given)  # T-cell beside B-cell says that both are types
+    types = sorted({name[2:] for name in given} if are_tags else given)
     names = tag_names(types) if types else ()
     text, label = columns
     reading = Reading(Task("tokens", (text,), (label,), names, DEFAULT_METRICS["tokens"]), data.id_column)

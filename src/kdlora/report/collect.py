@@ -56,7 +56,8 @@ class Experiment:
 
     def finished(self, arm: str) -> tuple[Run, ...]:
         own = (run for run in self.runs if run.record.arm == arm and run.record.status == "finished")
-        return tuple(run for run in own if run.score(self.split) is not None)
+        scored = tuple(run for run in own if run.score(self.split) is not None)
+        return scored[:1] if arm == "words" else scored  # which has no random choice, and a run of each first seed
 
     @property
     def unfinished(self) -> tuple[Run, ...]:

@@ -209,9 +209,11 @@ def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite
     with pytest.raises(ArtifactError, match=r"was scored by macro_f1.*now ask for accuracy\. Set task\.metric"):
         run_suite(build_suite(suite_values()), suite_folder)
     edit_record(place, fingerprints=record.fingerprints | {"data": "other"})
+    (other,) = {*suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json")} - {place}
+    edit_record(other, task=record.task | {"label_names": ["negative", "praise"]})  # whose codes are the same
     monkeypatch.setattr(engines, "visible_gpus", lambda: ["GPU-first", "GPU-second"])
     result = run_suite(build_suite(suite_values(arms=["student-lora"])), suite_folder)
-    assert result.reused == 1
+    assert result.reused == 0
     assert any("2 runs at a time" in note for note in read_record(place).notes)
 
 

@@ -113,11 +113,13 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
     kinds = [(it.task.kind, it.task.metrics, it.task.label_names) for it in (mine, theirs)]
-    if kinds[0] == kinds[1] and mine.split == theirs.split and not _differ(mine, theirs):
-        return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
-    reason = "another task or order of labels" if kinds[0] != kinds[1] else f"scored on {mine.split}"
-    reason = "other texts of the same ids" if kinds[0] == kinds[1] and mine.split == theirs.split else reason
-    return Comparison(one.name, reference.name, None, float("nan"), reason)
+    if kinds[0] != kinds[1] or mine.split != theirs.split:
+        reason = "another task or order of labels" if kinds[0] != kinds[1] else f"scored on {mine.split}"
+        return Comparison(one.name, reference.name, None, float("nan"), reason)
+    if _differ(mine, theirs):
+        plain, reason = one.score.mean - reference.score.mean, "not paired: other texts of the same ids"
+        return Comparison(one.name, reference.name, None, plain, reason)
+    return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
 
 
 def _differ(one: Experiment, other: Experiment) -> bool:

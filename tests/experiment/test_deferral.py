@@ -171,7 +171,7 @@ def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Pa
     assert [one for one in caplog.messages if f"kdlora_decisions.json: {told} {tmp_path / 'out'}" in one]
 
 
-def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:
+def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli, caplog) -> None:
     """A threshold of an earlier, larger error rate would stay in force."""
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is None
     found = json.loads((promised / "defer.json").read_text())
@@ -191,6 +191,10 @@ def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path,
     assert "Nothing is promised, so every text is answered." in refused.err
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5", code=2).err
+    rows = [{"text": text, "label": "positive"} for text in by_sureness[:9] * 2]
+    cli("defer", promised, "--data", tiny.write_csv(promised / "twice.csv", rows), code=2)
+    assert "9 of 18 rows repeat a text: a promise is of independent rows" in caplog.messages
+    assert not any("is gone" in note for note in fit_thresholds(promised, "f1").notes)  # for nothing was promised
 
 
 def test_a_cascade_hands_on_what_the_student_is_not_sure_of(promised: Path, by_sureness) -> None:

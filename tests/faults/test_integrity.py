@@ -105,6 +105,10 @@ def test_a_teacher_that_would_be_another_one_is_refused_before_it_is_trained(mad
     smaller = with_values(made.config, {"teacher.train.micro_batch_tokens": 64})
     with pytest.raises(ArtifactError, match=told):  # other sums, and so other last bits
         refuse_another_teacher(PlannedRun("fft", 0, smaller), layout.root)
+    gone = layout.run("fft", 0).record.rename(layout.root / "gone.json")
+    with pytest.raises(ArtifactError, match=rf"{told}.* micro_batch_tokens or .* is another, too"):
+        refuse_another_teacher(PlannedRun("fft", 0, smaller), layout.root)
+    gone.rename(layout.run("fft", 0).record)
     edit_record(record, machine=read_record(record).machine | {"cores": "64"})
     refuse_another_teacher(PlannedRun("fft", 0, made.config), layout.root)  # does not: cores decide no bits
     for name, damage, threads in (("teacher/model.safetensors", flip_one_bit, 2), ("teacher", shutil.rmtree, 1)):

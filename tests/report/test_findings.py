@@ -66,17 +66,21 @@ def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own
     assert (found["student-lora"].n_seeds, found["fft"].n_seeds) == (2, 3)
 
 
-def test_a_bag_of_words_is_one_run(tmp_path):
-    """Where other seeds came first, its score had a spread of 0, and the student was compared on their seeds alone."""
-    make_experiment(tmp_path / "e", arms=("kd-lora", "student-lora"))
-    words = make_experiment(tmp_path / "w", arms=("student-lora",), seeds=(0, 1))
-    for seed in (0, 1):
-        edit_record(words.run("student-lora", seed).record, arm="words")
-        words.run("student-lora", seed).root.rename(tmp_path / "e" / "runs" / f"words-seed{seed}")
-    experiment = load_experiment(tmp_path / "e")
-    assert experiment.score("words").sd is None
-    found = {one.second: one.difference.n_seeds for one in compare_arms(experiment, draws=50)}
-    assert found == {"student-lora": 3, "words": 3}
+def test_a_bag_of_words_and_a_given_teacher_are_one_run(tmp_path):
+    """Where other seeds came first, they had a spread of 0, and the student was compared on these seeds alone."""
+    made = make_experiment(tmp_path / "e", arms=("kd-lora", "student-lora"))
+    for arm in ("words", "fft"):
+        once = make_experiment(tmp_path / arm, arms=("student-lora",), seeds=(0, 1))
+        for seed in (0, 1):
+            edit_record(once.run("student-lora", seed).record, arm=arm)
+            once.run("student-lora", seed).root.rename(made.run(arm, seed).root)
+    for config, seeds in (({}, 2), ({"teacher": {"fine_tuned": "someone/model"}}, 3)):
+        edit_record(made.run("fft", 1).record, config=config)
+        experiment = load_experiment(made.root)
+        assert experiment.score("words").sd is None
+        assert (experiment.score("fft").sd is None) == bool(config)
+        found = {one.second: one.difference.n_seeds for one in compare_arms(experiment, draws=50)}
+        assert found == {"student-lora": 3, "words": 3, "fft": seeds}
 
 
 def test_the_papers_figures_belong_beside_the_papers_models():

@@ -16,7 +16,7 @@ from kdlora.evidence.predictions import ExampleText, Predictions, read_examples,
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.foreign import read_json
-from kdlora.report.findings import Choice, choose_student, read_choice
+from kdlora.report.findings import Choice, choose_student, is_teacher_given, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
 
 
@@ -57,7 +57,8 @@ class Experiment:
     def finished(self, arm: str) -> tuple[Run, ...]:
         own = (run for run in self.runs if run.record.arm == arm and run.record.status == "finished")
         scored = tuple(run for run in own if run.score(self.split) is not None)
-        return scored[:1] if arm == "words" else scored  # which has no random choice, and a run of each first seed
+        # Nothing of these is random; where another seed came first, there is the same once more.
+        return scored[:1] if arm == "words" or (arm == "fft" and is_teacher_given(self.runs)) else scored
 
     @property
     def unfinished(self) -> tuple[Run, ...]:

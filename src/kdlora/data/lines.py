@@ -144,7 +144,7 @@ def _delimited_rows(
         if width > 1 and values[1:] == columns[1:] and values[0].lstrip("\ufeff") == columns[0].lstrip("\ufeff"):
             yield number, "it repeats the header, as where two files were joined; remove the line"
         elif len(values) == width:
-            inner = delimiter.join(values).split("\n")[1:-1]
+            inner = delimiter.join(values).split("\n")[1:-1] if lines.number - begun > _SWALLOWED else []
             if width > 1 and len(inner) >= _SWALLOWED and all(one.count(delimiter) == width - 1 for one in inner):
                 told = "%s: lines %d to %d are one row by their quotes, though each looks like a row; double each quote"
                 logger.warning(f"{told} inside a text", name, begun + 1, lines.number)

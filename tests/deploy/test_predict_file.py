@@ -184,6 +184,15 @@ def test_rows_behind_an_open_quote_are_not_lost_unseen(tmp_path, model):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(("name", "encoding"), [("in.txt", "utf-16-le"), ("in.csv", "utf-16-be")])
+def test_utf_16_is_refused(tmp_path, model, name, encoding):
+    """Lines of it pass for UTF-8 with zeros in it, and would get labels."""
+    (tmp_path / name).write_text("\ufefftext\nwonderful\nawful\n", encoding)
+    with pytest.raises(DataError, match=rf"{name}: it is UTF-16; save it as UTF-8"):
+        predict_file(model, tmp_path / name, tmp_path / "out.jsonl")
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
 def test_rows_without_an_id_beside_others_have_none(tmp_path, model):
     """The number of a row was the id of another, whose label whoever joined the two by id overwrote."""
     path = tmp_path / "in.jsonl"

@@ -31,6 +31,8 @@ _LOOKED_AT = 10
 _SEP = re.compile(r"(?i)sep=([^\w\"])[\r\n]*$")
 _MARKS = ("-DOCSTART-", "#begin document", "#end document")
 _NO_WORD = re.compile(r"\d+[-.]\d+")
+_UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")
+"""How its files begin where bytes that are no UTF-8 are kept."""
 _KEY = re.compile(r"# [\w.:-]+ ?=")
 Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
 FORMATS: dict[str, Format] = {
@@ -59,8 +61,8 @@ class RowError(ValueError):
 class _Lines(Iterator[str]):
     """Iterates over the lines of a stream, and goes on after an error, which a generator cannot."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self.number = stream, 0
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name, self.number = stream, name, 0
         self.ended = False
         self.first = ""
         """The first line of a row of CSV that is not blank; its values may hold line breaks."""
@@ -71,6 +73,10 @@ class _Lines(Iterator[str]):
             self.ended = True
             raise StopIteration
         self.number += 1
+        if self.number == 1 and line.startswith(_UTF_16):  # else whole lines of it would pass for texts
+            raise DataError(
+                f"{self._name}: it is UTF-16; save it as UTF-8 (Excel: CSV UTF-8; elsewhere: iconv -f utf-16 -t utf-8)"
+            )
         self.first = self.first if self.first.strip() else line
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
@@ -83,7 +89,7 @@ def read_rows(
     stream: TextIO, form: Format, name: str, header: Sequence[str] = ()
 ) -> tuple[Sequence[str], Iterator[Numbered]]:
     """Give the columns of a stream, those of JSON Lines as none, and its rows; `header` is that of one without."""
-    lines = _Lines(stream)
+    lines = _Lines(stream, name)
     if form in ("csv", "tsv"):
         return _read_delimited(lines, form, name, header)
     if form == "conll":

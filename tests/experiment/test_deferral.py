@@ -20,7 +20,7 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds
-from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, recording
 from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds, is_decided
@@ -28,6 +28,7 @@ from kdlora.experiment.deployment import benchmark_cascade, export_model, is_dep
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_values
 from kdlora.report.report import make_report
+from kdlora.report.shipped import BenchmarkResult
 from kdlora.system.storage import hold_lock
 
 
@@ -157,6 +158,24 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
     assert is_decided(config, layout)
     assert layout.thresholds.exists()
     assert not layout.deferral.exists()
+
+
+def test_what_is_only_measured_later_stays_as_it_is(promised: Path, monkeypatch) -> None:
+    """To turn `export.benchmark` on exported the student again, and took the promise that was made by hand.
+
+    An export in the place of the experiment's own left figures, promise and thresholds of files that were gone.
+    """
+    layout = ExperimentLayout(promised)
+    config = with_values(load_config(layout.config), {"export.benchmark": True})
+    before = [snapshot(place) for place in (layout.student, layout.onnx)]
+    with pytest.raises(ConfigError, match="is what `kdlora run` exports"):
+        export_model(layout.student, layout.onnx, formats="onnx")
+    monkeypatch.setattr(deployment, "benchmark", lambda *_, **__: BenchmarkResult(rounds=7))
+    assert deployment.deploy_student(config, layout, print) == ()
+    assert [snapshot(place) for place in (layout.student, layout.onnx)] == before
+    assert layout.deferral.exists()
+    assert json.loads(layout.benchmark.read_text())["rounds"] == 7
+    assert is_deployed(config, layout)
 
 
 def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Path, caplog, monkeypatch) -> None:

@@ -41,7 +41,7 @@ from kdlora.experiment.recording import (
     splits_by_name,
 )
 from kdlora.experiment.scoring import groups_of, recorded_task
-from kdlora.experiment.settle import closed
+from kdlora.experiment.settle import closed, with_values
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.section import without_later_keys
@@ -69,7 +69,9 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
             f"--format {formats!r}: expected onnx, onnx-int8, all or openvino.{did_you_mean(formats, FORMATS)}"
         )
     place, wanted = locate_model(model), FORMATS[formats]
-    layout = ExperimentLayout(place)
+    layout, around = ExperimentLayout(place), ExperimentLayout(Path(to).resolve().parent)
+    if around.config.exists() and around.onnx.name == Path(to).resolve().name:  # whose figures and promises would stay
+        raise ConfigError(f"{to} is what `kdlora run` exports (export.formats); name another folder with --to")
     if layout.config.exists():
         config = load_config(layout.config)
         if layout.results.exists() and not layout.student.exists():
@@ -172,7 +174,11 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     prepare_process(config)
     splits = load_without_copies(config, layout)
     notes: list[str] = []
-    if not holds(layout.exported, _mark(config, layout)):
+    is_exported = holds(layout.exported, _mark(config, layout))
+    if config.export.benchmark:  # an export of a config that measured nothing stays as well
+        unmeasured = with_values(config, {"export.benchmark": False})
+        is_exported |= holds(layout.deployed, _mark(unmeasured, layout, layout.benchmark))
+    if not is_exported:
         refuse_loss(layout, layout.onnx)
         check_page(layout.page)
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
@@ -192,7 +198,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
                     lasting += [] if layout.export_record.exists() else [str(error)]
         if calibration is not None or lasting:
             write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration, notes=tuple(lasting))))
-        write_text_atomic(layout.exported, _mark(config, layout))
+    write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
         found = read_json(layout.benchmark) if layout.benchmark.exists() else {}
         kept = {key: found[key] for key in ("calibration", "notes") if key in found}

@@ -72,7 +72,8 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, tm
 def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop, tmp_path, monkeypatch):
     """The folder's config named a file below the folder, so that the same call again was another experiment.
 
-    The settings of a teacher that nobody trains stay open, and the run said that its export had failed.
+    The settings of a teacher that nobody trains stay open, and the run said that its export had failed; it said
+    so, too, where the measurement was killed.
     """
     monkeypatch.chdir(workshop.train.parent)
     data = DataConfig(train=workshop.train.name, validation=str(workshop.validation))
@@ -87,6 +88,13 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
     notes = deployment.deploy_student(with_values(config, {"export.benchmark": True}), result.layout, print)
     assert measured == ["student"]
     assert not [note for note in notes if "was not" in note]
+
+    def die(*_, **__):
+        result.layout.exported.touch()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(experiment_run, "run_in_child", die)
+    assert "The student was not measured: killed" in run_experiment(config, tmp_path / "out").notes
 
 
 def test_a_calibration_says_what_no_temperature_takes_back(copied):

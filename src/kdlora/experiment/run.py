@@ -361,8 +361,9 @@ def _ship_best(
         except OSError:
             raise
         except Exception as error:  # a student that cannot be exported is still a student
-            logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
-            notes.append(f"The student was not exported: {error}")
+            done = "measured" if layout.exported.exists() else "exported"
+            logger.error("the student was not %s: %s", done, error, exc_info=not isinstance(error, KdLoraError))
+            notes.append(f"The student was not {done}: {error}")
     if not is_decided(config, layout):
         with logged("decide", "student", config.teacher_seed):
             notes += run_in_child(decide_student, config, layout)

@@ -64,9 +64,9 @@ class RowReader:
         self.name = "standard input" if self._path is None else str(source)
         self.form = _choose_format(self._path, form)
         self._columns, self.start = columns, start
-        if self._path is None and self.form == "text" and (columns.text is not None or columns.id != "id"):
+        if self.form == "text" and (columns.text is not None or columns.id != "id"):
             raise DataError(
-                "standard input is read as one text a line, which has no columns; name its format "
+                f"{self.name} is read as one text a line, which has no columns; name its format "
                 "(--input-format csv, tsv or jsonl), or no column."
             )
         self._has_ids = False

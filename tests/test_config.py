@@ -41,6 +41,15 @@ def test_five_faults_are_reported_at_once():
     assert {line.removeprefix("  - ").split(":")[0] for line in lines} == places
 
 
+def test_a_value_of_several_types_has_one_fault():
+    """A misspelt metric was three faults, and one of a label four."""
+    for value, key in (("f2", "export.thresholds"), ({"spam": "f2"}, "export.thresholds.spam")):
+        first, *lines = faults_of(MINIMAL | {"export": {"thresholds": value}})
+        assert (first, len(lines)) == ("config: 1 fault", 1)
+        assert lines[0].startswith(f"  - {key}: input should be 'f1', ")
+        assert " Or input should be a valid number, " in lines[0]
+
+
 def test_a_family_yields_to_what_is_set_and_a_key_of_0_1_is_known():
     """A family that overrode teacher.model would train another model; a folder of 0.1 could not be resumed."""
     config = build_config(MINIMAL | {"teacher": {"model": "my/teacher"}})

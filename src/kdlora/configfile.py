@@ -296,13 +296,24 @@ def describe_faults(error: ValidationError, where: str, root: type[BaseModel]) -
     inner = {fault["loc"][:-1] for fault in found}
     # A list whose one item is faulty is reported as too short as well.
     told = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inner]
-    faults = list(dict.fromkeys(_describe_fault(fault, root) for fault in told))
+    by_key: dict[str, list[str]] = {}
+    for fault in told:
+        by_key.setdefault(_key_of(fault), []).append(_describe_fault(fault, root))
+    faults = list[str]()
+    for key, (first, *others) in by_key.items():
+        # A value that may be of several types has a fault for each of them, and so has the whole of a part.
+        if not key or not any(other.startswith(f"{key}.") for other in by_key):
+            faults.append(" Or ".join(dict.fromkeys([first, *(one.removeprefix(f"{key}: ") for one in others)])))
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
 
 
 _UNION_TAGS = ("function-", "literal[", "tuple[", "dict[", "union[", "constrained-")
 """How pydantic names the branches of a value that may be of several types; nobody wrote them."""
+
+
+def _key_of(fault: Any) -> str:
+    return ".".join(part for part in map(str, fault["loc"]) if not part.startswith(_UNION_TAGS))
 
 
 def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
@@ -316,7 +327,7 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(location[-1], known)
         suggestion = hint or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"
-    key = ".".join(part for part in location if not part.startswith(_UNION_TAGS))
+    key = _key_of(fault)
     if fault["type"] == "value_error":
         return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
     if fault["type"] == "missing":

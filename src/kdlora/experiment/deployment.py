@@ -175,7 +175,8 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     splits = load_without_copies(config, layout)
     notes: list[str] = []
     is_exported = holds(layout.exported, _mark(config, layout))
-    if config.export.benchmark:  # an export of a config that measured nothing stays as well
+    # An export of a config that measured nothing stays, too; by fitted thresholds the figures would be stale one day.
+    if config.export.benchmark and not layout.thresholds.exists():
         unmeasured = with_values(config, {"export.benchmark": False})
         is_exported |= holds(layout.deployed, _mark(unmeasured, layout, layout.benchmark))
     if not is_exported:

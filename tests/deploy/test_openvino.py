@@ -17,6 +17,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
 from kdlora.deploy.stream import predict_file
 from kdlora.deploy.tagger import Tagger
+from kdlora.deploy.webpage import write_web_page
 from kdlora.errors import ArtifactError, ModelError
 
 pytestmark = pytest.mark.skipif(find_spec("nncf") is None, reason="the extra openvino-export is not installed")
@@ -76,6 +77,16 @@ def test_an_export_for_it_alone_has_its_files_alone(classifier_folder, traced_on
     shutil.copytree(classifier_folder(), tmp_path / "student")  # by which the experiment predicts
     (tmp_path / "in.txt").write_text("wonderful\n")
     assert predict_file(tmp_path, tmp_path / "in.txt", tmp_path / "out.jsonl").errors == 0
+    # `auto` asked for an ONNX file, and nothing said what would run this one.
+    assert Classifier.load(export, runtime="auto").folder.backend == "openvino"
+    with pytest.raises(ModelError, match=r"model_quantized\.xml is run by OpenVINO; name that file, or runtime="):
+        Classifier.load(export)
+    named = export / "openvino_model_quantized.xml"
+    assert Classifier.load(named).predict(["wonderful"]) == Classifier.load(export, runtime="openvino").predict(
+        ["wonderful"]
+    )
+    with pytest.raises(ModelError, match="a page needs the ONNX file"):
+        write_web_page(named, tmp_path / "page")
 
 
 def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):

@@ -149,6 +149,8 @@ def read_model_folder(model: str | Path | Way, *, max_length: int | None = None)
     runtime = "openvino" if place.suffix == ".xml" else runtime
     folder = _with_config(place if named is None else place.parent)
     refuse_links_out(folder)
+    if runtime == "auto" and (folder / OPENVINO_INT8).is_file() and not any(folder.glob("*.onnx")):
+        runtime = "openvino"
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, {**CONFIG, TEMPERATURE_KEY: _TEMPERATURE}, digests)
     file = named or _exported_file(folder, precision, runtime)
@@ -234,6 +236,10 @@ def _exported_file(folder: Path, precision: Precision, runtime: Runtime) -> Path
 def _check_files(folder: Path, file: Path | None) -> None:
     """Refuse a folder that lacks its tokenizer, or its weights in a format that runs no code when it is read."""
     if file is None and not any(folder.glob("*.safetensors")):
+        if (folder / OPENVINO_INT8).is_file():
+            raise ModelError(
+                f"{folder}: its {OPENVINO_INT8} is run by OpenVINO; name that file, or runtime='openvino'."
+            )
         there = ", ".join(sorted(entry.name for entry in folder.iterdir()))
         raise ModelError(
             f"{folder}: no weights for the precision and runtime: expected model.safetensors, {ONNX_FP32} or "

@@ -231,7 +231,9 @@ def find_way(way: Way, revision: str | None = None) -> Way:
     if way.runtime == "auto" and way.folder.is_dir():  # a file that is named is meant
         from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
 
-        way = fastest_way(read_model_folder(way).path, way.precision, way.batch_size)
+        described = read_model_folder(way)
+        way = fastest_way(described.path, way.precision, way.batch_size)
+        way = replace(way, runtime="openvino") if described.backend == "openvino" else way  # the only one that runs it
     return way
 
 

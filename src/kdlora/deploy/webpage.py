@@ -89,7 +89,7 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
     """Write the folder of a page for an export, or for the one that an experiment has."""
     place, target = locate_export(model), Path(to).absolute()
     file = read_model_folder(place).file
-    if file is None:
+    if file is None or file.suffix != ".onnx":
         raise ModelError(
             f"{place}: a page needs the ONNX file of an export. Write one with `kdlora export {model} --to FOLDER`, "
             "then name that FOLDER."

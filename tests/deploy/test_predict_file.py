@@ -146,7 +146,7 @@ def test_bad_rows_are_entries(tmp_path, model, monkeypatch):
     assert ["error" in row for row in rows] == [False, True, True, True, True, True, True, False]
     assert (summary.rows, summary.errors) == (8, 6)
     for row, word in zip(
-        rows[1:-1], ("empty", "not JSON", "missing", "JSON object", "expected a text", "UTF-8"), strict=True
+        rows[1:-1], ("empty", "not JSON", "missing", "JSON object", "expected a text", "save it as UTF-8"), strict=True
     ):
         assert word in row["error"]
         assert "label" not in row

@@ -192,5 +192,7 @@ def check_one(text: Any, where: str, *, whole: bool = False, most: int | None = 
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the text is not valid UTF-8 (at character {error.start}).") from None
+        raise DataError(
+            f"{where}: the text is not valid UTF-8 (at character {error.start}); save it as UTF-8."
+        ) from None
     return text

@@ -67,7 +67,7 @@ class RowReader:
         if self.form == "text" and (columns.text is not None or columns.id != "id"):
             raise DataError(
                 f"{self.name} is read as one text a line, which has no columns; name its format "
-                "(--input-format csv, tsv or jsonl), or no column."
+                "(--input-format csv, tsv or jsonl, or by the extension), or no column."
             )
         self._has_ids = False
         self.text_columns: tuple[str, ...] = ()

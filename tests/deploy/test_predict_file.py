@@ -204,13 +204,16 @@ def test_rows_without_an_id_beside_others_have_none(tmp_path, model):
 
 
 @pytest.mark.parametrize("columns", [{"text": "text"}, {"id_column": "key"}])
-def test_lines_of_text_have_no_columns_unless_a_format_says_so(tmp_path, model, columns):
+def test_lines_of_text_have_no_columns_unless_a_format_says_so(tmp_path, model, columns, monkeypatch):
     """Lines of CSV were classified as they stand, the header with them, though the command named a column."""
     (tmp_path / "table.txt").write_text("key\ttext\na\twonderful\n")
     for source in ("-", tmp_path / "table.txt"):
         with pytest.raises(DataError, match="one text a line, which has no columns; name its format"):
             predict_file(model, source, tmp_path / "out.csv", **columns)
     assert predict_file(model, source, tmp_path / "out.csv", input_format="tsv", **columns).rows == 1
+    monkeypatch.setattr("sys.stdin", None)  # as after <&-
+    with pytest.raises(DataError, match="standard input is closed"):
+        predict_file(model, "-", tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -64,6 +64,8 @@ class RowReader:
         self.name = "standard input" if self._path is None else str(source)
         self.form = _choose_format(self._path, form)
         self._columns, self.start = columns, start
+        if self._path is None and not hasattr(sys.stdin, "buffer"):
+            raise DataError("standard input is closed, or a notebook's, and cannot be read; give a file.")
         if self.form == "text" and (columns.text is not None or columns.id != "id"):
             raise DataError(
                 f"{self.name} is read as one text a line, which has no columns; name its format "

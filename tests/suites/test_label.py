@@ -227,6 +227,12 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
     for file in ("a.parquet", "b.jsonl", "c.csv"):
         with pytest.raises(DataError, match=rf"{file}: no column 'nope'; there are id, text"):
             label(model, texts / file, tmp_path / "out", id_column="nope")
+    (plain := tmp_path / "plain").mkdir()
+    (plain / "notes.txt").write_text("a quiet film\n", encoding="utf-8")
+    with pytest.raises(DataError, match="one text a line, which has no columns"):
+        label(model, plain, tmp_path / "notes", text=("body",))
+    (plain / "rows.csv").write_text("number,body\n7,a loud film\n", encoding="utf-8")
+    assert label(model, plain, tmp_path / "notes", text=("body",)).rows == 2  # the column is the other file's
     with pytest.raises(ConfigError, match=r"--on takes ray, or ray://HOST:PORT"):
         label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 

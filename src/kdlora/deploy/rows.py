@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -53,6 +53,7 @@ class Columns:
     keep: bool = False  # all values of a row, and not its text alone
     words: bool = False  # a list of words is a text, too
     texts: int | None = None  # that the model reads, 1 or 2; None where it does not say
+    several: bool = False  # files; those of plain text, among others, have no columns
 
 
 class RowReader:
@@ -67,10 +68,12 @@ class RowReader:
         if self._path is None and not hasattr(sys.stdin, "buffer"):
             raise DataError("standard input is closed, or a notebook's, and cannot be read; give a file.")
         if self.form == "text" and (columns.text is not None or columns.id != "id"):
-            raise DataError(
-                f"{self.name} is read as one text a line, which has no columns; name its format "
-                "(--input-format csv, tsv or jsonl, or by the extension), or no column."
-            )
+            if not columns.several:
+                raise DataError(
+                    f"{self.name} is read as one text a line, which has no columns; name its format "
+                    "(--input-format csv, tsv or jsonl, or by the extension), or no column."
+                )
+            self._columns = replace(columns, text=None, id="id")
         self._has_ids = False
         self.text_columns: tuple[str, ...] = ()
         self.header: Sequence[str] = ()

@@ -124,8 +124,9 @@ class _Job:
 
     def columns(self, longest: int) -> Columns:
         """Say where a row's text is, of which so many characters are kept."""
-        words, texts = self.task.kind == "tokens", len(self.task.text)
-        return Columns(self.settings.text, self.task.text, self.settings.id_column, longest, words=words, texts=texts)
+        own, read = self.settings, self.task.text
+        names, words, several = (own.text, read, own.id_column), self.task.kind == "tokens", len(self.files) > 1
+        return Columns(*names, longest, words=words, texts=len(read), several=several)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,21 @@ def test_the_tokenizer_gives_what_the_model_takes(tiny_model_folder, tmp_path, f
     assert encoder.model(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("made", "positions"), [("Luke", 64), ("Yoso", 66)])
+def test_other_tables_of_positions_are_no_limit(tmp_path, made, positions):
+    """LUKE has one of entities, YOSO two rows that no text reaches: a longer text ended the training."""
+    tokenizer, sizes = tiny.train_tokenizer("roberta"), {"num_hidden_layers": 1, "hidden_size": 32, "pad_token_id": 1}
+    sizes |= {"vocab_size": len(tokenizer), "intermediate_size": 32, "num_attention_heads": 2}
+    config = getattr(transformers, f"{made}Config")(max_position_embeddings=66, **sizes)
+    getattr(transformers, f"{made}Model")(config).save_pretrained(tmp_path)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), tiny.task(), seed=0)
+    assert encoder.tokenizer.model_max_length == positions
+    inputs = encoder.tokenizer("film " * 200, truncation=True, return_tensors="pt")
+    assert encoder.model(**inputs).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["roberta", "gpt2", "bert"])
 def test_what_is_saved_takes_what_the_model_takes(tiny_model_folder, tmp_path, family):
     """A BERT tokenizer beside a model without types: a pair was an index error after training, or another answer.
@@ -320,6 +335,12 @@ def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_f
     whole.save_pretrained(folder)
     student = student_from_layers(load_encoder(str(folder), THREE_WAY, seed=0), [0, 3]).model
     assert student.config.no_rope_layers == [1, 0]
+    kinds = {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 2, "hidden_size": 16}
+    config = transformers.GPTNeoConfig(**kinds, vocab_size=size["vocab_size"])
+    transformers.GPTNeoForCausalLM(config).save_pretrained(folder)
+    student = student_from_layers(load_encoder(str(folder), THREE_WAY, seed=0), [1, 2, 3])
+    save_encoder(student, tmp_path / "saved")  # it was refused, after the training
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").attention_layers == ["local", "global", "local"]
 
 
 def test_impossible_choices_are_refused(tiny_model_folder):

@@ -28,7 +28,7 @@ from kdlora.models.loading import (
 
 logger = logging.getLogger(__name__)
 
-_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window", "no_rope_layers")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window", "no_rope_layers", "attention_layers")
 """Settings that hold one value per layer: ModernBERT's local and global attention, SmolLM3's positions, …"""
 
 _OF_IMAGES = ["<image_soft_token>"]
@@ -156,6 +156,8 @@ def student_from_layers(whole: Encoder, layers: Sequence[int]) -> Encoder:
         if isinstance(values, list | tuple) and len(values) == depth:
             setattr(config, key, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
+    if hasattr(config, "attention_layers"):  # of GPT-Neo, which saves them as pairs of kinds and a number of repeats
+        config.attention_types = [[config.attention_layers, 1]]
     with torch.random.fork_rng(devices=[]):
         small = type(whole.model)._from_config(config, dtype=torch.float32)
     given, origin = whole.model.state_dict(), {}
@@ -250,7 +252,7 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     for name, module in model.base_model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            positions = module.num_embeddings - offset
+            positions = min(positions, module.num_embeddings - offset)  # LUKE's entities, LayoutLM's boxes have others
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 

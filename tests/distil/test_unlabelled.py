@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from interruptions import weights
 
-from kdlora.data.batches import LengthBucketSampler
-from kdlora.distil.logits import LABELLED
+from kdlora.data.batches import LengthBucketSampler, Tokenised
+from kdlora.distil.logits import LABELLED, join_unlabelled
 from kdlora.distil.words import fit_words
 from kdlora.evidence.metrics import compute_metrics, score
 
@@ -48,6 +50,21 @@ def test_labelled_and_unlabelled_rows_train_together(make_setup, tmp_path, kind)
     last = outcome.history[-1]
     expected = 0.5 * last["hard_loss"] * 44 / 74 + 0.5 * last["soft_loss"]
     assert last["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_labels_are_no_objects(tasks, kind):
+    """A list held an object a row, and an array a row of several labels: gigabytes for millions of texts."""
+    count, label = 50_000, [[0.0] * 3] if kind == "multi-label" else [1]
+    labelled = Tokenised(Dataset.from_dict({"length": [1], "label": label}), 0, 8)
+    unlabelled = Tokenised(Dataset.from_dict({"length": np.ones(count, int)}), 0, 8)
+    tracemalloc.start()
+    joined = join_unlabelled(labelled, unlabelled, tasks[kind])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * count
+    assert len(joined.dataset) == count + 1
+    assert joined.dataset.features["label"] == labelled.dataset.features["label"]
 
 
 def texts_and_labels(rows):

@@ -219,11 +219,12 @@ def _in_order(teacher: TeacherLogits, task: Task) -> TeacherLogits:
 def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> Tokenised:
     """Put rows with and without labels together, in this order."""
     count, words = len(unlabelled.dataset), word_offsets(unlabelled.dataset)
-    if words is None:
-        dtype = np.int64 if task.kind == "single-label" else np.float32
-        empty = list(np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype))
-    else:
+    if words is not None:
         empty = as_lists(pa.array(np.full(words[-1], NO_TAG)), words)
+    elif task.kind == "multi-label":
+        empty = as_lists(pa.array(np.zeros(count * task.num_labels)), np.arange(count + 1) * task.num_labels)
+    else:
+        empty = pa.array(np.zeros(count))
     without = unlabelled.dataset.add_column("label", empty, feature=labelled.dataset.features["label"])
     names = [name for name in labelled.dataset.column_names if name in without.column_names]
     parts = [

@@ -5,11 +5,13 @@ import torch
 import transformers
 from torch import nn
 
+from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
 from kdlora.distil.cpu_kernels import Dropout, attend, dropped_steps, fast_on_cpu, fast_reading, kept_scale
 from kdlora.distil.precision import autocast, dropout_set, frozen_in_half, resolve_precision, settle_precision
 from kdlora.errors import ConfigError
-from kdlora.models.encoders import load_encoder
+from kdlora.models.adapters import add_adapter
+from kdlora.models.encoders import Encoder, load_encoder
 from tiny import DECODERS, FAMILIES, task
 from tiny import batch as two_texts
 
@@ -162,6 +164,20 @@ def test_one_step_equals_pytorchs(make_model, family, targets):
     assert fast_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("family", "own"), [("Longformer", {"attention_window": 4}), ("ConvBert", {"head_ratio": 1})])
+def test_layers_read_transposed_rows_and_are_changed_in_place(family, own):
+    """Both ended a training of adapters on a CPU with an error of autograd."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, pad_token_id=0, **sizes, **own)
+    encoder = Encoder(getattr(transformers, f"{family}ForSequenceClassification")(config), None, ("classifier",), "")
+    model = add_adapter(encoder, LoraSettings(dropout=0.0, targets="all-linear"), seed=0).train()
+    with dropout_set(model, 0.0):
+        logits, gradients = step(model)
+        with fast_on_cpu(model, CPU):
+            found, fast_gradients = step(model)
+    torch.testing.assert_close((found, fast_gradients), (logits, gradients), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

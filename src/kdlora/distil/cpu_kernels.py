@@ -149,7 +149,8 @@ class _Packed:
         return backward
 
     def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
+        made = torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
+        return torch.ops.aten._unsafe_view(made, made.shape)  # else a view, which no model may change in place
 
     def product_of_gradient(self, gradient: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(gradient, self.backward, None, "none", [], "")
@@ -172,7 +173,7 @@ class _AdaptedLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: _Packed, down: Tensor, up: Tensor, scale: float, rate: float) -> Tensor:
-        down, up = down.to(rows.dtype), up.to(rows.dtype)
+        rows, down, up = rows.contiguous(), down.to(rows.dtype), up.to(rows.dtype)
         keep = keep_mask(rows.shape, rate) if rate > 0 else None
         seen = rows if keep is None else masked(rows, keep)
         scale = scale if keep is None else scale * kept_scale(rate)

@@ -166,6 +166,7 @@ def test_merging_and_saving_change_nothing(tiny_model_folder, adapted, tmp_path,
     double = copy.deepcopy(model).double()
     expected = tiny.logits(double, tokenizer)
     assert torch.allclose(tiny.logits(merge_student(double), tokenizer), expected, rtol=0, atol=1e-9)
+    assert torch.equal(tiny.logits(merge_student(merged), tokenizer), tiny.logits(merged, tokenizer))
 
 
 def test_a_saved_adapter_names_its_base(tiny_model_folder, tmp_path):

@@ -155,17 +155,17 @@ def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
     _describe(folder, config, encoder.model.config)
 
 
-def merge_student(model: PeftModel) -> PreTrainedModel:
+def merge_student(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """Merge the adapter into the weights, in fp32 at least.
 
     Args:
-        model: from `add_adapter`; it stays as it is.
+        model: as a training left it, with or without an adapter; it stays as it is.
 
     Returns:
         A plain transformers model in evaluation mode, with the trained fresh modules in their places.
 
     Raises:
-        ModelError: the adapter holds values that are not finite.
+        ModelError: the weights hold values that are not finite.
 
     Examples:
         >>> model = merge_student(trained.model)
@@ -179,7 +179,7 @@ def merge_student(model: PeftModel) -> PreTrainedModel:
             f"the trained weights are not finite ({broken[0]} and {len(broken) - 1} more): the training diverged. "
             "Lower the learning rate"
         )
-    plain: PreTrainedModel = student.merge_and_unload(safe_merge=True)
+    plain: PreTrainedModel = student.merge_and_unload(safe_merge=True) if isinstance(student, PeftModel) else student
     plain.requires_grad_(True)
     plain.name_or_path = plain.config._name_or_path = ""
     return plain.eval()

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, log_expit, log_softmax, rel_entr, softmax
@@ -24,7 +25,7 @@ from kdlora.distil.losses import (
 )
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, merge_student
-from kdlora.models.encoders import load_encoder
+from kdlora.models.encoders import Encoder, load_encoder
 from tiny import FAMILIES
 
 
@@ -200,6 +201,16 @@ def test_folded_into_the_head(tiny_model_folder, tasks, family, lora):
     torch.testing.assert_close(predict(model), before * 300.0 + 2000.0)
     merged = merge_student(model) if lora else model
     torch.testing.assert_close(predict(merged), before * 300.0 + 2000.0)
+
+
+def test_an_adapter_of_rank_1_is_no_head():
+    """CamemBERT names its head first: a regression was refused after its training."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    model = transformers.CamembertForSequenceClassification(transformers.CamembertConfig(**sizes))
+    adapted = add_adapter(Encoder(model, None, ("classifier",), ""), LoraSettings(rank=1), seed=1)
+    before = predict(adapted)
+    fold_into_head(adapted, TargetScale(2000.0, 300.0))
+    torch.testing.assert_close(predict(adapted), before * 300.0 + 2000.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -274,10 +274,11 @@ def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: T
 
 def last_linear(model: nn.Module, outputs: int, *, biased: bool = True) -> nn.Linear | None:
     """Find the layer that gives the prediction, if it has a bias; of one that PEFT keeps twice, the copy in use."""
+    others = {"original_module", "lora_A", "lora_B"}  # CamemBERT names its head before the layers with adapters
     found = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == outputs and "original_module" not in name.split(".")
+        if isinstance(module, nn.Linear) and module.out_features == outputs and others.isdisjoint(name.split("."))
     ]
     return found[-1] if found and not (biased and found[-1].bias is None) else None
 

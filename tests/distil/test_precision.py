@@ -9,7 +9,7 @@ from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
 from kdlora.distil.cpu_kernels import Dropout, attend, dropped_steps, fast_on_cpu, fast_reading, kept_scale
 from kdlora.distil.precision import autocast, dropout_set, frozen_in_half, resolve_precision, settle_precision
-from kdlora.errors import ConfigError
+from kdlora.errors import ConfigError, ModelError
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from tiny import DECODERS, FAMILIES, task
@@ -242,6 +242,16 @@ def test_a_processor_that_packs_no_bf16_trains_on_pytorchs_layers(make_model, mo
         assert not {"_FrozenLayer", "_AdaptedLayer"} & {type(module).__name__ for module in model.modules()}
     with fast_on_cpu(model, CPU):  # in fp32 they are packed as ever
         assert "_AdaptedLayer" in {type(module).__name__ for module in model.modules()}
+
+
+def test_a_model_that_cannot_compute_in_half_precision_is_told():
+    """DeBERTa's first version fills bf16 scores with fp32's lowest number: PyTorch's error named no way out."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.DebertaForSequenceClassification(transformers.DebertaConfig(vocab_size=64, **sizes))
+    with pytest.raises(ModelError, match=r"cannot compute in bf16.*set run.precision to fp32"), autocast("bf16", CPU):
+        model(**batch())
+    with pytest.raises(RuntimeError, match="shapes"), autocast("bf16", CPU):
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def test_a_model_comes_back_as_it_was(make_model):

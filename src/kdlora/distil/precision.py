@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from kdlora.errors import ConfigError, did_you_mean
+from kdlora.errors import ConfigError, ModelError, did_you_mean, first_line
 from kdlora.system.storage import write_json_atomic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,12 +124,21 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Give the context in which a forward pass multiplies in `precision`."""
+@contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a forward pass multiply in `precision`."""
     if precision == "fp32":
-        return contextlib.nullcontext()
-    # The cache holds every weight once more until the context ends: on a GPU the memory is dear and a cast is not.
-    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=device.type == "cpu")
+        yield
+        return
+    try:
+        # The cache holds every weight once more until the context ends: on a GPU the memory is dear and a cast is not.
+        with torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=device.type == "cpu"):
+            yield
+    except RuntimeError as fault:
+        if "overflow" not in str(fault) and "dtype" not in str(fault):
+            raise
+        told = f"this model cannot compute in {precision}, as transformers has it ({first_line(fault):.200})"
+        raise ModelError(f"{told}; set run.precision to fp32") from fault
 
 
 @contextmanager

@@ -214,6 +214,8 @@ class _FrozenLayer(nn.Linear):
     casts: _Casts
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if self.packed.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):  # under DoRA it is not in half
+            return super().forward(input)
         return _FrozenLinear.apply(self.casts.to(input, self.packed.dtype), self.packed)
 
 

@@ -230,6 +230,16 @@ def test_a_sparse_attention_that_goes_at_a_short_text_is_full_from_the_start(tmp
         assert torch.equal(model(long).logits, before)
 
 
+def test_a_model_of_characters_is_refused(tmp_path):
+    """It was a traceback of transformers, whose embeddings are of hashes."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CanineConfig(num_hash_buckets=64, max_position_embeddings=128, **sizes)
+    transformers.CanineModel(config).save_pretrained(tmp_path)
+    transformers.CanineTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'canine' model, which has no plain table.*Choose another encoder"):
+        load_encoder(str(tmp_path), THREE_WAY, seed=0)
+
+
 def test_decoders_that_cannot_answer_are_refused(tmp_path, tiny_model_folder):
     """XLNet reads the last place of a row, which is padding in all rows but the longest."""
     tokenizer = tiny.train_tokenizer("llama")

@@ -228,7 +228,13 @@ def _encoder(place: Source, loaded: Loaded, task: Task) -> Encoder:
     model, fresh = loaded.model, fresh_modules(loaded)
     model.config.problem_type = None if place.words else PROBLEM_TYPES[task.kind]  # of words it is in the class alone
     tokenizer = read_tokenizer(place, model)
-    rows = model.get_input_embeddings().num_embeddings
+    try:
+        rows = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):
+        raise ModelError(
+            f"{place.name} is a {model.config.model_type!r} model, which has no plain table of a row for each piece, "
+            "as those of characters or bytes. Choose another encoder"
+        ) from None
     if tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))) not in ([], _OF_IMAGES):
         raise ModelError(
             f"the tokenizer of {place.name} has {len(tokenizer)} pieces, but its model has embeddings for {rows}: "

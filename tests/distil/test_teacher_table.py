@@ -2,7 +2,9 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from datasets import Dataset
 
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
+from kdlora.distil import teacher_table
 from kdlora.distil.losses import distillation_loss
 from kdlora.distil.teacher_table import read_teacher_table
 from kdlora.errors import ConfigError, DataError
@@ -211,3 +214,19 @@ def test_wrong_content(file, task, change, values, message):
     with pytest.raises(DataError, match=message) as fault:
         read_teacher_table(file, task, values=values)
     assert str(file) in str(fault.value)
+
+
+def test_long_texts_are_compared_without_being_kept(monkeypatch, task):
+    """All of a file's texts lay in memory before anything trained."""
+    ids, long = [str(row) for row in range(25_000)], "one long text after the other " * 50
+    columns = ({"id": ids, "text": [f"{row} {long}" for row in order]} for order in (ids, ids[::-1]))
+    rows, turned = map(Dataset.from_dict, columns)
+    monkeypatch.setattr(teacher_table, "open_collection", lambda table: SimpleNamespace(texts=1))
+    monkeypatch.setattr(teacher_table, "open_collection_texts", lambda table, task: rows)
+    with pytest.raises(DataError, match="labelled with other texts: 25000 of its ids, first '0'"):
+        teacher_table.refuse_other_texts(Path("table"), SimpleNamespace(task=task, train=turned))
+    tracemalloc.start()
+    teacher_table.refuse_other_texts(Path("table"), SimpleNamespace(task=task, train=rows))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(ids) * len(long) * 0.7

@@ -247,10 +247,13 @@ def refuse_other_texts(table: Path, splits: Splits) -> None:
     """See that a collection's logits are of the texts that have their ids here, where it keeps texts."""
     if open_collection(table).texts != len(splits.task.text):
         return
-    labelled, names = open_collection_texts(table, splits.task), text_columns(splits.train)
-    here = dict(zip(read_column(splits.train, "id").to_pylist(), beginnings(splits.train, names), strict=True))
-    there = zip(read_column(labelled, "id").to_pylist(), beginnings(labelled, names), strict=True)
-    if other := [name for name, texts in there if here.get(name, texts) != texts]:
+    names = text_columns(splits.train)
+    here, there = (
+        zip(read_column(rows, "id").to_pylist(), map(hash, beginnings(rows, names)), strict=True)  # not all the texts
+        for rows in (splits.train, open_collection_texts(table, splits.task))
+    )
+    texts = dict(here)
+    if other := [name for name, text in there if texts.get(name, text) != text]:
         raise DataError(
             f"{table} (teacher.logits) was labelled with other texts: {len(other)} of its ids, first {other[0]!r}, are "
             "of another text in the training rows. Give both files ids (data.id_column) and label these rows; where "

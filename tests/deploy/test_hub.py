@@ -169,5 +169,8 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     with pytest.raises(ModelError, match="runs/demo/student: there is no such folder in runs/demo"):
         locate_model("runs/demo/student")
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text("{}")
+    with pytest.raises(ModelError, match="runs/dome: there is no such folder beside the experiments in runs"):
+        locate_model("runs/dome")
     assert locate_model(tmp_path) == tmp_path
     assert str(locate_model("../someone/nothing")) == "../someone/nothing"

@@ -48,6 +48,8 @@ def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
         return path
     if found["inner"] and Path(found["repo"]).is_dir():
         raise ModelError(f"{path}: there is no such folder in {found['repo']}; check the path, or finish what makes it")
+    if any((around := Path(found["repo"]).parent).glob("*/config.yaml")):  # a stranger may have the mistyped name
+        raise ModelError(f"{path}: there is no such folder beside the experiments in {around}; check the path")
     if revision is not None and found["revision"] is not None and revision != found["revision"]:
         raise ConfigError(f"{name}: names the revision {found['revision']!r}, but the revision {revision!r} is given")
     inner = found["inner"].strip("/")

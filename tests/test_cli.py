@@ -209,7 +209,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
         (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 1, "/out"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/out/.a.tmp"), 2, "/out/.a.tmp'; check the path"),
-        (MemoryError(), 1, "micro_batch_tokens"),
+        (MemoryError(), 1, "fewer or shorter texts at a time (in a training: lower micro_batch_tokens)"),
         (ChildDiedError("killed by SIGKILL"), 1, "killed by SIGKILL; free some memory"),
     ],
 )

@@ -207,8 +207,9 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
     for kind in (np.float64, np.float16):
         pd.DataFrame({"text": TEXTS, "label": np.array([0.0, 1.0] * 10, kind)}).to_parquet(path)
         assert load(task, train=path).task.label_names == ("0", "1")
-    pd.DataFrame({"text": TEXTS, "label": [0.0, 0.5] * 10}).to_parquet(path)
-    assert "row 2: the label 'label' is 0.5, a decimal" in load_refused(task, train=path)
+    for value in (0.5, 1e20):
+        pd.DataFrame({"text": TEXTS, "label": [0.0, value] * 10}).to_parquet(path)
+        assert f"row 2: the label 'label' is {value}, a decimal" in load_refused(task, train=path)
     for missing in (None, float("nan")):
         pq.write_table(pa.table({"text": TEXTS, "label": pa.array([0.0, missing, 1.0, 0.0] * 5, pa.float64())}), path)
         for found in (load_refused(train=path), load_refused(task, train=path)):

@@ -149,7 +149,7 @@ class Slow:
         self.calls.append(list(texts))
         assert self.go.wait(30)
         if "bad" in texts:
-            raise ModelError("the output is not a number")
+            raise ModelError("/home/somebody/model: the output is not a number")
         return [Prediction(text, {}) for text in texts]
 
 
@@ -169,6 +169,7 @@ def test_texts_that_wait_are_computed_together_and_a_full_queue_sends_away():
         found = [one.result() for one in others]
         assert [status for status, _ in found] == [200, 200, 500, 200]
         assert [answer.get("label") for _, answer in found] == ["a", "b", None, "c"]
+        assert found[2][1] == {"detail": "the model could not answer; the server's log says why"}  # no path
         assert call(port, {"texts": ["d", "e", "f"]})[0] == 200
     assert sorted(model.calls[1]) == sorted(texts)
 

@@ -26,6 +26,7 @@ __all__ = ["app", "experiments", "language_model", "main", "models", "scale"]
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 if hasattr(signal, "SIGHUP"):
     _SIGNALS[signal.SIGHUP] = "SIGHUP (the terminal was closed)"
+_FEWER = "; give fewer or shorter texts at a time (in a training: lower micro_batch_tokens), or more memory"
 _NEW_OBJECTS = 50_000
 """So many come between two looks for garbage; with Python's 700 the imports look far too often, and find none."""
 
@@ -64,7 +65,7 @@ def main() -> NoReturn:
         _fail(f"interrupted by {_SIGNALS[number]}; the same command {then}", 128 + number)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
-        _fail(f"out of memory{what}; lower micro_batch_tokens in teacher.train or student.train", 1)
+        _fail(f"out of memory{what}{_FEWER}", 1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             _fail(f"{error}; check the path", 2)
@@ -72,7 +73,7 @@ def main() -> NoReturn:
         _fail(f"{error}{remedy}", 1)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-            _fail(f"{error}; give fewer or shorter texts at a time, or another device", 1)
+            _fail(f"{error}{_FEWER}", 1)
         if type(error).__name__ == "ChildDiedError":  # no import: most commands have no child
             remedy = "free some memory and run" if "SIGKILL" in str(error) else "run"
             _fail(f"{error}; {remedy} the same command again", 1)

@@ -80,8 +80,8 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
         return pc.if_else(values, "True", "False")
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = values.cast(pa.float64())
-        fractional = pc.and_(pc.is_finite(values), pc.not_equal(pc.floor(values), values))
-        if (position := first_true(fractional)) is not None:
+        fractional = pc.or_(pc.not_equal(pc.floor(values), values), pc.greater(pc.abs(values), 2.0**53))
+        if (position := first_true(pc.and_(pc.is_finite(values), fractional))) is not None:
             raise DataError(
                 f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, a decimal, but the task "
                 "is single-label; set task.kind: regression, or make the labels names"

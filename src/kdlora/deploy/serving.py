@@ -236,7 +236,7 @@ async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
         raise HTTPException(422, str(error)) from None
     except KdLoraError as error:
         logger.error("%s: %s", name, error)
-        raise HTTPException(500, str(error)) from None
+        raise HTTPException(500, "the model could not answer; the server's log says why") from None
     answers = [{"entities": list(map(asdict, one))} if isinstance(one, list) else asdict(one) for one in found]
     return {"model": name} | (answers[0] if asked.texts is None else {"predictions": answers})
 

@@ -213,7 +213,7 @@ def _cost_table(experiment: Experiment, links: Links) -> Table:
         rows.append((Cell(f"paper, {one.model}", quiet=True), arm_title(arm), *counts, *measured))
     threads = sorted({one.threads for run in experiment.runs for one in run.record.latency})
     note = f"{_hardware(experiment)}. Latency: median of the merged model's forward pass"
-    note += f", {', '.join(map(str, threads))} threads." if threads else "."
+    note += f", {', '.join(map(str, threads))} thread{'s' * (threads != [1])}." if threads else "."
     note += "" if TIME.is_alike(experiment.runs) else UNLIKE
     if published:
         note += (

@@ -197,6 +197,8 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
         (("evaluate", bare.root, workshop.validation), "no model to evaluate"),
         (("export", begun.root, "--to", tmp_path / "x", "--data", workshop.validation), "Run the experiment first"),
         (("report", tmp_path), str(tmp_path)),
+        (("run", experiment.folder / "config.yaml", "--out", "s3://bucket/x"), "not an address (s3:...)"),
+        (("label", experiment.folder, workshop.validation, "--to", "s3://b/x"), "not an address (s3:...)"),
     ):
         shown = cli(*arguments, code=2)
         assert expected in shown.err

@@ -291,6 +291,13 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
 
 
+def expand_target(out: str | Path) -> Path:
+    """Do so for a folder that is to be written; the address of a store is none."""
+    if (scheme := next(iter(Path(out).parts), "")).endswith(":"):  # the rest may hold a password
+        raise ConfigError(f"expected a folder to write to, not an address ({scheme}...); mount it, and name its folder")
+    return expand_home(out)
+
+
 def describe_faults(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     found = error.errors(include_url=False)
     inner = {fault["loc"][:-1] for fault in found}

@@ -116,6 +116,9 @@ def test_a_label_of_one_text_stays_in_training(search_of):
     assert np.array(held.train["label"]).max(axis=0).tolist() == [1.0] * 9
     assert 20 <= len(held.validation) < 30
     assert not set(held.train["text"]) & set(held.validation["text"])
+    two = train.select([0, 8, 30, 38])  # two texts, each twice, and each label in one of them
+    with pytest.raises(DataError, match="every label has a single training row"):
+        hold_out(dataclasses.replace(splits, task=task, train=two), SearchConfig())
 
 
 def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, workshop):

@@ -22,7 +22,7 @@ from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import Questions, Row, count_votes, join_groups, likely_groups, read_logprobs, read_vote
 from kdlora.asking.server import Server
-from kdlora.configfile import expand_home
+from kdlora.configfile import expand_home, expand_target
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
 from kdlora.deploy.folder import DECISIONS, MEASURED, Way, read_model_folder
@@ -123,7 +123,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     """
     start = time.perf_counter()
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
-    folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
+    folder = Path(os.path.realpath(expand_target(to)))  # `resolve` fails at a link to itself
     refuse_foreign(folder, MANIFEST, "answers of a language model")
     _refuse_replacing(folder, (data, settings.unlabelled, settings.audit))
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):

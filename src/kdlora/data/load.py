@@ -243,7 +243,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
 
 def give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
     """Put a drawn row back where no row that was kept has some label of it; classes are drawn with that in mind."""
-    if task.kind not in ("multi-label", "tokens"):
+    if task.kind not in ("multi-label", "tokens") or not len(drawn):
         return kept, drawn
     rows, back = train.select(drawn), list[int]()
     lacking = _used_labels(task, rows) & ~_used_labels(task, train.select(kept))

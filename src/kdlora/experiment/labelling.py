@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from kdlora.configfile import COLLECTION_MANIFEST, expand_home
+from kdlora.configfile import COLLECTION_MANIFEST, expand_home, expand_target
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
@@ -188,7 +188,7 @@ def label_collection(
         >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", LabelSettings(max_length=64))
     """
     start = time.perf_counter()
-    folder = refuse_foreign(Path(os.path.realpath(expand_home(to))), COLLECTION_MANIFEST, "labelled collection")
+    folder = refuse_foreign(Path(os.path.realpath(expand_target(to))), COLLECTION_MANIFEST, "labelled collection")
     job = _begin(model, data, folder, settings or LabelSettings())
     held = hold_lock(folder / ".lock", f"labels into {folder}", remedy=", or name another with --to")
     with held, contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
-from kdlora.configfile import PATH_KEYS, build_config, expand_home, known_keys, load_config, save_config
+from kdlora.configfile import PATH_KEYS, build_config, expand_target, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task, find_label
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
@@ -145,7 +145,7 @@ def run_experiment(
 
 def _settle_paths(config: Config, out: str | Path | None) -> tuple[Config, ExperimentLayout]:
     """Resolve what a caller wrote by hand against the current folder; the experiment's folder keeps the config."""
-    folder = expand_home(out) if out is not None else Path("runs") / config.title()
+    folder = expand_target(out) if out is not None else Path("runs") / config.title()
     return build_config(config.model_dump(mode="json")), ExperimentLayout(folder)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
-from kdlora.configfile import expand_home, save_config
+from kdlora.configfile import expand_target, save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, KdLoraError, harmless
 from kdlora.evidence.records import ExperimentLayout
@@ -168,7 +168,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
             "the trials train kd-lora; best.yaml trains kd-fft too, which ships more often, with a rate of its own "
             "(student.full_learning_rate) and without lora.*. --set search.arm=kd-fft searches that arm"
         )
-    folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
+    folder = (expand_target(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
     if not settings.names_models:

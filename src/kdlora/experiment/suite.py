@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlora.configfile import expand_home
+from kdlora.configfile import expand_target
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
@@ -140,9 +140,7 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
     """Give the folder of a suite, new or ours."""
-    if "://" in str(out):
-        raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
-    root = (expand_home(out) if out is not None else Path("runs") / suite.name).absolute()
+    root = (expand_target(out) if out is not None else Path("runs") / suite.name).absolute()
     check_folder(root, "suite")
     return root
 

@@ -68,6 +68,11 @@ def _parse_families(value: Any) -> Any:
 Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
 _TEXTS_OF_STUDENTS = {f"data.{key}" for key in ("unlabelled", "max_unlabelled_examples", "augment", *WINDOW_KEYS)}
 """Keys of the data that leave the labelled rows as they are."""
+_IDLE = (
+    *("run.arms", "run.seeds", "run.fail_fast", "report.paper"),
+    *("defer.error", "export.thresholds", "export.calibrate", "export.min_recall"),
+)
+"""Keys of an experiment that a suite would read and not follow."""
 
 
 class Grids(Section):
@@ -123,33 +128,19 @@ class SuiteConfig(Section):
     def _names_no_idle_keys(self) -> Self:
         parts = {"config": self.config} | {f"families.{name}": part for name, part in self.families.items()}
         for where, part in (parts | {f"tasks.{name}": part for name, part in self.tasks.items()}).items():
-            _refuse_idle_keys(where, part)
+            for section, key in (one.split(".") for one in _IDLE):
+                values = part.get(section)
+                unset = ("none", "false", "no", "off", "{}")
+                if isinstance(values, Mapping) and str(values.get(key)).lower() not in unset:
+                    raise ValueError(
+                        f"{where}.{section}.{key}: a suite has `arms` and `seeds` at its top level, carries out all "
+                        "runs, ships nothing, and has the paper's figures as they are. Delete the key"
+                    )
         taught = [arm for arm in self.arms if arm in DISTILLED_ARMS]
         for key in (key for arm in taught for axis in self.grids.of(arm) for settings in axis for key in settings):
             if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
                 raise ValueError(f"grids: {key} is of rows that one teacher labels for all; make it two tasks")
         return self
-
-
-def _refuse_idle_keys(where: str, part: Settings) -> None:
-    """Refuse the keys of an experiment that a suite would read and not follow."""
-    run = part.get("run") or {}
-    if not isinstance(run, Mapping):
-        raise ValueError(f"{where}.run: expected keys such as 'threads:', got {run!r}")  # noqa: TRY004 - as above
-    for key in ("arms", "seeds"):
-        if key in run:
-            raise ValueError(f"{where}.run.{key}: a suite has its own {key}; set `{key}` at the top level")
-    ships = "a suite ships nothing, so it decides nothing"
-    paper = "a suite's tables have the paper's figures as they are; its claims stand in the report of an experiment"
-    idle = [
-        *(("report", "paper", paper), ("defer", "error", ships), ("export", "thresholds", ships)),
-        *(("export", "calibrate", ships), ("export", "min_recall", ships)),
-        ("run", "fail_fast", "the other runs of a suite are carried out"),
-    ]
-    for section, key, why in idle:
-        values = part.get(section)
-        if isinstance(values, Mapping) and values.get(key) and str(values[key]).lower() not in ("no", "off"):
-            raise ValueError(f"{where}.{section}.{key}: {why}. Delete the key")
 
 
 def configurations(axes: Axes) -> Iterator[Settings]:

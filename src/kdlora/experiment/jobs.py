@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import logging
 import operator
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from kdlora.config import DISTILLED_ARMS, ROUNDING_KEYS, TEACHER_ARMS, Arm, Config
 from kdlora.configfile import save_config
@@ -33,7 +34,6 @@ from kdlora.system.storage import write_text_atomic
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Any], None]
-T = TypeVar("T")
 
 
 def inspect_task(
@@ -134,14 +134,11 @@ def carry_out(
 
 
 def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecord:
-    def train() -> RunRecord:
-        record: RunRecord = in_child(train_run, job.config, job.layout, job.arm, job.seed, on_message=listen)
-        return record
-
+    train = functools.partial(in_child, train_run, job.config, job.layout, job.arm, job.seed, on_message=listen)
     if not job.ships:
         write_text_atomic(job.layout.config, save_config(job.config))
     place = job.layout.run(job.arm, job.seed)
-    record = train() if job.ships else train_afresh(train, place.checkpoints)
+    record: RunRecord = train() if job.ships else train_afresh(train, place.checkpoints)
     if not job.facts.made(record, job.config):
         raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
     if job.ships:
@@ -154,7 +151,7 @@ def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecor
     return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
 
-def train_afresh(train: Callable[[], T], checkpoints: Path) -> T:
+def train_afresh(train: Callable[[], Any], checkpoints: Path) -> Any:
     """Train; where it was interrupted under another teacher, data or version, begin again without its checkpoints."""
     try:
         return train()

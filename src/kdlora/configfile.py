@@ -340,6 +340,7 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"{key}: this section or key is required"
     message = (fault["msg"][0].lower() + fault["msg"][1:]).replace("tuple", "list").replace(" after validation", "")
+    message = message.replace("dictionary", "mapping")
     hint = ""
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))

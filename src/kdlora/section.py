@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -33,38 +32,14 @@ def without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(values: Mapping[Any, Any], what: str, *, least: float | None = None) -> dict[str, float]:
-    """Check figures by label: finite, and above 0 or not below the least."""
-    for name, value in values.items():
-        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not known or not (value > 0 if least is None else value >= least):
-            expected = "above 0" if least is None else f"of {least:g} or more"
-            raise ValueError(f"the {what} {str(name)!r} is {value!r}; expected a number {expected}")
-    return {str(name): float(value) for name, value in values.items()}
-
-
-def _metric(value: Any) -> Any:
-    """Check the form of a metric; whether it fits the task is known with the data."""
-    if isinstance(value, str) or value is None:
-        return value
-    costs = value.get("cost") if isinstance(value, Mapping) and set(value) == {"cost"} else None
-    if not isinstance(costs, Mapping) or not costs or not all(isinstance(row, Mapping) for row in costs.values()):
-        raise ValueError(f"expected the name of a metric, or cost: {{label: {{decision: cost}}}}, got {value!r}")
-    return {"cost": {str(label): _figures(row, f"cost of {label!r} as", least=0.0) for label, row in costs.items()}}
-
-
-def _weights(value: Any) -> Any:
-    if value in ("auto", "balanced", None):
-        return value
-    if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"expected auto, balanced, or weights by label such as {{spam: 5}}, got {value!r}")
-    return _figures(value, "weight of")
-
-
-Costs = dict[str, dict[str, float]]
-Metric = Annotated[str | dict[Literal["cost"], Costs], BeforeValidator(_metric)]
-ClassWeights = Literal["balanced"] | dict[str, float]
-OpenClassWeights = Annotated[Literal["auto"] | ClassWeights, BeforeValidator(_weights)]
+Label = Annotated[str, BeforeValidator(str)]
+"""A label that may be written as a number."""
+Costs = dict[Label, dict[Label, Annotated[float, Field(ge=0.0, strict=True)]]]
+Weights = dict[Label, Annotated[float, Field(gt=0.0, strict=True)]]
+_FULL = Field(min_length=1)
+Metric = Annotated[str, _FULL] | Annotated[dict[Literal["cost"], Annotated[Costs, _FULL]], _FULL]
+ClassWeights = Literal["balanced"] | Annotated[Weights, _FULL]
+OpenClassWeights = Literal["auto"] | ClassWeights
 
 
 class Section(BaseModel):

@@ -14,7 +14,6 @@ import tiny
 from fabricate import BINARY
 from kdlora.config import TrainConfig
 from kdlora.configfile import build_config
-from kdlora.data.batches import LengthBucketSampler
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
@@ -152,19 +151,6 @@ def test_a_container_has_as_many_threads_as_it_may_use(tmp_path, monkeypatch, li
     assert chosen == ([2] if threads == 2 else [])  # a call may change bits, even with the number that there is
     prepare_process(build_config(CONFIG | {"run": {"threads": 4}}))
     assert chosen[-1] == 4
-
-
-def test_a_step_has_a_copy_beside_every_row():
-    """Copies that take the place of labelled rows taught a student less than its control knew."""
-    sampler = LengthBucketSampler(np.arange(50) + 3, 4, seed=0, beside=40)
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        rows = [row for batch in batches for row in batch]
-        assert sorted(row for row in rows if row < 10) == list(range(10))
-        assert len({row for row in rows if row >= 10}) == 10
-        assert [len(batch) for batch in batches] == [8, 8, 4]
-        assert [sampler.rows_of(place) for place in range(len(sampler))] == [8, 8, 4]
 
 
 def test_a_class_that_the_teacher_never_gets_right_is_named():

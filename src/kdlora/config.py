@@ -26,7 +26,8 @@ from kdlora.section import (
 from kdlora.section import DataConfig as DataConfig
 
 Kind = Literal["single-label", "regression", "multi-label", "tokens"]
-Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+TrainedArm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+Arm = Literal["words", TrainedArm]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from kdlora.config import Arm
+from kdlora.config import TrainedArm
 from kdlora.section import SEEDS, Section
 
 
@@ -105,7 +105,7 @@ class SearchConfig(Section):
     """Config key (`lora.rank`) to a list of values, or `{low, high, log, step}`; whole ends give whole numbers."""
     trials: int = Field(default=30, ge=1)
     """Number of trainings, pruned ones included, over all processes."""
-    arm: Arm | None = None
+    arm: TrainedArm | None = None
     """The arm that is trained. Default: `kd-lora`, else the first student arm of the config, else `fft`."""
     seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the sampler and the split. The trainings use the first of `run.seeds`."""
@@ -126,10 +126,3 @@ class SearchConfig(Section):
     @property
     def names_models(self) -> bool:
         return any(key.partition(".")[2] in ("model", "revision", "from_teacher_layers") for key in self.space)
-
-    @field_validator("arm")
-    @classmethod
-    def _trains_a_model(cls, value: Arm | None) -> Arm | None:
-        if value == "words":
-            raise ValueError("no setting of a config changes the arm words; name an arm that trains a model")
-        return value

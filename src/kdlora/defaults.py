@@ -76,12 +76,15 @@ def adapter_rate(width: int) -> float:
 def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lay the recipe under the user's values, and name the family's models."""
     recipe, family = values.get("recipe", "default"), values.get("family")
-    filled, teacher = dict(values), values.get("teacher")
-    if isinstance(teacher, Mapping) and teacher.get("tuning") == "lora":
+    filled, given = dict(values), values.get("teacher")
+    asked: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    if asked.get("tuning") == "lora":
         fully = ["kd-fft"] if recipe == "default" else []  # the paper's recipes keep its arms
         filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", *fully, "student-lora"]}})
     if isinstance(recipe, str) and recipe in RECIPES:
-        filled = lay_under(filled, _fitting(RECIPES[recipe], values))
+        # No copies of the texts where no model labels them, or there are no data at all.
+        copied = values.get("data") and all(asked.get(key) is None for key in ("logits", "probabilities"))
+        filled = lay_under(filled, {key: part for key, part in RECIPES[recipe].items() if copied or key != "data"})
     teacher, student = (filled.get(key) or {} for key in ("teacher", "student"))
     if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
         return filled
@@ -92,16 +95,6 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
         if student.get("model") is None and student.get("from_teacher_layers") is None:
             student = {**student, "model": names[1]}
     return filled | {"teacher": teacher, "student": student}
-
-
-def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave copies of the texts out where no model labels them, or there are no data at all."""
-    teacher = values.get("teacher")
-    has_table = isinstance(teacher, Mapping) and any(
-        teacher.get(key) is not None for key in ("logits", "probabilities")
-    )
-    without_copies = has_table or not values.get("data")
-    return {key: section for key, section in recipe.items() if key != "data"} if without_copies else recipe
 
 
 def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

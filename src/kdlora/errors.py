@@ -28,15 +28,11 @@ def harmless_json(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-class HarmlessFormatter(logging.Formatter):
-    """Formats log lines by `harmless`."""
+class ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the time: while bars are drawn, rich's, which prints above them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
-
-
-class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is at the time: while bars are drawn, rich's, which prints above them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -44,9 +40,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr(level: int | str) -> None:
-    handler = _ToStderr()
-    handler.setFormatter(HarmlessFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=level, format="%(message)s", handlers=[ToStderr()])
 
 
 class KdLoraError(Exception):

@@ -19,7 +19,7 @@ from kdlora.configfile import save_config
 from kdlora.data.load import load_splits
 from kdlora.deploy.hub import _contents, plan_push
 from kdlora.deploy.stream import predict_file
-from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, KdLoraError, ModelError, harmless
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, ToStderr, harmless
 from kdlora.evidence.records import ExperimentLayout, write_results
 from kdlora.experiment import team
 from kdlora.experiment.engines import connect
@@ -198,7 +198,7 @@ def test_passwords_of_addresses_are_not_shown(url):
         assert secret not in text
         assert "***" in text
     record = logging.LogRecord("a", logging.WARNING, "", 0, "cannot reach %s", (url,), None)
-    assert secret not in HarmlessFormatter().format(record)
+    assert secret not in ToStderr().format(record)
     for plain in ("ray://head:10001 is gone", "USER/REPO@main", "a@b.org", "https://x.org/a?b=c", "12:30 @ home"):
         assert harmless(plain) == plain
 

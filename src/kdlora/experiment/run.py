@@ -132,7 +132,7 @@ def run_experiment(
     """
     config, layout = _settle_paths(config, out)
     with gather_team(config) as team:
-        if not team.leads:
+        if team.launch.rank > 0:
             end = team.follow(config, layout)
             records = read_results(layout.results)
             best = next((one for one in records if [one.arm, one.seed] == end["shipped"]), None)
@@ -315,7 +315,7 @@ def _run_all(
         listen(Stage(job.kind, job.arm, job.seed), event)
 
     def carry_out_all(engine: Engine, notes: Sequence[str], later: Container[str] = ()) -> None:
-        in_child = run_in_child if team.is_alone else team.run
+        in_child = run_in_child if team.launch.count == 1 else team.run
         work = functools.partial(carry_out, in_child=in_child, check=lock.check, notes=notes)
 
         def next_job() -> Job | None:

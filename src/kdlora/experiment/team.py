@@ -49,14 +49,6 @@ class Team:
     def __init__(self, launch: Launch, store: Any = None) -> None:
         self.launch, self.store, self.number = launch, store, 0
 
-    @property
-    def is_alone(self) -> bool:
-        return self.launch.count == 1
-
-    @property
-    def leads(self) -> bool:
-        return self.launch.rank == 0
-
     def run(
         self,
         stage: Callable[..., Any],
@@ -140,7 +132,7 @@ class Team:
 
     def end(self, **said: Any) -> None:
         """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
-        if not self.is_alone:
+        if self.launch.count > 1:
             with suppress(distributed.DistError):
                 self.store.set("end", json.dumps(said))
                 left = [f"left-{rank}" for rank in range(1, self.launch.count)]
@@ -178,7 +170,7 @@ def gather_team(config: Config) -> Iterator[Team]:
     try:
         yield team
     except BaseException as fault:
-        if team.leads:
+        if launch.rank == 0:
             team.end(**_told(fault))
         raise
     finally:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -71,11 +71,10 @@ def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any]
 
 def print_json(value: Any) -> None:
     """Print a value for programs: dataclasses as objects, what JSON does not know as text."""
-    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=_plain)))
+    from pydantic_core import to_jsonable_python
 
-
-def _plain(value: object) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+    plain = functools.partial(to_jsonable_python, fallback=str)
+    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=plain)))
 
 
 def print_found(found: object, tables: Iterable[Figures], as_json: bool) -> None:

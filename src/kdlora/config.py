@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 from kdlora.section import (
@@ -46,6 +46,7 @@ _NAMED = BeforeValidator(
     lambda value: [str(one) if type(one) is int else one for one in value] if isinstance(value, list | tuple) else value
 )
 Names = Annotated[tuple[str, ...], _NAMED, _LISTED]
+_ANY = TypeAdapter(Any)
 
 
 class TaskConfig(Section):
@@ -306,13 +307,6 @@ class ReportConfig(Section):
     """Compare the claims of the KD-LoRA paper with its own tables and with this experiment."""
 
 
-def _as_set(value: Any) -> Any:
-    """Give what was set in sections that were made in Python, so that the recipe fills in the rest."""
-    if isinstance(value, BaseModel):
-        value = {key: getattr(value, key) for key in value.model_fields_set}
-    return {key: _as_set(one) for key, one in value.items()} if isinstance(value, Mapping) else value
-
-
 class Config(Section):
     """One experiment: arms and seeds on one task."""
 
@@ -336,7 +330,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        return fill_in(_as_set(values)) if isinstance(values, Mapping) else values
+        """Lay the recipe under what was set, in sections that were made in Python too."""
+        return fill_in(_ANY.dump_python(values, exclude_unset=True)) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:

@@ -192,7 +192,7 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
         path.parent.mkdir(exist_ok=True)
         path.write_bytes((experiment.folder / path.name).read_bytes())
     for arguments, expected in (
-        (("evaluate", tmp_path, workshop.validation), "kdlora run"),
+        (("evaluate", tmp_path, workshop.validation), "Run the experiment first"),
         (("evaluate", experiment.folder, tmp_path / "none.csv"), "none.csv"),
         (("evaluate", bare.root, workshop.validation), "no model to evaluate"),
         (("export", begun.root, "--to", tmp_path / "x", "--data", workshop.validation), "Run the experiment first"),

@@ -312,11 +312,8 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
 def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:
     """Open an experiment some runs of which have ended."""
     layout = ExperimentLayout(Path(folder))
-    if not layout.config.exists() or not layout.results.exists():
-        raise ArtifactError(
-            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
-        )
-    return layout, load_config(layout.config), recorded_task(layout)
+    task = recorded_task(layout)
+    return layout, load_config(layout.config), task
 
 
 def recorded_task(layout: ExperimentLayout) -> Task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -18,8 +17,6 @@ from packaging.requirements import Requirement
 
 from kdlora.errors import harmless
 from kdlora.system.environment import collect_versions, describe_machine, read_proc
-
-HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,13 @@ def _device() -> tuple[str, int | None]:
 
 
 def _ask_hub(seconds: float) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if constants.HF_HUB_OFFLINE:
         return "not asked: HF_HUB_OFFLINE is set"
-    endpoint = os.environ.get("HF_ENDPOINT") or HUB
-    if not endpoint.startswith(("http://", "https://")):
-        return f"HF_ENDPOINT is {endpoint!r}, which is no address; expected https://..."
+    endpoint = constants.ENDPOINT
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds):
             return f"{endpoint} answers"
     except urllib.error.HTTPError as error:  # an answer, too: a stand-in need not have a front page
         return f"{endpoint} answers" if error.code < 500 else f"{endpoint} answers with {error.code}"
     except (OSError, ValueError, HTTPException) as error:
-        return f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})"
+        return f"{endpoint} (HF_ENDPOINT) cannot be reached ({getattr(error, 'reason', error)})"

@@ -268,8 +268,8 @@ def json_fault(error: Exception) -> str:
     return str(error) if isinstance(error, RowError) else f"not JSON ({error})"  # a number of too many digits
 
 
-def as_object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        found = type(value).__name__
-        raise RowError(f'expected a JSON object such as {{"text": ..., "label": ...}}, found {found}')
-    return value
+def as_object(value: Any) -> Mapping[str, Any] | str:
+    """Give an object, or say what is wrong with what is none."""
+    if isinstance(value, dict):
+        return value
+    return f'expected a JSON object such as {{"text": ..., "label": ...}}, found {type(value).__name__}'

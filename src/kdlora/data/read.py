@@ -225,16 +225,11 @@ def _begins_an_array(stream: TextIO) -> bool:
     return begin.startswith("[")
 
 
-def _array_rows(file: Path, text: str) -> Iterator[Numbered]:
+def _array_rows(file: Path, text: str) -> Iterable[Numbered]:
     try:
-        rows = json.loads(text)
+        return enumerate(map(as_object, json.loads(text)))
     except (RecursionError, ValueError) as error:
         raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: {json_fault(error)}") from None
-    for number, row in enumerate(rows):
-        try:
-            yield number, as_object(row)
-        except ValueError as error:
-            yield number, str(error)
 
 
 def _refuse_quoting(raw: RawTable) -> None:

@@ -152,7 +152,8 @@ class LengthBucketSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         draw = np.random.default_rng([self.seed, self.epoch])
         first = len(self.lengths) - self.beside
-        order = self._draw(draw, first, self.drawn)
+        passes = -(-self.drawn // max(1, first))  # each row once before any comes again
+        order = np.concatenate([draw.permutation(first) for _ in range(passes)])[: self.drawn]
         if self.beside:
             order = np.concatenate([order, first + self._draw_beside()])
             draw.shuffle(order)
@@ -173,12 +174,6 @@ class LengthBucketSampler(Sampler[list[int]]):
         passes = range(begin // self.beside, -(-(begin + self.drawn) // self.beside))
         orders = [np.random.default_rng([self.seed, one, 1]).permutation(self.beside) for one in passes]
         return np.concatenate(orders)[begin - passes[0] * self.beside :][: self.drawn]
-
-    @staticmethod
-    def _draw(draw: np.random.Generator, rows: int, wanted: int) -> npt.NDArray[np.int64]:
-        """Draw rows, each of them once before any comes again."""
-        passes = -(-wanted // max(1, rows))
-        return np.concatenate([draw.permutation(rows) for _ in range(passes)])[:wanted]
 
     def rows_of(self, place: int) -> int:
         return min(self.batch_size, self.rows_per_epoch - place * self.batch_size)

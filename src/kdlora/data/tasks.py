@@ -138,15 +138,11 @@ def window_settings(data: DataConfig) -> WindowSettings | None:
 def with_windows(task: Task, data: DataConfig) -> Task:
     """Read long texts in windows where the config says so, and an example is one text with labels of the whole."""
     windows = window_settings(data)
-    if windows is not None and task.kind == "tokens":
-        raise ConfigError(
-            "data.long_texts: tasks of tokens always read long texts in windows, each word in one of them; leave it out"
+    if windows is not None and (task.kind == "tokens" or task.is_pair):
+        why = (
+            f"this task has pairs ({', '.join(task.text)})" if task.is_pair else "tasks of tokens always have their own"
         )
-    if windows is not None and task.is_pair:
-        raise ConfigError(
-            f"data.long_texts: windows are of one text, and this task has pairs ({', '.join(task.text)}); set it to "
-            "cut, or put both texts into one column"
-        )
+        raise ConfigError(f"data.long_texts: windows are of one text with a label, and {why}; leave it out (cut)")
     return replace(task, windows=windows)
 
 

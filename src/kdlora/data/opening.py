@@ -275,14 +275,11 @@ def _sources(loaded: DatasetDict, name: str) -> dict[str, Source]:
 def open_collection_texts(folder: Path, task: Task) -> Dataset:
     """Read ids and texts of a collection that serves as unlabelled rows."""
     collection = open_collection(folder)
-    if not collection.texts:
-        raise DataError(
-            f"{folder} (data.unlabelled) holds logits without texts; label it again without --without-texts"
-        )
     if collection.texts != len(task.text):
+        remedy = "" if collection.texts else ". Label it again without --without-texts"
         raise DataError(
-            f"{folder} (data.unlabelled) holds {collection.texts} text(s) a row, but the task has "
-            f"{len(task.text)}: {', '.join(task.text)}"
+            f"{folder} (data.unlabelled) holds {collection.texts or 'no'} text(s) a row, but the task has "
+            f"{len(task.text)}: {', '.join(task.text)}{remedy}"
         )
     match_collection(collection, task, "data.unlabelled")
     words = WORDS if task.kind == "tokens" else ()

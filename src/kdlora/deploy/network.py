@@ -25,8 +25,8 @@ from kdlora.foreign import panics_as_errors
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-"""Names of the arrays that a text becomes, and where an encoding has them."""
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Names of the arrays that a text becomes."""
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
@@ -39,17 +39,13 @@ _ENCODED_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a text as tokens, special ones included, with what `_fill` takes of an encoding."""
+    """A part of a text as tokens, special ones included."""
 
     ids: np.ndarray
     type_ids: np.ndarray
     text: int  # whose part it is
     words: Any = None  # that a tagger reads in it: their places among the words of all texts
     places: Any = None  # of their first tokens in the window
-
-    @property
-    def attention_mask(self) -> np.ndarray:
-        return np.ones_like(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,7 +72,7 @@ class Network(ABC):
             raise ModelError(f"{folder.path}: {_OF_TEXTS if self.marks_entities else _OF_WORDS}")
         self.decisions = Decisions() if decisions is None else decisions
         self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
-        if not {"input_ids"} <= set(self.input_names) <= INPUTS.keys():
+        if not {"input_ids"} <= set(self.input_names) <= set(INPUTS):
             taken = ", ".join(self.input_names)
             raise ModelError(f"{folder.path}: expected a model that takes {', '.join(INPUTS)}, got {taken:.200}.")
         self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
@@ -191,12 +187,12 @@ class Network(ABC):
 
     def _fill(self, windows: Sequence[Window]) -> dict[str, np.ndarray]:
         shape = len(windows), len(windows[-1])  # the longest is the last
-        arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
-        arrays["input_ids"][:] = self._pad
+        ids, mask, types = np.full(shape, self._pad, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for place, window in enumerate(windows):
-            for name, array in arrays.items():
-                array[place, : len(window)] = getattr(window, INPUTS[name])
-        return arrays
+            own = np.s_[place, : len(window)]
+            ids[own], mask[own], types[own] = window.ids, 1, window.type_ids
+        arrays = dict(zip(INPUTS, (ids, mask, types), strict=True))
+        return {name: arrays[name] for name in self.input_names}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels), or (rows, tokens, labels), of int64 token arrays (rows, tokens)."""

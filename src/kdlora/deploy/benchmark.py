@@ -80,11 +80,9 @@ def benchmark(
         >>> figures = benchmark({"teacher": "runs/reviews/teacher", "student": "runs/reviews/student"}, rounds=1)
     """
     named = models if isinstance(models, Mapping) else {str(path): path for path in models}
-    if not named:
-        raise ConfigError("benchmark: expected at least one model.")
     count = default_threads() if threads is None else threads
-    if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
+    if not named or rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError("benchmark: models, rounds, threads and batch sizes must be at least 1.")
     ways = {name: Way.of(path) for name, path in named.items()}
     example = _check_alike([*map(read_model_folder, ways.values())]).example
     given = texts

@@ -174,10 +174,8 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
     A threshold that is read off the curve was chosen on these rows: judge it on others.
     """
     Cascade(student, teacher, 0.0)  # which refuses what cannot be one
-    if given.task is None or given.labels is None:
-        raise DataError("a cascade is scored on labelled rows; give a labelled file.")
-    if set(given.task.label_names) != set(student.label_names):
-        raise DataError("the labelled rows have other labels than the models; give rows of their task.")
+    if given.task is None or given.labels is None or set(given.task.label_names) != set(student.label_names):
+        raise DataError("a cascade is scored on rows with the models' labels; give a labelled file of their task.")
     texts: list[Any] = list(given.texts)
     outputs, seconds = [], []
     for model in (student, teacher):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -204,7 +204,9 @@ class _RowFile:
         """Give columns and rows. A bad row is an error; one of a benchmark is empty."""
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as stream:
-                if self.form == "jsonl" and _begins_an_array(stream):
+                begin = stream.read(1000).lstrip() if self.form == "jsonl" else ""
+                stream.seek(0)
+                if begin.startswith("["):
                     yield (), self._sound(_array_rows(self.path, stream.read()), "row")
                 else:
                     columns, found = read_rows(stream, self.form, str(self.path), self.header)
@@ -217,12 +219,6 @@ class _RowFile:
             if isinstance(values, str) and not self.benchmark:
                 raise DataError(f"{self.path}, {unit} {number + 1}: {values}")
             yield {} if isinstance(values, str) else values
-
-
-def _begins_an_array(stream: TextIO) -> bool:
-    begin = stream.read(1000).lstrip()
-    stream.seek(0)
-    return begin.startswith("[")
 
 
 def _array_rows(file: Path, text: str) -> Iterable[Numbered]:

@@ -49,6 +49,7 @@ GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
 """What a transformers config calls labels that nobody named."""
 _LIST = re.compile(r"\s*[\[({].*[\])}]\s*", re.DOTALL)
 """A cell that a program wrote from a list; NumPy breaks long ones into lines."""
+_OF_A_LABEL = ("f1", "average_precision")
 _RECALL_AT = re.compile(r"recall@(0?\.\d*[1-9]\d*|1(\.0*)?)")
 
 
@@ -292,15 +293,10 @@ def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names:
             raise ConfigError("task.metric: every cost is 0, so that all models are equal; name one that is above 0")
         return f"cost:{json.dumps(matrix)}"
     name, of, label = given.partition(":")
-    if kind == "tokens" and name == "recall" and of:
-        types = tag_types(names)
-        return f"recall:{types[find_label(label, types, 'task.metric')]}"
-    if (
-        of
-        and kind in ("single-label", "multi-label")
-        and (name in ("f1", "average_precision") or _RECALL_AT.fullmatch(name))
-    ):
-        return f"{name}:{names[find_label(label, names, 'task.metric')]}"
+    takes_label = name == "recall" if kind == "tokens" else name in _OF_A_LABEL or _RECALL_AT.fullmatch(name)
+    if of and takes_label and kind != "regression":
+        labels = tag_types(names) if kind == "tokens" else names
+        return f"{name}:{labels[find_label(label, labels, 'task.metric')]}"
     if of or name not in METRICS[kind] or (name == "f1" and len(names) != 2):
         of_labels = {"regression": (), "tokens": ("recall:TYPE",)}
         known = [*METRICS[kind], *of_labels.get(kind, ("f1:LABEL", "average_precision:LABEL", "recall@0.9:LABEL"))]

@@ -64,11 +64,11 @@ def test_what_is_put_between_the_parts_stays(classifier, rows, tmp_path, monkeyp
     """The folder of an interrupted prediction is seen by people, who may put their notes there."""
     folder = tmp_path / "answers.csv.partial"
 
-    def cut(self):
+    def cut(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdlora.deploy.stream.PartialResult.finish", cut)
+        patch.setattr("kdlora.deploy.stream._Form.join", cut)
         with pytest.raises(KeyboardInterrupt):
             predict_file(classifier, rows, tmp_path / "answers.csv")
     if what == "file":

@@ -333,20 +333,12 @@ class PartialResult(_Output):
     def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
         with self._lock:
             if fault is None:
-                self.finish()
-            elif isinstance(fault, DataError):  # the input must change, and parts of the old one are of no use
-                self._discard()
-
-    def finish(self) -> None:
-        """Join the parts into the output file, which appears whole, and remove them."""
-        with atomic_file(self.to) as temporary:
-            self.form.join(self._parts(), temporary)
-        self._discard()
-
-    def _discard(self) -> None:
-        self._refuse_foreign()
-        self._lock.close()  # some systems remove no file that is open
-        remove(self.folder)
+                with atomic_file(self.to) as temporary:
+                    self.form.join(self._parts(), temporary)
+            if fault is None or isinstance(fault, DataError):  # then the input must change: the parts are of no use
+                self._refuse_foreign()
+                self._lock.close()  # some systems remove no file that is open
+                remove(self.folder)
 
     def _parts(self) -> list[Path]:
         return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))

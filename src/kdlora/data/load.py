@@ -174,12 +174,9 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _begin_tokens(task, data, train, found)
     text = task.text or infer_columns(train, "text")
     label = task.label or infer_columns(train, "label", {*text, data.id_column})
-    if both := [column for column in text if column in label]:
-        raise DataError(
-            f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
-        )
-    if len(set(text)) < len(text):
-        raise DataError(f"task.text names the column {text[0]!r} twice; a pair of texts is in two columns")
+    if twice := [column for column in text if (*text, *label).count(column) > 1]:
+        told = "no column is both text and label, or both texts of a pair; set task.text and task.label"
+        raise DataError(f"the task names the column {twice[0]!r} twice; {told}")
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
     raw = train.read(reading.columns(train, labelled=True).all)
     if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):

@@ -140,7 +140,7 @@ class RowReader:
         return "" if self._has_ids else str(number)
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
-        given = values.get(self._columns.id) if self.form != "text" else None
+        given = values.get(self._columns.id)
         name, where = self._number(number) if given is None else str(given), f"row {number}"
         try:
             name.encode("utf-8")

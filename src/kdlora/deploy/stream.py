@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from kdlora.data.lines import Format
 from kdlora.data.tags import Words
@@ -29,9 +29,6 @@ from kdlora.extras import check_installed
 from kdlora.system.integrity import compare
 from kdlora.system.ownership import MANIFEST, check_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, hold_lock, mark_folder, temporary_name
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
@@ -223,7 +220,7 @@ class _Form:
         label = "|".join(label) if self.name == "csv" and isinstance(label, tuple) else label
         return [row.id, label, *prediction.probabilities.values(), None]
 
-    def _schema(self) -> pa.Schema:
+    def _schema(self) -> Any:
         import pyarrow as pa
 
         label = {"regression": pa.float64(), "multi-label": pa.list_(pa.string())}.get(self._kind, pa.string())

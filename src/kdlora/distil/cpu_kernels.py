@@ -332,7 +332,7 @@ def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, ty
         elif _packable(module):
             replacement = _FrozenLayer
             vars(module).update(casts=casts, packed=_Packed(module))
-        elif type(module) is LoraLinear and _plain_lora(module):
+        elif type(module) is LoraLinear and not module.lora_variant and _packable(module.base_layer):
             replacement = _AdaptedLayer
             vars(module).update(casts=casts, packed=_Packed(module.base_layer))
             done.update(module.modules())  # the adapted layer itself does their work
@@ -352,8 +352,3 @@ def _packable(layer: nn.Module) -> bool:
     return layer.weight.dtype == torch.float32 or (
         layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def _plain_lora(module: LoraLinear) -> bool:
-    """Say whether an adapter, as `add_adapter` makes it, is LoRA itself and no variant such as DoRA."""
-    return not module.lora_variant and _packable(module.base_layer)

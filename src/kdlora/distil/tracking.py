@@ -99,31 +99,8 @@ def _wandb(run: TrackedRun) -> Iterator[TrainerCallback]:
     import wandb
     from transformers.integrations import WandbCallback
 
-    # Nothing leaves this machine unless WANDB_MODE says so; `wandb sync` sends it later.
-    run.folder.mkdir(parents=True, exist_ok=True)
-    opened = wandb.init(
-        project=os.environ.get("WANDB_PROJECT") or run.experiment,
-        name=run.name,
-        id=run.key,
-        resume="allow",
-        mode=os.environ.get("WANDB_MODE", "offline"),
-        dir=os.environ.get("WANDB_DIR") or str(run.folder),
-        tags=[f"{name}:{value}" for name, value in run.tags.items()],
-        settings=wandb.Settings(silent=True, console="off", **_unnamed()),
-    )
-    code = 1
-    try:
-        yield WandbCallback()
-        code = 0
-    finally:
-        opened.finish(exit_code=code)
-
-
-def _unnamed() -> dict[str, Any]:
-    """Keep user, host, command, code and remote out of what W&B writes down; its versions name some keys otherwise."""
-    import wandb
-
-    wanted = {
+    # Neither user, host, command, code nor remote is written down; versions of W&B name some of these keys otherwise.
+    unnamed = {
         "disable_git": True,
         "save_code": False,
         "host": "unnamed",
@@ -137,7 +114,25 @@ def _unnamed() -> dict[str, Any]:
         "_disable_stats": True,
     }
     known = {name for kind in wandb.Settings.__mro__ for name in vars(kind).get("__annotations__", {})}
-    return {name: value for name, value in wanted.items() if name in known}
+    settings = {name: value for name, value in unnamed.items() if name in known}
+    # Nothing leaves this machine unless WANDB_MODE says so; `wandb sync` sends it later.
+    run.folder.mkdir(parents=True, exist_ok=True)
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or run.experiment,
+        name=run.name,
+        id=run.key,
+        resume="allow",
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        dir=os.environ.get("WANDB_DIR") or str(run.folder),
+        tags=[f"{name}:{value}" for name, value in run.tags.items()],
+        settings=wandb.Settings(silent=True, console="off", **settings),
+    )
+    code = 1
+    try:
+        yield WandbCallback()
+        code = 0
+    finally:
+        opened.finish(exit_code=code)
 
 
 @contextlib.contextmanager

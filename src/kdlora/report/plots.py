@@ -80,7 +80,8 @@ class Series:
         """Read the scores from the histories of runs; what is no finite number there is left out."""
         entries = (entry for record in records for entry in record.history)
         points: Iterator[Any] = ((entry.get("epoch"), entry.get("score")) for entry in entries)
-        return cls(name, style, tuple(point for point in points if all(map(_is_number, point))))
+        known = (one for one in points if all(isinstance(value, int | float) and isfinite(value) for value in one))
+        return cls(name, style, tuple(known))
 
     @property
     def middle(self) -> tuple[float, float]:
@@ -92,10 +93,6 @@ class Series:
         for epoch, value in self.points:
             found.setdefault(epoch, []).append(value)
         return dict(sorted(found.items()))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
 
 
 def draw(

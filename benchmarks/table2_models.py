@@ -19,7 +19,6 @@ from kdlora.data.batches import PAD_MULTIPLE, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import GLUE, PROBLEM_TYPES
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, fresh_modules
-from kdlora.models.loading import Loaded
 
 TASK = GLUE["cola"].task
 BATCH = 32
@@ -90,7 +89,7 @@ def build_model(size: Size, rank: int | None, *, device: str = "cpu") -> tuple[n
         torch.default_generator.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     # The published checkpoints hold the whole encoder, so only what stands beside it is fresh.
-    fresh = fresh_modules(Loaded(model, frozenset()))
+    fresh = fresh_modules(model, ())
     vocabulary = WordLevel({"[PAD]": config.pad_token_id, "[UNK]": 1 - config.pad_token_id}, unk_token="[UNK]")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="[PAD]", unk_token="[UNK]")
     encoder = Encoder(model.eval(), tokenizer, fresh, size.title)

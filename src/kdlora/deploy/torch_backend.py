@@ -23,13 +23,13 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         source = Source(str(folder.path), local=True)
-        loaded = loading.load_weights(source, loading.load_config(source))
-        if absent := sorted(loaded.random):
+        self.model, random = loading.load_weights(source, loading.load_config(source))
+        if absent := sorted(random):
             raise ModelError(
                 f"{folder.path}: the checkpoint lacks weights of the classifier ({', '.join(absent[:3])}"
                 f"{', …' if len(absent) > 3 else ''}). Fine-tune it first: their values would be random."
             )
-        self.model, self.tokenizer = loaded.model, loading.load_tokenizer(source, loaded.model)
+        self.tokenizer = loading.load_tokenizer(source, self.model)
         if not self.tokenizer.is_fast:
             name = type(self.tokenizer).__name__
             raise ModelError(f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {name}.")

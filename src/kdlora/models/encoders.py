@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from kdlora.data.tags import tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
 from kdlora.errors import ModelError
 from kdlora.models.loading import (
-    Loaded,
     Source,
     classifies_words,
     is_decoder,
@@ -89,9 +88,9 @@ def load_encoder(
             "standardised targets cannot be brought back to their scale. Choose an encoder for a regression"
         )
     config.id2label, config.label2id = task.id2label, task.label2id
-    loaded = read_weights(place, config)
-    _start_afresh(loaded, seed)
-    return _encoder(place, loaded, task)
+    model, random = read_weights(place, config)
+    _start_afresh(model, random, seed)
+    return _encoder(place, model, random, task)
 
 
 def load_fine_tuned(
@@ -132,13 +131,13 @@ def load_fine_tuned(
             "teacher.model, and kdlora fine-tunes it"
         )
     columns = _match_columns(place, config, task, label_names)
-    loaded = read_weights(place, config)
-    if absent := sorted(loaded.random):
+    model, random = read_weights(place, config)
+    if random:
         raise ModelError(
-            f"{source} is not fine-tuned: it has no weights for {', '.join(absent)}. Give it as teacher.model, and "
-            "kdlora fine-tunes it; or give a model with a trained classification head"
+            f"{source} is not fine-tuned: it has no weights for {', '.join(sorted(random))}. Give it as "
+            "teacher.model, and kdlora fine-tunes it; or give a model with a trained classification head"
         )
-    return _encoder(place, loaded, task), columns
+    return _encoder(place, model, random, task), columns
 
 
 def student_from_layers(whole: Encoder, layers: Sequence[int]) -> Encoder:
@@ -196,24 +195,22 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     encoder.tokenizer.save_pretrained(folder)
 
 
-def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
+def fresh_modules(model: PreTrainedModel, random: Collection[str]) -> tuple[str, ...]:
     """Name what is trained in full: what the checkpoint lacks, and, by its outermost module, all beside the encoder."""
-    model = loaded.model
     head = [name for name, child in model.named_children() if child is not model.base_model]
     names = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
-    absent = {key.rpartition(".")[0] for key in loaded.random}
+    absent = {key.rpartition(".")[0] for key in random}
     inner = {name for name in absent if name.partition(".")[0] not in head}
     return tuple(name for name, _ in model.named_modules() if name in inner or name in names)
 
 
 @torch.no_grad()
-def _start_afresh(loaded: Loaded, seed: int) -> None:
+def _start_afresh(model: PreTrainedModel, random: Set[str], seed: int) -> None:
     """Initialise what is missing, and another task's head, as the architecture does, from a seed of their own."""
-    model, random = loaded.model, loaded.random
     trained_as = getattr(model.config, "architectures", None) or [""]
     if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):
         prefix = model.base_model_prefix + "."
-        random |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+        random = random | {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         tensor._is_hf_initialized = name not in random  # transformers' guard, see its initialization.py
@@ -224,8 +221,8 @@ def _start_afresh(loaded: Loaded, seed: int) -> None:
         model.initialize_weights()
 
 
-def _encoder(place: Source, loaded: Loaded, task: Task) -> Encoder:
-    model, fresh = loaded.model, fresh_modules(loaded)
+def _encoder(place: Source, model: PreTrainedModel, random: Collection[str], task: Task) -> Encoder:
+    fresh = fresh_modules(model, random)
     model.config.problem_type = None if place.words else PROBLEM_TYPES[task.kind]  # of words it is in the class alone
     tokenizer = read_tokenizer(place, model)
     try:

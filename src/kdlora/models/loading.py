@@ -81,14 +81,6 @@ class Source:
         return Path(self.name).is_dir()
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in fp32, in evaluation mode; what the checkpoint lacks, or has in another shape, is `random`."""
-
-    model: PreTrainedModel
-    random: frozenset[str]
-
-
 def open_source(name: str, revision: str | None, trust_remote_code: bool, words: bool | None = None) -> Source:
     """Refuse a place that holds no model which we would open, or files that lie elsewhere; nothing is loaded yet."""
     path = expand_home(name)
@@ -187,16 +179,16 @@ def read_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
     return tokenizer
 
 
-def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
+def read_weights(source: Source, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
     """Read weights, and refuse what leaves a part of the encoder random, other than a pooler on top of it."""
-    loaded = load_weights(source, config)
-    prefix = loaded.model.base_model_prefix + "."
-    if absent := sorted(key for key in loaded.random if key.startswith(prefix) and ".pooler." not in key):
+    model, random = load_weights(source, config)
+    prefix = model.base_model_prefix + "."
+    if absent := sorted(key for key in random if key.startswith(prefix) and ".pooler." not in key):
         raise ModelError(
-            f"the weights of {source.name} are not those of a {loaded.model.config.model_type!r} encoder as its "
+            f"the weights of {source.name} are not those of a {model.config.model_type!r} encoder as its "
             f"config.json describes it: {len(absent)} tensors are missing or have another shape, such as {absent[0]}"
         )
-    return loaded
+    return model, random
 
 
 def load_config(source: Source) -> PretrainedConfig:
@@ -246,8 +238,8 @@ def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
-    """Load weights for classification in fp32, never pickled ones; what the checkpoint lacks is random."""
+def load_weights(source: Source, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
+    """Load weights for classification in fp32, never pickled ones; name what the checkpoint lacks, which is random."""
     with _loading_of("weights", source), torch.random.fork_rng(devices=[]):
         made, _ = _CLASSES[classifies_words(source, config)]
         model, report = made.from_pretrained(
@@ -260,7 +252,7 @@ def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
             **_options(source),
         )
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-    return Loaded(model.eval(), frozenset(report["missing_keys"]) | mismatched)
+    return model.eval(), mismatched.union(report["missing_keys"])
 
 
 def _options(source: Source) -> dict[str, Any]:

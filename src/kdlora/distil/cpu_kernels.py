@@ -145,8 +145,7 @@ class _Packed:
 
     @cached_property
     def backward(self) -> Tensor:
-        backward: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous(), None)
-        return backward
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous(), None)
 
     def product(self, rows: Tensor) -> Tensor:
         made = torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
@@ -343,7 +342,7 @@ def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, ty
     return changed
 
 
-def _packable(layer: nn.Module) -> bool:
+def _packable(layer: Any) -> bool:
     if type(layer) is not nn.Linear:
         return False
     if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in layer.parameters()):

@@ -266,8 +266,7 @@ def _fill(
         if processes.is_first:
             write_note(store.folder, found[name])
         done += len(parts[name])
-    finished: LogitStore = processes.first_says(store.finish(list(found.values())) if processes.is_first else None)
-    return finished
+    return processes.first_says(store.finish(list(found.values())) if processes.is_first else None)
 
 
 @dataclass(frozen=True)

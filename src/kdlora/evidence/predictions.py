@@ -145,5 +145,4 @@ def _labels_of(table: pa.Table, path: str | Path) -> np.ndarray:
     if pa.types.is_list(column.type):
         width = len(column[0]) if table.num_rows else 0
         return np.asarray(column.to_pylist(), dtype=np.float32).reshape(table.num_rows, width)
-    values: np.ndarray = column.to_numpy()
-    return values
+    return column.to_numpy()

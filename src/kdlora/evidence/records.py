@@ -133,8 +133,7 @@ class _Inside:
         self.name, self.of = name, of
 
     def __get__(self, layout: Any, owner: type) -> Path:
-        folder: Path = getattr(layout, self.of)
-        return folder / self.name
+        return getattr(layout, self.of) / self.name
 
 
 @dataclass(frozen=True)

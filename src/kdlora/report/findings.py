@@ -155,8 +155,7 @@ class Choice(BaseModel):
 
 def read_choice(path: Path) -> Choice | None:
     """Read the experiment's `shipped.json`; None where nothing was shipped, or the file cannot be read."""
-    found: Choice | None = read_part(path, Choice, "")[0]
-    return found
+    return read_part(path, Choice, "")[0]
 
 
 def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:

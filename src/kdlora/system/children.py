@@ -84,8 +84,7 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
     answer = _own.get().ask(function, arguments, on_message)
     if answer.fault is not None:
         raise answer.fault
-    value: T = answer.value
-    return value
+    return answer.value
 
 
 class Children:

@@ -86,7 +86,7 @@ MODELS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
 NAMES: list[tuple[str, tuple[str, ...]]] = [
     ("./model", ("there is no folder", "Check the path")),
     ("someone/a-model", ("'someone/a-model'", "HF_HUB_OFFLINE is set", "hf download someone/a-model")),
-    (__file__, ("is a file; a model is a folder",)),
+    (__file__, ("there is no folder", "Check the path")),
     ("bert-base-uncsed", ("bert-base-uncsed",)),
     ("not a name", ("not a name", "there is no folder")),
     ("https://example.org/model", ("https://example.org/model",)),

@@ -102,9 +102,7 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool, words:
             )
         held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
         raise ModelError(f"{path} is no model folder: expected config.json and model.safetensors, it holds {held}")
-    if path.exists():
-        raise ModelError(f"{name} is a file; a model is a folder with config.json, or the id of a Hub model")
-    if not HUB_ID.fullmatch(name) or name.startswith("."):
+    if path.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(
             f"there is no folder {name!r}, and it is not the id of a Hub model (such as "
             "bert-base-uncased or microsoft/deberta-v3-small). Check the path; a relative one counts from "

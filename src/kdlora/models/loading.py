@@ -7,7 +7,6 @@ What cannot classify texts is refused with the reason.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -335,8 +335,7 @@ def _explanation(source: Source, what: str, fault: Exception) -> str:
             f"({reason}). Convert it once: load model and tokenizer with transformers, call save_pretrained on both, "
             "and give that folder. Without `revision`, a conversion that the Hub has made is found"
         )
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    state = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"
+    state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
     return (
         f"cannot load the {what} of {source.name!r}: there is no such folder, no copy in the Hub's cache, and "
         f"{state} ({reason}). On a machine with a network run `hf download {source.name}`, and give the folder "

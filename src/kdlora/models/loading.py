@@ -76,10 +76,6 @@ class Source:
     local: bool = False  # read only what lies on this machine
     words: bool | None = None  # whether it is to classify words or texts; None: as its own config says
 
-    @property
-    def is_folder(self) -> bool:
-        return Path(self.name).is_dir()
-
 
 def open_source(name: str, revision: str | None, trust_remote_code: bool, words: bool | None = None) -> Source:
     """Refuse a place that holds no model which we would open, or files that lie elsewhere; nothing is loaded yet."""
@@ -288,7 +284,7 @@ def _loading_of(what: str, source: Source) -> Iterator[None]:
         verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
         log.set_verbosity_error()
         convert, safetensors_conversion.spawn_conversion = safetensors_conversion.spawn_conversion, _refuse_conversion
-        if source.is_folder:  # what comes from the Hub has bars
+        if Path(source.name).is_dir():  # what comes from the Hub has bars
             log.disable_progress_bar()
         try:
             with panics_as_errors():
@@ -321,7 +317,7 @@ def _explanation(source: Source, what: str, fault: Exception) -> str:
             f"{source.name} needs Python code of its own. Read that code; if you trust it, pin `revision` "
             "and set `trust_remote_code: true` beside the model in the config"
         )
-    if source.is_folder:
+    if Path(source.name).is_dir():
         return f"the {what} in {source.name} cannot be read: {reason}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"{source.name} is gated on the Hub: accept its terms there and log in with `hf auth login`"

@@ -59,24 +59,20 @@ class Questions:
             self.source = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as fault:
             raise ConfigError(f"{file}: the prompt cannot be read ({first_line(fault)}); give a text file") from None
-        self._environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        self._template = self._compile(file)
+        environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        try:
+            found = meta.find_undeclared_variables(environment.parse(self.source))
+            self._template = environment.from_string(self.source)
+        except TemplateSyntaxError as fault:
+            raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None
+        for name in sorted(found - _FIELDS):
+            known = ", ".join(sorted(_FIELDS))
+            raise ConfigError(f"{file}: the prompt has an unknown field {name!r}; there are {known}")
+        if "text" not in found:
+            raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
         most = settings.top_logprobs
         votes, is_named = settings.votes, settings.codes == "names"
         self.groups = [_named(labels, most, votes)] if is_named else _lettered(labels, most, votes)
-
-    def _compile(self, file: Path) -> Any:
-        try:
-            found = meta.find_undeclared_variables(self._environment.parse(self.source))
-            for name in sorted(found - _FIELDS):
-                raise ConfigError(
-                    f"{file}: the prompt has an unknown field {name!r}; there are {', '.join(sorted(_FIELDS))}"
-                )
-            if "text" not in found:
-                raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
-            return self._environment.from_string(self.source)
-        except TemplateSyntaxError as fault:
-            raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None
 
     @cached_property
     def choices(self) -> list[Option]:

@@ -74,13 +74,13 @@ def test_a_lock_knows_when_its_folder_is_gone(tmp_path):
                 out.rename(tmp_path / "again")
             (out / "deep" / "record").write_text("")
 
-    with hold_lock(out / ".lock", "runs it") as lock:
-        lock.check()
+    with hold_lock(out / ".lock", "runs it") as check:
+        check()
         out.rename(tmp_path / "away")
         out.mkdir()
         (out / ".lock").touch()  # of somebody who made the folder anew
         with pytest.raises(FileNotFoundError, match=gone):
-            lock.check()
+            check()
     with pytest.raises(FileNotFoundError, match="record"):
         write(moved=False)
     with pytest.raises(FileNotFoundError, match=gone):

@@ -40,7 +40,7 @@ from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
 from kdlora.system.ownership import read_manifest, remove_abandoned
-from kdlora.system.storage import HeldLock, claim_folder, hold_lock, mark_folder, write_json_atomic, write_text_atomic
+from kdlora.system.storage import claim_folder, hold_lock, mark_folder, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _lead(
         if before is not None:
             before(plan)
     doing = f"runs the experiment in {layout.root}"
-    with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as lock:
+    with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as check:
         claim_folder(layout.root, "experiment")
         # Another call may have come between the plan and the lock, and have settled what is open here.
         check_folder(asked if with_recorded(asked, layout.config) == asked else config, layout)
@@ -216,13 +216,13 @@ def _lead(
         if plan is not None:
             write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
-        records = _run_all(config, layout, facts, finished, team, lock, listen)
+        records = _run_all(config, layout, facts, finished, team, check, listen)
         try:
             shipped, told = _ship_best(config, layout, splits.task, records, listen)
         except ArtifactError:  # the trainings are done: their report is due, whatever hinders the shipping
             make_report(layout.root)
             raise
-        lock.check()
+        check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
     return ExperimentResult(layout.root, records, shipped, (*splits.notes, *told))
@@ -301,7 +301,7 @@ def _run_all(
     facts: TaskFacts,
     finished: Mapping[str, RunRecord],
     team: Team,
-    lock: HeldLock,
+    check: Callable[[], None],
     listen: Listener,
 ) -> list[RunRecord]:
     """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
@@ -316,7 +316,7 @@ def _run_all(
 
     def carry_out_all(engine: Engine, notes: Sequence[str], later: Container[str] = ()) -> None:
         in_child = run_in_child if team.launch.count == 1 else team.run
-        work = functools.partial(carry_out, in_child=in_child, check=lock.check, notes=notes)
+        work = functools.partial(carry_out, in_child=in_child, check=check, notes=notes)
 
         def next_job() -> Job | None:
             return None if config.run.fail_fast and queue.failed else queue.next_job(later)

@@ -105,7 +105,7 @@ def run_suite(
     plan = make_plan(suite)
     root = suite_folder(suite, out)
     doing = f"carries out the suite in {root}"
-    with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as lock:
+    with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as check:
         claim_folder(root, "suite")
         write_text_atomic(root / "suite.yaml", save_suite(suite))
         configs = [runs[0].config for runs in plan.cells.values()]
@@ -117,7 +117,7 @@ def run_suite(
             if not queue.reused and (others := list(root.glob("runs/*/*/runs/*/run.json"))):
                 told = "of this suite: settings differ, or paths of files; all is done anew"
                 logger.warning("none of the %d runs in %s is %s", len(others), root, told)
-            own = functools.partial(carry_out, check=lock.check, notes=shared_machine(gpus))
+            own = functools.partial(carry_out, check=check, notes=shared_machine(gpus))
             work: Work = own if on is None else carry_out
             try:
                 _carry_out(queue, engine, work, listen)

@@ -11,8 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -151,25 +150,6 @@ def plain_json(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class HeldLock:
-    """A lock that this process holds: its file, with device and number."""
-
-    path: Path
-    identity: tuple[int, int]
-
-    def check(self) -> None:
-        """See that the locked folder is still there: writing on would put a part of the results elsewhere."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != self.identity:
-            raise FileNotFoundError(
-                errno.ENOENT, "the folder was removed, moved or unmounted while it was in use", str(self.path.parent)
-            )
-
-
 def _is_lock(path: Path) -> bool:
     """Say whether a file is there for us to lock: none, an empty one, or one that says who took it."""
     try:
@@ -181,10 +161,11 @@ def _is_lock(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") -> Iterator[HeldLock]:
+def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") -> Iterator[Callable[[], None]]:
     """Hold a lock, which the system drops with the process, however it ends; refuse where another one has it, or wait.
 
-    `what` and `remedy` are for the message: "runs the experiment in out", ", or name another folder".
+    `what` and `remedy` are for the message: "runs the experiment in out", ", or name another folder". Gives what checks
+    that the locked folder is still there: writing on would put a part of the results elsewhere.
     """
     if not _is_lock(path):
         raise ArtifactError(
@@ -212,11 +193,18 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
         with contextlib.suppress(OSError):  # a name for the others; the lock holds without it too
             if not path.read_bytes().startswith(b"%d\n" % os.getpid()):  # else the file itself is the lock
                 path.write_text(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
-        mine = HeldLock(path, (held.st_dev, held.st_ino))
+
+        def check() -> None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), held):
+                    return
+            told = "the folder was removed, moved or unmounted while it was in use"
+            raise FileNotFoundError(errno.ENOENT, told, str(path.parent))
+
         try:
-            yield mine
+            yield check
         except OSError:  # of a file that is missing, the reason may be that the folder is
-            mine.check()
+            check()
             raise
     finally:
         lock.release()

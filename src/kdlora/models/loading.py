@@ -112,26 +112,36 @@ def read_config(source: Source) -> PretrainedConfig:
     config = load_config(source)
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
-    words, why = classifies_words(source, config), ""
-    wanted, known = _CLASSES[words]
-    has_code = source.trust_remote_code and wanted.__name__ in (getattr(config, "auto_map", None) or {})
     if config.model_type == "fnet":
-        why = "which reads padding as text: its answer would depend on the texts beside it. Choose another encoder"
-    elif not has_code and type(config) not in known:
-        why = f"for which transformers has no {'token' if words else 'text'} classification. Expected an encoder such "
-        why += (
-            f"as BERT, RoBERTa, DeBERTa, ELECTRA or ModernBERT{'' if words else ', or a decoder such as Llama or Qwen'}"
+        raise ModelError(
+            f"{source.name} is a 'fnet' model, which reads padding as text: its answer would depend on the texts "
+            "beside it. Choose another encoder"
         )
-    elif not has_code and words and is_decoder(config):
-        why = "a decoder: at a word it has not read what follows. Choose an encoder for a task of tokens"
-    elif not has_code and getattr(config, "is_encoder_decoder", False):
-        why = "an encoder that a decoder follows; expected one of the two. It can still teach: write its answers to a "
-        why += "table and set teacher.logits or teacher.probabilities"
-    elif not has_code and config.get_text_config() is not config:
-        why = "which reads more than texts; expected one of texts alone. Choose "
-        why += "an encoder" if words else "such a sibling (Qwen3, Gemma 3 of 270M or 1B)"
-    if why:
-        raise ModelError(f"{source.name} is a {config.model_type!r} model, {why}")
+    words = classifies_words(source, config)
+    wanted, known = _CLASSES[words]
+    if source.trust_remote_code and wanted.__name__ in (getattr(config, "auto_map", None) or {}):
+        return config
+    if type(config) not in known:
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, for which transformers has no "
+            f"{'token' if words else 'text'} classification. Expected an encoder such as BERT, RoBERTa, DeBERTa, "
+            "ELECTRA or ModernBERT" + ("" if words else ", or a decoder such as Llama or Qwen")
+        )
+    if words and is_decoder(config):
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, a decoder: at a word it has not read what follows. "
+            "Choose an encoder for a task of tokens"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, an encoder that a decoder follows; expected one of the "
+            "two. It can still teach: write its answers to a table and set teacher.logits or teacher.probabilities"
+        )
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, which reads more than texts; expected one of texts "
+            f"alone. Choose {'an encoder' if words else 'such a sibling (Qwen3, Gemma 3 of 270M or 1B)'}"
+        )
     return config
 
 

@@ -20,7 +20,6 @@ from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, famil
 from kdlora.report.plots import Series, Style, arm_style, differences, score_against_cost
 from kdlora.report.shipped import TEACHER
 from kdlora.report.wording import (
-    INTERVALS,
     arm_title,
     count,
     duration,
@@ -299,7 +298,7 @@ def _difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
         rows.append((one.title, links.derived(value), *rest, *counts))
     columns = ("difference", "points", "95% interval", "p", "examples", "seeds")
     draws = next((one.difference.draws for one in comparisons if one.difference), 0)
-    note = f"{draws:,} draws over examples; p is two-sided. {INTERVALS}" if draws else ""
+    note = f"{draws:,} draws over examples; p is two-sided." if draws else ""
     return Table("Differences in score", columns, tuple(rows), note=note, side=True)
 
 

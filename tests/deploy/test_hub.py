@@ -149,6 +149,7 @@ def test_the_card_carries_what_the_hub_reads():
 
 def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_path, finished, monkeypatch):
     """Typing errors must not become repositories."""
+    monkeypatch.chdir(tmp_path)  # where `make demo` ran there is a runs/demo
     with pytest.raises(ConfigError, match="'student' is no name of a repository; expected USER/NAME"):
         push_experiment(finished.root, "student")
     with pytest.raises(ConfigError, match="'someone/my--model' is no name of a repository"):
@@ -165,7 +166,6 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
     (changed / "student" / "README.md").write_bytes(b"caf\xe9")
     with pytest.raises(ArtifactError, match=r"README.md: not UTF-8; save it as UTF-8"):
         plan_push(changed, "someone/student")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     with pytest.raises(ModelError, match="runs/demo/student: there is no such folder in runs/demo"):
         locate_model("runs/demo/student")

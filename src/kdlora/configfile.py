@@ -292,8 +292,9 @@ def expand_home(path: str | Path) -> Path:
 
 
 def expand_target(out: str | Path) -> Path:
-    """Do so for a folder that is to be written; the address of a store is none."""
-    if (scheme := next(iter(Path(out).parts), "")).endswith(":"):  # the rest may hold a password
+    """Replace `~` in the path of a folder that is to be written, and refuse the address of a store."""
+    scheme = next(iter(Path(out).parts), "")
+    if re.fullmatch(r"\w[\w+.-]+:", scheme):  # not `C:`; the rest may hold a password, and is not told
         raise ConfigError(f"expected a folder to write to, not an address ({scheme}...); mount it, and name its folder")
     return expand_home(out)
 

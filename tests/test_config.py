@@ -197,3 +197,11 @@ def test_the_default_recipe_makes_no_copies_that_nobody_can_label():
     assert build_config(MINIMAL | changes).run.arms == ("words", "fft", "kd-lora", "kd-fft", "student-lora")
     assert build_config(MINIMAL | changes).distil.temperature == 1.0
     assert build_config(MINIMAL | {"data": {"path": "x", "unlabelled": "more.txt"}}).data.augment is None
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "names.conll", "mpqa.all"])
+def test_data_given_in_place_of_a_config(tmp_path, name):
+    """A line and a column of YAML say nothing to somebody who gave a file of data."""
+    (file := tmp_path / name).write_text("The\tB-object\nback\tI-object: of\n")
+    with pytest.raises(ConfigError, match="kdlora run by --train FILE"):
+        load_config(file)

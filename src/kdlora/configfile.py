@@ -17,7 +17,8 @@ from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import Choices, Range, SearchConfig
 
 Override = str | tuple[str, Any]
-_OF_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".xls")
+_OF_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".conll", ".xlsx", ".xls")
+_OF_YAML = (".yaml", ".yml", ".json")
 _MOST_PARTS = 400_000  # of JSON: about four for each value
 PATH_KEYS = [
     *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
@@ -107,6 +108,10 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
         )
     try:
         return parse_mapping(file.read_text(encoding="utf-8"), str(file))
+    except ConfigError as error:
+        if file.suffix.lower() in _OF_YAML:
+            raise
+        raise ConfigError(f"{error}\nIf it is a file of data, give it to kdlora run by --train FILE") from None
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(file)!r} does not exist; check the path") from None
     except (UnicodeDecodeError, OSError) as error:

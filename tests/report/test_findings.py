@@ -197,14 +197,22 @@ def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)
 
 
+@pytest.mark.parametrize(("noise", "shipped"), [(0.55, "kd-fft"), (1.2, "kd-lora")])
+def test_few_rows_do_not_choose_between_distilled_students(tmp_path, monkeypatch, noise, shipped):
+    """One or two of 150 rows let the one by adapters win, which is the worse one on most sets."""
+    monkeypatch.setitem(fabricate._NOISE, "kd-fft", noise)
+    root = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "kd-fft"), seeds=(0,), rows=150).root
+    choice = load_experiment(root).choice
+    assert choice.scores["kd-lora"] > choice.scores["kd-fft"]
+    assert choice.arm == shipped
+
+
 def test_of_equal_distilled_students_the_fully_tuned_one_ships(tmp_path):
     """With few validation rows ties are frequent, and it is the better one on most sets."""
-    root, task = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "kd-fft"), seeds=(0,)).root, BINARY
+    root = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "kd-fft"), seeds=(0,)).root
     by_adapters = next(run for run in load_experiment(root).runs if run.record.arm == "kd-lora")
     fully = replace(by_adapters, record=by_adapters.record.model_copy(update={"arm": "kd-fft"}))
-    assert choose_student(task, [by_adapters, fully]).arm == "kd-fft"
-    better = by_adapters.record.model_copy(update={"score": by_adapters.record.score + 0.25})
-    assert choose_student(task, [replace(by_adapters, record=better), fully]).arm == "kd-lora"
+    assert choose_student(BINARY, [by_adapters, fully]).arm == "kd-fft"
 
 
 def test_the_report_goes_by_what_was_shipped(tmp_path):

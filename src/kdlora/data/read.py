@@ -101,7 +101,7 @@ def open_file(
         return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), benchmark, plain=form == "text")
     raise DataError(
         f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)} "
-        "(a word and its tag on each line)." + did_you_mean(extension, EXTENSIONS)
+        "(a word and its tag on each line). Save the data as one of them, or rename a file that is one"
     )
 
 

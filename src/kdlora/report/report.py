@@ -156,6 +156,9 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
         verb = verb if experiment.is_shipped else " would ship by these runs"
         facts |= {"shipped": f"{subject}{verb}", "reason": reason}
+        pair = {arm, experiment.choice.against}
+        found = (one for one in comparisons if {one.first, one.second} == pair and one is not facts["gain"])
+        facts["tested"] = next(found, None) if experiment.split == "test" else None
     if arm is not None:
         seeds = len(experiment.finished(arm))
         metric = f"{score_title(experiment.task)} on {experiment.split}"

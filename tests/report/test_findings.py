@@ -108,14 +108,15 @@ def choose(folder, **noise):
         ({"kd_lora": 0.40, "student_lora": 0.70}, "kd-lora", "student-lora"),
         ({"kd_lora": 0.70, "student_lora": 0.40}, "student-lora", "kd-lora"),
         ({"kd_lora": 0.70, "student_lora": 0.45, "student_fft": 0.40}, "student-fft", "kd-lora"),
-        ({"kd_lora": 0.52, "student_lora": 0.50}, "kd-lora", "student-lora"),  # within the interval of the best
+        ({"kd_lora": 0.54, "student_lora": 0.50}, "kd-lora", "student-lora"),  # within one standard error of the best
+        ({"kd_lora": 0.58, "student_lora": 0.50}, "student-lora", "kd-lora"),  # within its 95% interval alone
         ({"kd_lora": 0.52, "kd_fft": 0.50}, "kd-fft", "kd-lora"),
         ({"kd_lora": 0.54, "kd_fft": 0.52, "student_fft": 0.50}, "kd-fft", "student-fft"),
         ({"kd_lora": 0.80, "kd_fft": 0.40, "student_fft": 0.60}, "kd-fft", "student-fft"),
         ({"student_fft": 0.5}, "student-fft", None),
     ],
 )
-def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(tmp_path, noise, shipped, against):
+def test_the_best_on_validation_ships_and_within_a_standard_error_the_distilled_one(tmp_path, noise, shipped, against):
     """An arm that always ships may be the worst by ten points."""
     found = choose(tmp_path / "e", **noise)
     assert (found.arm, found.against) == (shipped, against)
@@ -124,7 +125,7 @@ def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(
     assert found.seed == max(scores, key=lambda seed: scores[seed])
     assert set(found.scores) == {arm.replace("_", "-") for arm in noise}
     if max(found.scores, key=lambda arm: found.scores[arm]) != shipped:
-        assert "within the interval of the best, the student" in found.sentence
+        assert "within one standard error of the best, the student" in found.sentence
 
 
 def test_arms_of_other_seeds_are_not_said_to_be_above(tmp_path):

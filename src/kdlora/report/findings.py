@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 CONTROLS = {"kd-lora": "student-lora", "kd-fft": "student-fft"}
 """Each distilled arm's control: the arm of the same adapters, rates and steps that its gain is measured over."""
-_ONE_STANDARD_ERROR = 0.317
-"""The two-sided p of a difference of one standard error."""
+_NEAR = 0.317
+"""Two-sided p of a difference of one standard error: few rows choose badly, so an arm that is better on most sets ships
+within it (Breiman et al., Classification and Regression Trees, 1984)."""
 
 
 @dataclass(frozen=True)
@@ -175,20 +176,12 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
             return None
         return pair_runs(task, "validation", (first, arms[first]), (second, arms[second]))
 
-    def holds(arm: str) -> bool:
-        """Whether an arm may be as good as the best, by the interval of their difference."""
+    def is_near(arm: str) -> bool:
         found = None if arm == best else weigh(arm, best)
-        return arm == best or (found is not None and found.difference is not None and found.difference.high >= 0)
+        return arm == best or (found is not None and found.difference is not None and found.difference.p > _NEAR)
 
-    def rank(name: str) -> tuple[float, bool]:
-        return round(means[name], 6), name == "kd-fft"
-
-    best = max(means, key=rank)
-    distilled = [name for name in means if name in DISTILLED_ARMS and holds(name)]
-    arm = max(distilled, key=rank, default=best)
-    if "kd-fft" in distilled and arm != "kd-fft" and (weighed := weigh("kd-fft", arm)) and weighed.difference:
-        # Few rows choose badly, and it is the better one on most sets (docs/recipes.md).
-        arm = "kd-fft" if weighed.difference.p > _ONE_STANDARD_ERROR else arm
+    best = max(means, key=lambda name: (round(means[name], 6), name in DISTILLED_ARMS, name == "kd-fft"))
+    arm = next((name for name in ("kd-fft", "kd-lora") if name in means and is_near(name)), best)
     others = [name for name in means if name != arm]
     rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
     against = best if arm != best else max(rivals, key=lambda name: means[name], default=None)
@@ -217,7 +210,7 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
     if found is None:
         why = f"is {points} {'below' if weighed.plain < 0 else 'above'} {other} ({weighed.reason})"
     elif not is_best:
-        why = f"is within the interval of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
+        why = f"is within one standard error of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
     elif found.sign == 1:
         why = f"is better than {other} by {points} ({span(found)})"
     elif points == "0.0 points":

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import choice
 import defer
 import llm_server
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from table2_measure import TIMED, Timing
 from table2_models import SIZES, TRAIN_COUNTS, VALIDATION_COUNTS, batches_to_run, count, lengths_of, padded_tokens
 
+import fabricate
 import tiny
 from experiments import read_rows
 from kdlora import load_splits, load_suite
@@ -128,3 +130,16 @@ def test_knowing_where_one_is_wrong_counts_as_less_error():
     assert float(re.match(r"([+-]\S+) points", told)[1]) > 70
     assert "2 seeds" in told
     assert defer.gain([judged[:2]]) == "no experiment has both kd-lora and student-lora"
+
+
+def test_what_a_rule_loses_is_counted_on_rows_that_did_not_choose(tmp_path, monkeypatch):
+    """Judged on the rows that chose, the highest score would never lose anything."""
+    for arm, noise in (("kd-lora", 1.0), ("kd-fft", 0.9), ("student-lora", 1.6)):
+        monkeypatch.setitem(fabricate._NOISE, arm, noise)
+    arms = ("fft", "kd-lora", "kd-fft", "student-lora")
+    layout = fabricate.make_experiment(tmp_path / "e", arms=arms, seeds=(0,), rows=600, test_split=True)
+    found = choice.regrets(layout.root, rows=30, splits=20)
+    assert set(found) == {"product", "highest", *arms[1:]}
+    assert min(found.values()) >= 0
+    assert found["highest"] > 0
+    assert found["student-lora"] > found["product"]  # it is the worst of the three

@@ -138,7 +138,7 @@ def test_a_better_student_without_a_teacher_ships_and_opens_the_report(tmp_path,
 
 
 def test_the_opening_says_on_test_what_validation_chose(tmp_path, monkeypatch):
-    """Validation's rows chose, so its difference is too large: on a set of 1,500 rows it was 15.9 points, on test 1.2."""
+    """Validation's rows chose, so its difference is too large: once it was 15.9 points, on test 1.2."""
     monkeypatch.setitem(fabricate._NOISE, "kd-fft", 0.4)
     layout = make_experiment(tmp_path / "e", arms=(*ARMS, "kd-fft"), rows=300, test_split=True)
     told = re.search(

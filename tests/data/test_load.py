@@ -29,8 +29,8 @@ def test_what_is_inferred_is_said(csv_file) -> None:
     assert splits.train.features == Features({"id": Value("string"), "text": Value("string"), "label": Value("int64")})
     said = " ".join(splits.notes)
     for part in (
-        "Text column inferred from its name: text",
-        "Label column inferred from its name: label",
+        "Text column inferred: text",
+        "Label column inferred: label",
         "single-label, was inferred",
         "bad, good",
         "2 of 20 training rows became the validation split, drawn stratified by label",
@@ -44,6 +44,15 @@ def test_what_is_inferred_is_said(csv_file) -> None:
     assert (inferred.kind, inferred.label) == ("regression", ("score",))
     assert load(train=csv_file("b.csv", **numbers, label=WORDS)).task.label == ("label",)
     assert "which column is the label" in refused(train=csv_file("c.csv", **numbers, team=WORDS))
+
+
+def test_the_only_column_left_is_inferred_and_never_a_row_number(csv_file) -> None:
+    """Whoever has the columns `question` and `topic` gives all there is; the numbers of rows are no ratings."""
+    task = load(train=csv_file("a.csv", **{"Unnamed: 0": range(20), "question": TEXTS, "topic": WORDS})).task
+    assert (task.kind, task.text, task.label) == ("single-label", ("question",), ("topic",))
+    for name in ("", "idx", "split"):
+        assert "which column is the label" in refused(train=csv_file("b.csv", **{name: range(20), "text": TEXTS}))
+    assert "which column is the text" in refused(train=csv_file("c.csv", label=WORDS, idx=range(20)))
 
 
 def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):

@@ -139,9 +139,12 @@ CASES = [
     settings("names the column 'text' twice", task={"text": ["text", "text"]}),
     settings("both text and label", task={"text": "label", "label": "label"}),
     # A guess between two columns is right half the time and never seen.
-    settings("Set task.text (--text); the columns are 'first', 'label'", content=table(first=TEXTS, label=AB)),
+    settings(
+        "Set task.text (--text); the columns are 'first', 'last', 'label'",
+        content=table(first=TEXTS, last=TEXTS, label=AB),
+    ),
     settings("may be text or review; set task.text (--text)", content=table(text=TEXTS, review=TEXTS, label=AB)),
-    settings("Set task.label (--label); the columns are", content=table(text=TEXTS, outcome=AB)),
+    settings("Set task.label (--label); the columns are", content=table(text=TEXTS, outcome=AB, other=AB)),
     settings("3 names", task={"label_names": ["a", "b", "c"], "kind": "regression"}),
     # Ids or prices taken for classes give a classifier of thousands of labels; one "n/a" must not make one either.
     settings("40 different integers", "set task.kind to single-label", content=table(text=FORTY, label=range(40))),

@@ -23,11 +23,13 @@ KNOWN_COLUMNS = {
     "text": (
         *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
         *("text_a text_b", "text text_pair", "query passage", "text", "sentence", "review", "content", "comment"),
-        *("tweet", "document", "body", "message", "utterance"),
+        *("tweet", "document", "body", "message", "utterance", "question", "query"),
     ),
     "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
 }
 """Usual names of columns; two are a pair of texts."""
+_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")
+"""Names of columns that are no text and no label, where nobody says so."""
 
 MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
@@ -234,9 +236,9 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
 
 
 def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
-    """Choose the columns of the one known spelling that a source has; a pair stands for its two names.
+    """Choose the columns of the one known spelling that a source has, or the only column beside those `known`.
 
-    A label called `score` may as well be a model's or a forum's, so it counts only where all other columns are `known`.
+    A pair stands for its two names.
     """
     folded = {column.casefold(): column for column in source.columns}
     found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
@@ -244,8 +246,9 @@ def infer_columns(source: Source, what: Literal["text", "label"], known: Contain
     found = [names for names in found if len(names) == 2 or names[0] not in paired]
     if len(found) == 1:
         return tuple(folded[name] for name in found[0])
-    left = [column for column in source.columns if column not in known]
-    if what == "label" and not found and [column.casefold() for column in left] == ["score"]:
+    others = _NEITHER if what == "label" else (*_NEITHER, *KNOWN_COLUMNS["label"], "score")
+    left = [column for column in source.columns if column not in known and column.strip().casefold() not in others]
+    if not found and len(left) == 1:
         return tuple(left)
     key, columns = f"task.{what} (--{what})", ", ".join(map(repr, source.columns))
     if not found:

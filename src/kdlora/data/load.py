@@ -172,7 +172,7 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return Reading(known.task, data.id_column)
     if task.kind in ("auto", "tokens") and (found := infer_token_columns(train, task)):
         return _begin_tokens(task, data, train, found)
-    text = task.text or infer_columns(train, "text")
+    text = task.text or infer_columns(train, "text", {*(task.label or ()), data.id_column})
     label = task.label or infer_columns(train, "label", {*text, data.id_column})
     if twice := [column for column in text if (*text, *label).count(column) > 1]:
         told = "no column is both text and label, or both texts of a pair; set task.text and task.label"
@@ -182,9 +182,9 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):
         return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
-        reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
+        reading.notes.append(f"Text column inferred: {', '.join(text)}.")
     if task.label is None:
-        reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
+        reading.notes.append(f"Label column inferred: {', '.join(label)}.")
     reading.task, notes = infer_task(raw, text, label, task)
     reading.notes += notes
     return reading

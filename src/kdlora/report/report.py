@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[
 
 
 def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:
-    arm, taught_by = experiment.student_arm, experiment.teacher_arm
+    arm, taught_by, gain = experiment.student_arm, experiment.teacher_arm, find_gain(comparisons)
     facts: dict[str, object] = {
         "experiment": experiment,
         "arm": arm,
@@ -141,10 +142,11 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "given": is_teacher_given(experiment.runs),
         "own_labels": any(run.record.asked is not None and run.record.asked.own_labels for run in experiment.runs),
         "constant": _constant_seeds(experiment),
-        "gain": find_gain(comparisons),
+        "gain": gain,
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,
         "scored_rows": None,
+        "tested": None,
     }
     others: dict[str, float] = {
         one: score.mean
@@ -157,8 +159,10 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         verb = verb if experiment.is_shipped else " would ship by these runs"
         facts |= {"shipped": f"{subject}{verb}", "reason": reason}
         pair = {arm, experiment.choice.against}
-        found = (one for one in comparisons if {one.first, one.second} == pair and one is not facts["gain"])
-        facts["tested"] = next(found, None) if experiment.split == "test" else None
+        found = [one for one in comparisons if {one.first, one.second} == pair and one.difference]
+        told = gain is not None and {gain.first, gain.second} == pair
+        if experiment.split == "test" and found and not told:
+            facts |= {"tested": found[0], "reason": re.sub(r" \([^()]*\)\.$", ".", reason)}  # without its interval
     if arm is not None:
         seeds = len(experiment.finished(arm))
         metric = f"{score_title(experiment.task)} on {experiment.split}"

@@ -160,8 +160,8 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         facts |= {"shipped": f"{subject}{verb}", "reason": reason}
         pair = {arm, experiment.choice.against}
         found = [one for one in comparisons if {one.first, one.second} == pair and one.difference]
-        told = gain is not None and {gain.first, gain.second} == pair
-        if experiment.split == "test" and found and not told:
+        is_gain = gain is not None and {gain.first, gain.second} == pair
+        if experiment.split == "test" and found and not is_gain:
             facts |= {"tested": found[0], "reason": re.sub(r" \([^()]*\)\.$", ".", reason)}  # without its interval
     if arm is not None:
         seeds = len(experiment.finished(arm))

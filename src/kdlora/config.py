@@ -111,7 +111,7 @@ class TrainConfig(Section):
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["auto", "last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on validation. `auto`: the best of a task of tokens, else
-    the last; then at most 20 epochs are validated."""
+    the last; then at most five epochs are validated."""
     class_weights: OpenClassWeights | None = None
     """Factors of the hard loss by label: `{spam: 5}`, others 1, or `balanced`, inverse to a class's rows, with mean 1
     over all; for multi-label, of rows that have the label. `auto`: `balanced` where the task's metric is `macro_f1` or
@@ -127,7 +127,7 @@ class TrainConfig(Section):
 
     def scored_every(self, kind: Kind) -> int:
         """Count the epochs from one validation to the next: with few rows they are many, and the last one counts."""
-        return 1 if self.selection(kind) == "best" else math.ceil((self.epochs or 1) / 20)
+        return 1 if self.selection(kind) == "best" else math.ceil((self.epochs or 1) / 5)
 
     @model_validator(mode="after")
     def _patience_keeps_the_best(self) -> Self:

@@ -148,7 +148,7 @@ def test_many_epochs_are_validated_seldom_where_the_last_one_counts(make_setup, 
         return make_setup(epochs=23, rows=8, select=select)
 
     whole = setup().run(tmp_path / "last").history
-    assert [entry["epoch"] for entry in whole] == [*range(2, 23, 2), 23]
+    assert [entry["epoch"] for entry in whole] == [5, 10, 15, 20, 23]
     every = setup("best").run(tmp_path / "best").history
     assert (len(every), every[-1]) == (23, whole[-1])
     with pytest.raises(PowerCutError):

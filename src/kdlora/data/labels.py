@@ -28,8 +28,7 @@ KNOWN_COLUMNS = {
     "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
 }
 """Usual names of columns; two are a pair of texts."""
-_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")
-"""Names of columns that are no text and no label, where nobody says so."""
+_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")  # neither text nor label, where nobody says so
 
 MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
@@ -236,10 +235,7 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
 
 
 def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
-    """Choose the columns of the one known spelling that a source has, or the only column beside those `known`.
-
-    A pair stands for its two names.
-    """
+    """Choose the columns of the one spelling that a source has, a pair before its names, or the one left by `known`."""
     folded = {column.casefold(): column for column in source.columns}
     found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
     paired = {name for names in found if len(names) == 2 for name in names}

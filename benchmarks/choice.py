@@ -1,6 +1,6 @@
 """Which student arm should ship: finished experiments, chosen again and again on a few rows and judged on the others.
 
-    python benchmarks/choice.py EXPERIMENT ... [--rows 150] [--splits 300] [--keep FILE.json]
+    python benchmarks/choice.py EXPERIMENT ... [--rows 150] [--splits 300]
 
 Reads the stored predictions of experiments with a test split; nothing is trained. In each split, `--rows` of the test
 rows stand for validation, and the others judge: the regret of a rule is how far the arm that it ships is below the best
@@ -10,7 +10,6 @@ the best score, and an arm's own column is that of shipping it always. Seeds are
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def judge(task: Task, run: Run, rows: np.ndarray) -> Run:
 
 
 def regrets(folder: Path, rows: int, splits: int) -> dict[str, float]:
-    """Mean regret of each rule, and how often the product ships `kd-fft`."""
+    """Mean regret of each rule."""
     experiment = load_experiment(folder)
     task, runs = experiment.task, [run for arm in STUDENT_ARMS for run in experiment.finished(arm) if run.predictions]
     arms = list(dict.fromkeys(run.record.arm for run in runs))
@@ -57,7 +56,6 @@ if __name__ == "__main__":
     parser.add_argument("experiments", nargs="+", type=Path)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--splits", type=int, default=300)
-    parser.add_argument("--keep", type=Path, help="write the figures as JSON")
     given = parser.parse_args()
     found = {str(folder): regrets(folder, given.rows, given.splits) for folder in given.experiments}
     rules = list(dict.fromkeys(rule for one in found.values() for rule in one))
@@ -70,5 +68,3 @@ if __name__ == "__main__":
     print(
         markdown(["experiment", *rules], [*lines, ("mean", *(f"{np.mean(values):.2f}" for values in every.values()))])
     )
-    if given.keep:
-        given.keep.write_text(json.dumps(found, indent=1), encoding="utf-8")

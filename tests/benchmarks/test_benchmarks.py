@@ -140,6 +140,5 @@ def test_what_a_rule_loses_is_counted_on_rows_that_did_not_choose(tmp_path, monk
     layout = fabricate.make_experiment(tmp_path / "e", arms=arms, seeds=(0,), rows=600, test_split=True)
     found = choice.regrets(layout.root, rows=30, splits=20)
     assert set(found) == {"product", "highest", *arms[1:]}
-    assert min(found.values()) >= 0
     assert found["highest"] > 0
     assert found["student-lora"] > found["product"]  # it is the worst of the three

@@ -19,6 +19,7 @@ ORDER = [
     {"evidence"},
     {"report", "data"},
     {"models"},
+    {"data.augment", "data.load"},
     {"distil"},
     {"deploy"},
     {"asking"},

@@ -366,6 +366,8 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     if not recorded.exists():
         return config
     there = load_config(recorded)
+    if config.data.augment is None and there.data.augment_model is None:  # its copies were made before near words were
+        config = with_values(config, {"data.augment_model": None})
     return _fill(config, {key: attrgetter(key)(there) for key in SETTLED})
 
 

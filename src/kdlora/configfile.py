@@ -74,6 +74,14 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
     return build_config(read_mapping(file, "config file"), overrides, base=file.resolve().parent, where=str(file))
 
 
+def load_recorded(file: Path) -> Config:
+    """Read the config that an experiment's folder keeps; a key that its version did not have is as it was then."""
+    values = read_mapping(file, "config file")
+    if isinstance(values.get("data"), dict):
+        values["data"] = {"augment_model": None, **values["data"]}
+    return build_config(values, base=file.resolve().parent, where=str(file))
+
+
 def load_search(
     path: str | Path, overrides: Iterable[str] = (), *, space: str | Path | None = None, trials: int | None = None
 ) -> tuple[Config, SearchConfig]:

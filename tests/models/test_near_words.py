@@ -33,7 +33,7 @@ def near_folder(tiny_model_folder, tmp_path):
     """A function that saves a model in which the words of `VECTORS` alone have vectors, its pieces with a mark."""
 
     def make(mark="", **rest):
-        folder = shutil.copytree(tiny_model_folder("bert"), tmp_path / f"model-{ord(mark or ' ')}")
+        folder = shutil.copytree(tiny_model_folder("bert"), tmp_path / str(len(list(tmp_path.iterdir()))))
         weights = load_file(folder / "model.safetensors")
         (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
         vectors = torch.zeros_like(weights[name])
@@ -82,6 +82,7 @@ def test_a_model_without_word_vectors(near_folder, caplog):
     """Its copies are as they were; a folder that is no model is refused, as everywhere."""
     assert near_words(str(near_folder(lost=True)), ["superb"]) == {}
     assert "has no word vectors that can be read" in caplog.text
+    assert near_words(str(near_folder()), ["xyz"]) == {}
     with pytest.raises(ModelError, match="there is no folder 'no/such/model'"):
         near_words("no/such/model", ["superb"])
 

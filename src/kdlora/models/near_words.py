@@ -66,7 +66,7 @@ def _nearest(vectors: torch.Tensor, rows: list[int], number_of: dict[str, int]) 
     words, numbers = list(number_of), list(number_of.values())
     of_words = torch.nn.functional.normalize(vectors[numbers], dim=1)
     found = []
-    for asked in torch.tensor(rows).split(max(1, _COSINES // max(1, len(words)))):
+    for asked in torch.tensor(rows, dtype=torch.long).split(max(1, _COSINES // max(1, len(words)))):
         ours = torch.nn.functional.normalize(vectors[asked], dim=1)
         best = (ours @ of_words.T).topk(min(2 * NEAREST + 2, len(words)), dim=1).indices
         # Once more, exactly: the same words on any number of threads.

@@ -199,25 +199,6 @@ def test_the_default_recipe_makes_no_copies_that_nobody_can_label():
     assert build_config(MINIMAL | {"data": {"path": "x", "unlabelled": "more.txt"}}).data.augment is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "bert-base-uncased"),
-        ({"teacher": {"model": "org/model", "revision": "v1"}}, "org/model@v1"),
-        ({"teacher": {"model": "org/model", "fine_tuned": "org/tuned"}}, "org/tuned"),
-        ({"teacher": {"model": "org/model", "trust_remote_code": True}}, None),
-        ({"teacher": {"logits": "t.parquet"}}, None),
-        ({"recipe": "paper"}, None),
-        ({"data": MINIMAL["data"] | {"augment": 4}}, None),
-        ({"data": MINIMAL["data"] | {"augment_model": None}}, None),
-        ({"data": MINIMAL["data"] | {"augment_model": "org/other"}}, "org/other"),
-    ],
-)
-def test_near_words_are_the_teachers(changes, expected):
-    """Copies of a table's, or of the paper's recipe would change; code of a model would run before it is trusted."""
-    assert build_config(MINIMAL | changes).data.augment_model == expected
-
-
 @pytest.mark.parametrize("name", ["reviews.csv", "names.conll", "mpqa.all"])
 def test_data_given_in_place_of_a_config(tmp_path, name):
     """A line and a column of YAML say nothing to somebody who gave a file of data."""

@@ -19,7 +19,6 @@ ORDER = [
     {"evidence"},
     {"report", "data"},
     {"models"},
-    {"data.augment", "data.load"},
     {"distil"},
     {"deploy"},
     {"asking"},

@@ -21,7 +21,7 @@ _OF_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".conll", ".xlsx", 
 _OF_YAML = (".yaml", ".yml", ".json")
 _MOST_PARTS = 400_000  # of JSON: about four for each value
 PATH_KEYS = [
-    *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled", "augment_model")),
+    *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
     *(("teacher", key) for key in ("model", "fine_tuned", "logits", "probabilities")),
     ("student", "model"),
 ]
@@ -72,14 +72,6 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
     """
     file = Path(path)
     return build_config(read_mapping(file, "config file"), overrides, base=file.resolve().parent, where=str(file))
-
-
-def load_recorded(file: Path) -> Config:
-    """Read the config that an experiment's folder keeps; a key that its version did not have is as it was then."""
-    values = read_mapping(file, "config file")
-    if isinstance(values.get("data"), dict):
-        values["data"] = {"augment_model": None, **values["data"]}
-    return build_config(values, base=file.resolve().parent, where=str(file))
 
 
 def load_search(
@@ -281,7 +273,7 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
                 f"{section}.{key}: a path holds no zero byte and is UTF-8, got {value[:80]!r}; rename what is there"
             )
         candidate = Path(os.path.realpath(base / expand_home(value)))  # `resolve` fails at a link to itself
-        if key in ("path", "model", "fine_tuned", "augment_model"):
+        if key in ("path", "model", "fine_tuned"):
             is_path = value.startswith(("/", "./", "../", "~")) or candidate.exists()
         else:  # with data.path these are split names, unless a file is meant, or a folder of rows
             is_name = section == "data" and has_source

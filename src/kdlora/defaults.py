@@ -94,10 +94,6 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
             teacher = {**teacher, "model": names[0]}
         if student.get("model") is None and student.get("from_teacher_layers") is None:
             student = {**student, "model": names[1]}
-    data, source = filled.get("data"), teacher.get("fine_tuned") or teacher.get("model")
-    if isinstance(data, Mapping) and source and data.get("augment", 0) is None and not teacher.get("trust_remote_code"):
-        revision = teacher.get("revision")
-        filled["data"] = {"augment_model": f"{source}@{revision}" if revision else source, **data}
     return filled | {"teacher": teacher, "student": student}
 
 

@@ -18,7 +18,6 @@ _LATER: Mapping[str, tuple[Any, ...]] = {
     "window_pool": ("mean",),
     "window_stride": (None,),
     "min_recall": ({},),
-    "augment_model": (None,),
     "defer": ({"error": None, "confidence": 0.95, "sureness": "probability"},),
 }
 """Keys that version 0.2 did not have, and the values by which all is as it was there."""
@@ -119,10 +118,6 @@ class DataConfig(Section):
     rare class has more copies, one of a frequent class fewer, where classes count alike (macro F1, balanced accuracy),
     and in multi-label tasks. A pass draws one copy of each text: if you set fewer `student.train.epochs` than copies,
     set as many here, and the teacher has less to label."""
-    augment_model: str | None = None
-    """A model whose word vectors have near words: one in five words of a copy becomes one of its ten nearest. A Hub id,
-    with `@` and a revision where it has one, or a folder. The default recipe takes the teacher where `augment` is null.
-    """
 
     @property
     def row_settings(self) -> tuple[Any, ...]:
@@ -131,7 +126,7 @@ class DataConfig(Section):
 
     @property
     def without_copies(self) -> Self:
-        return self.model_copy(update={"augment": 0, "augment_model": None})
+        return self.model_copy(update={"augment": 0})
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:

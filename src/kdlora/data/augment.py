@@ -24,14 +24,11 @@ from kdlora.data.spool import (
 from kdlora.data.tags import NO_SPACES, Integers
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS, word_columns
-from kdlora.models.near_words import near_words
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
 
 LOST = 0.15
 """Share of the words that are deleted or replaced, each with the same chance."""
-NEAR = 0.2
-"""Share of the words left, of those that a model knows whole, that one of their nearest words replaces."""
 SPLICED = 0.25
 """Share of the copies whose second half is another text's."""
 ECHOED = 0.2
@@ -67,44 +64,35 @@ def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
     return np.clip(np.round(of_class), 1, MOST * copies).astype(np.int64)[classes]
 
 
-def augment_texts(rows: Dataset, copies: int | np.ndarray, *, seed: int = 0, near_by: str | None = None) -> Dataset:
+def augment_texts(rows: Dataset, copies: int | np.ndarray, *, seed: int = 0) -> Dataset:
     """Make copies without labels, for a teacher: words deleted or replaced by words of other texts, halves exchanged.
 
-    `near_by` is a model whose word vectors have near words, which replace some of the others.
-
-    *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, without its
-    language model; deletion, EDA (Wei and Zou, arXiv 1901.11196).
+    *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, with words drawn
+    by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
     rows = rows.select_columns(["id", *text_columns(rows), *word_columns(rows)])
-    batches = _copies(rows, np.broadcast_to(copies, len(rows)), np.random.default_rng(seed), near_by)
+    batches = _copies(rows, np.broadcast_to(copies, len(rows)), np.random.default_rng(seed))
     return make_dataset(spool(batches, "copies"), rows.features)
 
 
 def stored_copies(
-    rows: Dataset,
-    copies: int | np.ndarray,
-    *,
-    seed: int,
-    near_by: str | None,
-    scored: Sequence[Dataset],
-    folder: Path | None,
+    rows: Dataset, copies: int | np.ndarray, *, seed: int, scored: Sequence[Dataset], folder: Path | None
 ) -> Dataset:
     """Make the copies of the training texts that no row is scored on, or map those that were made before."""
     if folder is None:
-        return keep_unscored(augment_texts(rows, copies, seed=seed, near_by=near_by), scored)
+        return keep_unscored(augment_texts(rows, copies, seed=seed), scored)
     made_of = [
         hash_columns(rows, ["id", *TEXTS, *word_columns(rows)]),
         np.asarray(copies).tolist(),
         seed,
         *(hash_columns(part, TEXTS) for part in scored),
-        *([] if near_by is None else [near_by]),
     ]
     file = folder / f"{hash_json(made_of)[:16]}.arrow"
     digest = file.with_suffix(".sha256")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)):
-            _write(keep_unscored(augment_texts(rows, copies, seed=seed, near_by=near_by), scored), file)
+            _write(keep_unscored(augment_texts(rows, copies, seed=seed), scored), file)
             write_text_atomic(digest, hash_file(file))
     stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     return make_dataset(stored, rows.select_columns(stored.column_names).features)
@@ -136,11 +124,8 @@ def _words_in_a_row(rows: Dataset) -> tuple[list[Any], dict[str, list[int]]]:
     return words, ends
 
 
-def _copies(
-    rows: Dataset, of_row: np.ndarray, draw: np.random.Generator, near_by: str | None
-) -> Iterator[pa.RecordBatch]:
+def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
     every, ends = _words_in_a_row(rows)
-    near = _near_words(near_by, set(every)) if near_by else {}
 
     def words_of(name: str, row: int) -> list[Any]:
         start, end = ends[name][row : row + 2]
@@ -150,12 +135,12 @@ def _copies(
         """Perturb the words of one text, of which something always remains; give them and what joins them."""
         if draw.random() < SPLICED:
             words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
-        kept = []
-        for word, chance in zip(words, draw.random(len(words)), strict=True):
-            if chance < LOST / 2:  # it is deleted
-                continue
-            others = every if chance < LOST else near.get(word) if chance < LOST + NEAR * (1 - LOST) else None
-            kept.append(others[int(draw.integers(len(others)))] if others else word)
+        chances = draw.random(len(words))
+        kept = [
+            word if chance >= LOST else every[int(draw.integers(len(every)))]
+            for word, chance in zip(words, chances, strict=True)
+            if chance >= LOST / 2  # below, the word is deleted
+        ]
         return kept or words, "" if words and all(len(word) == 1 for word in words) else " "
 
     schema = pa.schema([(name, _PLACES if name in WORDS else pa.string()) for name in rows.column_names])
@@ -176,14 +161,6 @@ def _copies(
                         made[column].append(value)
             start += len(table)
             yield pa.RecordBatch.from_pydict(made, schema)
-
-
-def _near_words(model: str, words: set[Any]) -> dict[Any, list[Any]]:
-    """Give near words of words, or of words that the data has marked, in pairs."""
-    if not all(isinstance(word, tuple) for word in words):
-        return near_words(model, words)
-    near = near_words(model, {word for _, word in words})
-    return {(apart, word): [(apart, one) for one in near[word]] for apart, word in words if word in near}
 
 
 def _words(text: str) -> list[str]:

@@ -134,9 +134,7 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
         return replace(splits, notes=(*splits.notes, note))
     scored = [part for part in (splits.validation, splits.test) if part is not None]
     of_rows = share_copies(splits.task, splits.train, each)
-    made = stored_copies(
-        splits.train, of_rows, seed=data.split_seed, near_by=data.augment_model, scored=scored, folder=keep_in
-    )
+    made = stored_copies(splits.train, of_rows, seed=data.split_seed, scored=scored, folder=keep_in)
     both = made if texts is None else concatenate_datasets([texts.select_columns(made.column_names), made])
     if texts is not None and len(twice := doubles(read_column(both, "id"))):
         raise DataError(

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from kdlora.config import Config
-from kdlora.configfile import load_recorded
+from kdlora.configfile import load_config
 from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array, read_column, read_texts, spread_rows
@@ -73,7 +73,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     if around.config.exists() and around.onnx.name == Path(to).resolve().name:  # whose figures and promises would stay
         raise ConfigError(f"{to} is what `kdlora run` exports (export.formats); name another folder with --to")
     if layout.config.exists():
-        config = load_recorded(layout.config)
+        config = load_config(layout.config)
         if layout.results.exists() and not layout.student.exists():
             raise ArtifactError(f"{place} ships no student; name the folder of a model")
         if data is None:

@@ -171,7 +171,6 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
     if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
         unused += [
             "data.augment",
-            "data.augment_model",
             "distil",
             *([] if arm in ("fft", config.teacher_arm) else ["teacher.train", "teacher.seed"]),
         ]

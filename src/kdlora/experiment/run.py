@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, ROUNDING_KEYS, STUDENT_ARMS, Arm, Config
-from kdlora.configfile import PATH_KEYS, build_config, expand_target, known_keys, load_recorded, save_config
+from kdlora.configfile import PATH_KEYS, build_config, expand_target, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task, find_label
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
@@ -232,7 +232,7 @@ def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None 
     """Check that a folder of ours is new, or holds this very experiment, and that no key which was set is open now."""
     if not layout.config.exists():
         return
-    there, here = (_flatten(with_metric(one, layout)) for one in (load_recorded(layout.config), config))
+    there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
     open_then = (read_manifest(layout.root) or {}).get("open", {})  # version 0.2 noted none
     if asked is not None:
         open_now = {key: value for key, value in _flatten(asked).items() if value in (None, "auto")}

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
-from kdlora.configfile import load_recorded
+from kdlora.configfile import load_config
 from kdlora.data.augment import keep_unscored
 from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_examples, load_splits
@@ -313,7 +313,7 @@ def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:
     """Open an experiment some runs of which have ended."""
     layout = ExperimentLayout(Path(folder))
     task = recorded_task(layout)
-    return layout, load_recorded(layout.config), task
+    return layout, load_config(layout.config), task
 
 
 def recorded_task(layout: ExperimentLayout) -> Task:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from pydantic import BaseModel
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, SettledTraining, TrainConfig
-from kdlora.configfile import load_recorded
+from kdlora.configfile import load_config
 from kdlora.data.batches import PAD_MULTIPLE, count_tokens, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
@@ -365,9 +365,7 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     """Settle what an experiment's `config.yaml`, if there is one, has settled: a later call trains as the first did."""
     if not recorded.exists():
         return config
-    there = load_recorded(recorded)
-    if config.data.augment is None and there.data.augment_model is None:  # its copies were made before near words were
-        config = with_values(config, {"data.augment_model": None})
+    there = load_config(recorded)
     return _fill(config, {key: attrgetter(key)(there) for key in SETTLED})
 
 

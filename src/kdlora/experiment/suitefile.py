@@ -66,9 +66,7 @@ def _parse_families(value: Any) -> Any:
 
 
 Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
-_TEXTS_OF_STUDENTS = {
-    f"data.{key}" for key in ("unlabelled", "max_unlabelled_examples", "augment", "augment_model", *WINDOW_KEYS)
-}
+_TEXTS_OF_STUDENTS = {f"data.{key}" for key in ("unlabelled", "max_unlabelled_examples", "augment", *WINDOW_KEYS)}
 """Keys of the data that leave the labelled rows as they are."""
 _IDLE = (
     *("run.arms", "run.seeds", "run.fail_fast", "report.paper"),

@@ -7,7 +7,6 @@ What cannot classify texts is refused with the reason.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -65,8 +63,6 @@ _CLASSES: dict[bool, tuple[Any, Any]] = {
     True: (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
 }
 """What classifies texts, and what words."""
-_WORD_VECTORS = re.compile(r"(^|\.)(?!\w*(position|type))(\w*emb\w*|wte|shared)\.weight$")
-"""Name of the tensor that has a row for each piece of the vocabulary."""
 _loading = threading.RLock()
 
 
@@ -224,7 +220,11 @@ def load_config(source: Source) -> PretrainedConfig:
 def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model; of token types it gives what the model takes."""
     with _loading_of("tokenizer", source):
-        tokenizer = _open_tokenizer(source)
+        for path in (_find(source, name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)):
+            if path is not None:
+                check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
+                refuse_files(values, path)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
         names, types = list(tokenizer.model_input_names), "token_type_ids"
         told = types in names or "model_input_names" in tokenizer.init_kwargs or not tokenizer.is_fast
         # Transformers 5 lost the name for ALBERT, RemBERT and others. BigBird had none, nor what was tuned by that one.
@@ -240,32 +240,6 @@ def load_tokenizer(source: Source, model: PreTrainedModel) -> PreTrainedTokenize
     if not source.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
-
-
-def load_word_vectors(source: Source) -> tuple[PreTrainedTokenizerBase, torch.Tensor] | None:
-    """Load a tokenizer and its pieces' vectors `(pieces, width)` in fp32, and nothing else; None where none are found.
-
-    Whole models, which may be large, stay on disk.
-    """
-    size = getattr(load_config(source), "vocab_size", None)
-    with _loading_of("word vectors", source):
-        tokenizer = _open_tokenizer(source)
-        index = _find(source, INDEX)
-        names = {"model.safetensors"} if index is None else set(json.loads(index.read_bytes())["weight_map"].values())
-        for file in filter(None, (_find(source, name) for name in sorted(names))):
-            with safe_open(file, framework="pt") as tensors:
-                for key in filter(_WORD_VECTORS.search, tensors.keys()):
-                    if tensors.get_slice(key).get_shape()[0] == size:
-                        return tokenizer, tensors.get_tensor(key).float()
-    return None
-
-
-def _open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    for path in (_find(source, name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)):
-        if path is not None:
-            check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
-            refuse_files(values, path)
-    return AutoTokenizer.from_pretrained(source.name, **_options(source))
 
 
 def load_weights(source: Source, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:

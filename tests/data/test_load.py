@@ -50,6 +50,9 @@ def test_the_only_column_left_is_inferred_and_never_a_row_number(csv_file) -> No
     """Whoever has the columns `question` and `topic` gives all there is; the numbers of rows are no ratings."""
     task = load(train=csv_file("a.csv", **{"Unnamed: 0": range(20), "question": TEXTS, "topic": WORDS})).task
     assert (task.kind, task.text, task.label) == ("single-label", ("question",), ("topic",))
+    amounts = csv_file("amounts.csv", amount=[f"{row}.5" for row in range(20)], label=WORDS)
+    assert "the column 'amount' holds nothing but numbers; is it the text?" in refused(train=amounts)
+    assert load({"text": "amount"}, train=amounts).task.text == ("amount",)
     for name in ("", "idx", "split"):
         assert "which column is the label" in refused(train=csv_file("b.csv", **{name: range(20), "text": TEXTS}))
     assert "which column is the text" in refused(train=csv_file("c.csv", label=WORDS, idx=range(20)))

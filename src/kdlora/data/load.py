@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
 from kdlora.data.canonical import Reading, shared_texts, unread_splits
-from kdlora.data.labels import infer_columns, infer_task
+from kdlora.data.labels import DECIMAL, infer_columns, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
@@ -182,6 +184,11 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):
         return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
+        first = raw.table[text[0]]
+        is_plain = pa.types.is_primitive(first.type) or pa.types.is_string(first.type)
+        if is_plain and pc.all(pc.match_substring_regex(first.cast(pa.string()), DECIMAL)).as_py():
+            told = "is it the text? Then set task.text (--text) to it, else to the column of the texts"
+            raise DataError(f"{train.name}: the column {text[0]!r} holds nothing but numbers; {told}")
         reading.notes.append(f"Text column inferred: {', '.join(text)}.")
     if task.label is None:
         reading.notes.append(f"Label column inferred: {', '.join(label)}.")

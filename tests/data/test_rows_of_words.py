@@ -39,6 +39,23 @@ def test_a_conll_file_becomes_texts_with_words_and_the_kind_is_inferred(splits):
     assert np.array_equal(label_array(splits.test), [tag for row in splits.test["label"] for tag in row])
 
 
+def test_a_drawn_validation_split_has_every_type_of_entity(tmp_path):
+    """A type of five sentences in 200 was in no validation split, so nothing of it was known of a model."""
+    rows = [{"words": ["at", f"w{row}"], "tags": ["O", "O" if row % 4 else "B-COMMON"]} for row in range(200)]
+    for row in (3, 50, 51, 120, 199):
+        rows[row] = {"words": ["the", "rare", "thing"], "tags": ["O", "B-RARE", "I-RARE"]}
+    train = write_conll(tmp_path / "train.conll", rows)
+    for seed in range(20):
+        splits = load(train=train, split_seed=seed)
+        tags = [
+            {splits.task.label_names[tag] for row in part for tag in row["label"]}
+            for part in (splits.train, splits.validation)
+        ]
+        assert all({"B-RARE", "I-RARE", "B-COMMON", "O"} <= own for own in tags)
+        assert len(splits.validation) == 20
+    assert any("drawn stratified by type" in note for note in splits.notes)
+
+
 def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits, tmp_path):
     """Silent failure: copies whose words lie beside where they should, which a teacher answers all the same."""
     plain = [words_of(row) for row in splits.unlabelled if "~" not in row["id"]]

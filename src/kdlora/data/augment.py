@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
@@ -17,6 +18,7 @@ from kdlora.data.spool import (
     hash_columns,
     label_array,
     make_dataset,
+    read_column,
     slice_rows,
     spool,
     text_columns,
@@ -42,13 +44,18 @@ _NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
 
 def row_classes(task: Task, rows: Dataset) -> Integers | None:
-    """Give each row's class, of several labels the rarest, or that of no label; None where there are no classes."""
-    if task.kind not in ("single-label", "multi-label"):
+    """Give each row's class, of several labels or types of entities the rarest, or that of none; None: no classes."""
+    if task.kind == "regression":
         return None
-    labels = label_array(rows)
     if task.kind == "single-label":
-        return labels
-    has = labels.astype(bool)
+        return label_array(rows)
+    if task.kind == "multi-label":
+        has = label_array(rows).astype(bool)
+    else:
+        tags = read_column(rows, "label").combine_chunks()
+        row, tag = pc.list_parent_indices(tags).to_numpy(), tags.flatten().to_numpy()
+        has = np.zeros((len(rows), len(task.label_types)), bool)
+        has[row[tag > 0], (tag[tag > 0] - 1) // 2] = True
     order = np.argsort(has.sum(axis=0), kind="stable")
     return np.where(has.any(axis=1), order[has[:, order].argmax(axis=1)], has.shape[1])
 
@@ -56,7 +63,7 @@ def row_classes(task: Task, rows: Dataset) -> Integers | None:
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
     """Give rows of rare labels more copies, by the roots of their classes' rows, where labels count alike."""
     classes = row_classes(task, rows)
-    if classes is None or (task.kind == "single-label" and task.auto_weights is None):
+    if classes is None or task.kind == "tokens" or (task.kind == "single-label" and task.auto_weights is None):
         return copies
     counts = np.bincount(classes)
     roots = np.sqrt(counts)

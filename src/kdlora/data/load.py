@@ -236,7 +236,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
         raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
-    how = "stratified by label" if classes is not None else "at random"
+    how = {"regression": "at random", "tokens": "stratified by type"}.get(reading.task.kind, "stratified by label")
     reading.notes.append(
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
         f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."

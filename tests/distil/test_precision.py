@@ -8,7 +8,15 @@ from torch import nn
 from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
 from kdlora.distil.cpu_kernels import Dropout, attend, dropped_steps, fast_on_cpu, fast_reading, kept_scale
-from kdlora.distil.precision import autocast, dropout_set, frozen_in_half, resolve_precision, settle_precision
+from kdlora.distil.losses import last_linear
+from kdlora.distil.precision import (
+    autocast,
+    dropout_set,
+    frozen_in_half,
+    kept_exact,
+    resolve_precision,
+    settle_precision,
+)
 from kdlora.errors import ConfigError, ModelError
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
@@ -193,6 +201,21 @@ def test_a_model_that_only_reads_is_packed_and_comes_back_as_it_was(make_model, 
     assert layers & {"_FrozenLayer", "_AdaptedLayer"}
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_reads_in_half_on_packed_weights_and_comes_back_exact(tiny_model_folder, family):
+    """Under autocast labelling took a third longer; a head of ratings in half has steps of 8 at 2,000."""
+    model = load_encoder(str(tiny_model_folder(family)), task("regression"), seed=1).model.eval()
+    head = last_linear(model, 1, biased=False)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with autocast("bf16", CPU), torch.inference_mode(), kept_exact(head):
+        expected = model(**batch()).logits
+    with fast_reading(model, "bf16", exact=head), autocast("bf16", CPU), torch.inference_mode(), kept_exact(head):
+        assert head.weight.dtype == torch.float32
+        assert sum(parameter.dtype == torch.bfloat16 for parameter in model.parameters()) > 6
+        torch.testing.assert_close(model(**batch()).logits, expected, atol=2e-2, rtol=2e-2)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize(("family", "padded"), [("EuroBert", True), ("EuroBert", False), ("Llama", False)])

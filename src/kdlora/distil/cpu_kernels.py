@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from kdlora.distil.precision import frozen_in_half
+
 ATTENTION = "kdlora_cpu"
 _STEPS = 256
 _LOWEST = -(2**63)
@@ -302,20 +304,26 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
 
 
 @contextmanager
-def fast_reading(model: nn.Module) -> Iterator[None]:
-    """Let a model that learns nothing meanwhile read as `fast_on_cpu` does, in half the time; not a large one."""
-    if sum(parameter.numel() for parameter in model.parameters()) > _MOST_PACKED:
+def fast_reading(model: nn.Module, precision: str = "fp32", *, exact: nn.Module | None = None) -> Iterator[None]:
+    """Let a model that learns nothing meanwhile read on a CPU as a training does, but for a layer that stays `exact`.
+
+    In fp32 that takes half the time, under autocast four fifths. A large model, whose weights would lie in memory
+    twice, is left as it is.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    device = before[0][0].device
+    if device.type != "cpu" or sum(parameter.numel() for parameter, _ in before) > _MOST_PACKED:
         yield
         return
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
+    kept = set() if exact is None else set(exact.parameters())
+    for parameter, _ in before:
+        parameter.requires_grad_(parameter in kept)
     try:
-        with fast_on_cpu(model, next(model.parameters()).device):
+        with frozen_in_half(model, precision), fast_on_cpu(model, device):
             yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for parameter, learns in before:
+            parameter.requires_grad_(learns)
 
 
 def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, type[nn.Module]]]:

@@ -343,8 +343,7 @@ class Teacher:
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None) -> np.ndarray:
         # The head of a regression has the labels' scale, where bf16 has steps of 8 at 2,000, and fp16 ends at 65,504.
         head = last_linear(self.encoder.model, 1, biased=False) if self.task.kind == "regression" else None
-        packed = fast_reading(self.encoder.model) if self.precision == "fp32" else contextlib.nullcontext()
-        with packed, kept_exact(head):
+        with fast_reading(self.encoder.model, self.precision, exact=head), kept_exact(head):
             logits = predict_logits(
                 self.encoder.model,
                 self.encoder.tokenizer,

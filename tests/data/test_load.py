@@ -373,6 +373,13 @@ def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatc
     assert any("has no labels" in note for note in splits.notes)
     assert "no label in column 'label' (20 of 20 rows)" in refused(path="owner/name", test="test")
 
+    # Texts as labels are hidden by an empty one.
+    named = Dataset.from_dict({"text": TEXTS, "label": WORDS})
+    loaded = DatasetDict({"train": named, "dev": named, "test": named.map(lambda row: row | {"label": " "})})
+    assert load(path="owner/name").test is None
+    loaded = DatasetDict({"train": named, "dev": named, "test": named})
+    assert len(load(path="owner/name").test) == 20
+
 
 def test_negative_labels_are_labels(tmp_path: Path) -> None:
     """A folder's test split of bad reviews alone was left out, as if nobody knew its labels."""

@@ -128,7 +128,7 @@ class Reading:
         if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
             hidden = pc.is_in(values.cast(pa.float64(), safe=False), pa.array([-1.0, -100.0]))
             return not pc.all(hidden, min_count=0).as_py()
-        return len(values) > 0
+        return not pc.all(is_blank(values), min_count=0).as_py() if is_text(values.type) else len(values) > 0
 
 
 def unread_splits(train: Source) -> list[str]:

@@ -465,7 +465,8 @@ def test_a_key_is_in_no_error_and_on_no_disk(asking, monkeypatch):
     assert (done.rows, done.examples[0]["unanswered"]) == (59, "refused: ? not with ***")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
     with pytest.raises(ConfigError, match="the key in OPENAI_API_KEY has characters that no key has"):
-        asking()
+        ask(str(asking.data), asking.folder / "none", asking.settings())
+    assert not (asking.folder / "none").exists()
     long = "s" * 150 + "k" * 150
     monkeypatch.setenv("OPENAI_API_KEY", long)
     with pytest.raises(ConfigError, match="refuses the key") as fault:  # the server's message holds it

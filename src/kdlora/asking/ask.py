@@ -21,7 +21,7 @@ from kdlora.asking.answers import CUT, MANIFEST, REFUSED, UNREAD, Answers, Budge
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import Questions, Row, count_votes, join_groups, likely_groups, read_logprobs, read_vote
-from kdlora.asking.server import Server
+from kdlora.asking.server import Server, read_key
 from kdlora.configfile import expand_home, expand_target
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
@@ -126,6 +126,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     folder = Path(os.path.realpath(expand_target(to)))  # `resolve` fails at a link to itself
     refuse_foreign(folder, MANIFEST, "answers of a language model")
     _refuse_replacing(folder, (data, settings.unlabelled, settings.audit))
+    read_key(settings)  # before a folder is made
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         answers = Answers(folder, rows.task.num_labels, settings)
         answers.begin(asking.ingredients, {"base_url": settings.url, "data": str(data)})

@@ -54,6 +54,16 @@ class Reply:
         return self.refused or f"no label: {self.text!r}"
 
 
+def read_key(settings: AskSettings) -> str:
+    """Read the key from its variable; a server of one's own needs none."""
+    key = os.environ.get(settings.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the key in {settings.key_variable} has characters that no key has; set it again")
+    if not key and settings.url == DEFAULT_URL:
+        raise ConfigError(f"no key: set the environment variable {settings.key_variable}, or name your own server")
+    return key
+
+
 class Server:
     """Counts, waits and repeats; use it inside `async with server.client`."""
 
@@ -61,11 +71,7 @@ class Server:
         check_installed("asking a language model", "ask")
         import openai
 
-        self._key = os.environ.get(settings.key_variable, "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError(f"the key in {settings.key_variable} has characters that no key has; set it again")
-        if not self._key and settings.url == DEFAULT_URL:
-            raise ConfigError(f"no key: set the environment variable {settings.key_variable}, or name your own server")
+        self._key = read_key(settings)
         self._settings, self._budget, self._written = settings, budget, tokens_of_answer
         self._openai = openai
         self.client = openai.AsyncOpenAI(

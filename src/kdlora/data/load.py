@@ -19,7 +19,7 @@ from kdlora.data.canonical import Reading, shared_texts, unread_splits
 from kdlora.data.labels import DECIMAL, infer_columns, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
-from kdlora.data.read import Source
+from kdlora.data.read import Source, is_text
 from kdlora.data.spool import doubles, label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
@@ -185,8 +185,9 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
         first = raw.table[text[0]]
-        is_plain = pa.types.is_primitive(first.type) or pa.types.is_string(first.type)
-        if is_plain and pc.all(pc.match_substring_regex(first.cast(pa.string()), DECIMAL)).as_py():
+        if (is_text(first.type) or pa.types.is_primitive(first.type)) and pc.all(
+            pc.match_substring_regex(first.cast(pa.string()), DECIMAL)
+        ).as_py():
             told = "is it the text? Then set task.text (--text) to it, else to the column of the texts"
             raise DataError(f"{train.name}: the column {text[0]!r} holds nothing but numbers; {told}")
         reading.notes.append(f"Text column inferred: {', '.join(text)}.")

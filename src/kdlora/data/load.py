@@ -185,9 +185,8 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
         first = raw.table[text[0]]
-        if (is_text(first.type) or pa.types.is_primitive(first.type)) and pc.all(
-            pc.match_substring_regex(first.cast(pa.string()), DECIMAL)
-        ).as_py():
+        is_plain = is_text(first.type) or pa.types.is_primitive(first.type)
+        if is_plain and pc.all(pc.match_substring_regex(first.cast(pa.string()), DECIMAL)).as_py():
             told = "is it the text? Then set task.text (--text) to it, else to the column of the texts"
             raise DataError(f"{train.name}: the column {text[0]!r} holds nothing but numbers; {told}")
         reading.notes.append(f"Text column inferred: {', '.join(text)}.")

@@ -45,7 +45,7 @@ _NO_SPACE = re.compile(f"[{NO_SPACES}]")
 
 def row_classes(task: Task, rows: Dataset) -> Integers | None:
     """Give each row's class, of several labels or types of entities the rarest, or that of none; None: no classes."""
-    if task.kind == "regression":
+    if task.kind == "regression" or (task.kind == "tokens" and not task.label_types):
         return None
     if task.kind == "single-label":
         return label_array(rows)

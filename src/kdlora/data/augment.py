@@ -62,9 +62,10 @@ def row_classes(task: Task, rows: Dataset) -> Integers | None:
 
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
     """Give rows of rare labels more copies, by the roots of their classes' rows, where labels count alike."""
-    classes = row_classes(task, rows)
-    if classes is None or task.kind == "tokens" or (task.kind == "single-label" and task.auto_weights is None):
+    if task.kind != "multi-label" and task.auto_weights is None:
         return copies
+    classes = row_classes(task, rows)
+    assert classes is not None  # both have classes
     counts = np.bincount(classes)
     roots = np.sqrt(counts)
     of_class = copies * len(rows) * roots / roots.sum() / np.maximum(counts, 1)

@@ -307,8 +307,7 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
 def fast_reading(model: nn.Module, precision: str = "fp32", *, exact: nn.Module | None = None) -> Iterator[None]:
     """Let a model that learns nothing meanwhile read on a CPU as a training does, but for a layer that stays `exact`.
 
-    In fp32 that takes half the time, under autocast four fifths. A large model, whose weights would lie in memory
-    twice, is left as it is.
+    It takes less time. A large model, whose weights would lie in memory twice, is left as it is.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = before[0][0].device

@@ -91,6 +91,25 @@ def test_precision_of_a_cpu(monkeypatch, flags, speed_up, precision, reason):
     assert resolve_precision("fp32", "cpu") == ("fp32", "as set")
 
 
+def test_the_timing_of_bf16_beside_another_process(monkeypatch):
+    """A process that starts during the timing made bf16 look slow, and everything after it ran at half the speed."""
+    clock, products, seen = [0.0], [0], set()
+
+    def product(left: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        products[0] += 1
+        seen.add((left.dtype, torch.get_num_threads()))
+        beside = 10 if products[0] > 8 else 1
+        clock[0] += beside * (5.0 if left.dtype == torch.float32 else 1.0)
+        return left
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(precision_module.time, "perf_counter", lambda: clock[0])
+    threads = torch.get_num_threads()
+    assert precision_module._bf16_speed_up.__wrapped__() == 5
+    assert seen == {(torch.float32, 1), (torch.bfloat16, 1)}
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bf16"), ((7, 5), "fp16")])
 def test_precision_of_a_gpu(monkeypatch, capability, expected):
     """A T4 runs bf16 without a word, and slowly."""

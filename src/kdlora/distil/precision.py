@@ -105,17 +105,25 @@ def _best_on_cpu() -> tuple[str, str]:
 
 @functools.cache
 def _bf16_speed_up() -> float:
-    """Time a product of an encoder's size in both formats; instruction sets do not tell (`benchmarks/README.md`)."""
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
-        seconds = []
+    """Time a product of an encoder's size in both formats; instruction sets do not tell (`benchmarks/README.md`).
+
+    By one thread, in turn: beside another process one of two threads waits, which says nothing of the product.
+    """
+    pairs = [
+        (torch.ones(512, 768, dtype=name), torch.ones(768, 768, dtype=name)) for name in (torch.float32, torch.bfloat16)
+    ]
+    seconds: list[list[float]] = [[], []]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         for _ in range(8):
-            start = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - start)
-        best[dtype] = min(seconds)
-    return best[torch.float32] / best[torch.bfloat16]
+            for (left, right), taken in zip(pairs, seconds, strict=True):
+                start = time.perf_counter()
+                left @ right
+                taken.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds[0]) / min(seconds[1])
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -141,7 +141,9 @@ def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup, tmp_pat
         compute_metrics=lambda given: sizes.append((given.predictions.shape, given.label_ids.shape)) or {},
         processing_class=tokenizer,
     )
-    trainer.evaluate()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.args.per_device_eval_batch_size = 44
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5), "each word counts alike, not each batch"
     ((predicted, _), (labelled,)) = sizes[0]
     assert predicted == labelled == sum(len(collate([row])["labels"]) for row in rows)
     unlabelled = trainer.predict(rows.remove_columns(["label", "teacher_logits"])).predictions

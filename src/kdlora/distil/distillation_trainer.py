@@ -90,6 +90,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.window = LossSums(args.device)
+        self.evaluated = LossSums(args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -136,6 +137,8 @@ class DistillationTrainer(Trainer):
         terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)
+        elif self.kind == "tokens":
+            self.evaluated.add(terms, self.state.global_step)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
         loss = terms.total.sum() / rows
         return (loss, self._restored(outputs)) if return_outputs else loss
@@ -165,11 +168,15 @@ class DistillationTrainer(Trainer):
             outputs.logits = self.target_scale.restore(outputs.logits)
         return outputs
 
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Evaluate as Trainer does, but keep all words of the last batch, which accelerate would cut as if rows."""
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Evaluate as Trainer does, but by words, not texts: none of the last batch is cut, and each counts alike."""
         if self.kind == "tokens":
             self.gather_function = self.accelerator.gather
-        return super().evaluation_loop(*args, **options)
+            self.evaluated.sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self.kind == "tokens" and (name := f"{metric_key_prefix}_loss") in output.metrics:
+            output.metrics[name] = term_means(self.accelerator.reduce(self.evaluated.sums, reduction="sum"))["loss"]
+        return output
 
     def record(self, terms: LossTerms) -> None:
         self.window.add(terms, self.state.global_step + 1)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_every_character_is_kept_as_pandas_reads_it(tmp_path: Path, rows) -> Non
 @pytest.mark.parametrize("line_break", ["\n", "\r\n"])
 def test_byte_order_mark_and_line_breaks(tmp_path: Path, line_break: str) -> None:
     """Excel's byte-order mark makes the first column unfindable; its line breaks end up in labels."""
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("b.csv", ";"), ("c.csv", "\t")):
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("b.csv", ";"), ("c.csv", "\t"), ("d.csv", "|")):
         rows = [["text", "label"], ["ä b", "1"], ["c", "0"]]
         path = write(tmp_path / name, "\ufeff" + "".join(delimiter.join(row) + line_break for row in rows))
         assert read(path) == {"text": ["ä b", "c"], "label": ["1", "0"]}
@@ -160,6 +161,29 @@ def test_quoted_tsv(tmp_path: Path, content: str) -> None:
     assert "without quoting" in message
     assert ".csv" in message
     assert read(write(tmp_path / "a.csv", content))["text"][0].strip('"') != ""
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"text": ["a", "b"], "label": ["x", "y"]}', "it is one object of columns"),
+        ('{"text": {"0": "a"}, "label": {"0": "x"}}', "it is one object of columns"),
+        ('{\n  "data": [{"text": "a", "label": "x"}]\n}\n', "line 1: an object over several lines"),
+        ('{\n "text": "a",\n "label": "x"\n}\n{\n "text": "b",\n "label": "x"\n}\n', "an object over several lines"),
+    ],
+)
+def test_json_of_another_shape(tmp_path: Path, content: str, told: str) -> None:
+    """It was called no JSON, or a sentence whose tags are of no scheme."""
+    message = refused(write(tmp_path / "a.json", content))
+    assert told in message
+    assert "write an object a line: df.to_json(FILE, orient='records', lines=True)" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """It was said to be empty, whatever it held."""
+    os.mkfifo(tmp_path / "a.csv")
+    assert "is a pipe or a device, which cannot be read twice" in refused(tmp_path / "a.csv")
 
 
 def test_second_files_need_the_labels_of_training(csv_file):

@@ -3,11 +3,13 @@
 import contextlib
 import csv
 import errno
+import gzip
 import io
 import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -97,6 +99,15 @@ def test_outputs_agree(tmp_path, exported, source, kind):
     assert parquet.schema.field("label").type == types.get(kind, pa.string())
 
 
+def test_labels_that_csv_cannot_divide_are_refused_there(tmp_path, exported, source):
+    """`a|b|c` said neither whether it is two labels or three, nor that it might be either."""
+    model = Classifier.load(exported("bert", "multi-label"))
+    model.folder = replace(model.folder, label_names=("a|b", *model.label_names[1:]))
+    with pytest.raises(DataError, match=r"out.csv: in CSV \| stands between labels.*\.jsonl"):
+        predict_file(model, source, tmp_path / "out.csv")
+    assert predict_file(model, source, tmp_path / "out.jsonl")
+
+
 def test_a_regression_of_several_values_fits_all_formats(tmp_path, classifier_folder, source):
     """Such a model of other hands ended Parquet in a traceback, after the file was read."""
     folder = shutil.copytree(classifier_folder("bert", "multi-label"), tmp_path / "model")
@@ -184,11 +195,18 @@ def test_rows_behind_an_open_quote_are_not_lost_unseen(tmp_path, model):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("name", "encoding"), [("in.txt", "utf-16-le"), ("in.csv", "utf-16-be")])
-def test_utf_16_is_refused(tmp_path, model, name, encoding):
-    """Lines of it pass for UTF-8 with zeros in it, and would get labels."""
-    (tmp_path / name).write_text("\ufefftext\nwonderful\nawful\n", encoding)
-    with pytest.raises(DataError, match=rf"{name}: it is UTF-16; save it as UTF-8"):
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("in.txt", "\ufefftext\nwonderful\nawful\n".encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
+        ("in.csv", "\ufefftext\nwonderful\nawful\n".encode("utf-16-be"), "it is UTF-16; save it as UTF-8"),
+        ("in.txt", gzip.compress(b"text\nwonderful\n"), "it is compressed \\(gzip\\); unpack it"),
+    ],
+)
+def test_other_bytes_are_refused(tmp_path, model, name, content, told):
+    """Lines of it pass for UTF-8 with zeros in it, or for bad rows, and would get labels, or an answer that is none."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: {told}"):
         predict_file(model, tmp_path / name, tmp_path / "out.jsonl")
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
@@ -368,7 +386,11 @@ def test_a_file_has_as_many_texts_as_the_model_reads(tmp_path, trained_on):
         ("in.csv", "idd,text\n1,a\n", {"id_column": "nr"}, DataError, "no column 'nr'; there are idd, text"),
         ("in.csv", "", {}, DataError, "header line with the column names, got an empty file"),
         ("in.csv", "text\na\n", {"source": "nowhere.csv"}, DataError, "no such file"),
+        ("in.csv", "text\na\n", {"source": "."}, DataError, "not a file, but a folder or a pipe"),
         ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),
+        ("in.json", "[]", {}, DataError, "An array of JSON is not read row by row: write an object a line"),
+        ("in.jsonl", '[{"text": "a"}]', {}, DataError, "in.jsonl: it holds an array of JSON.*write an object a line"),
+        ("in.tsv", 'text\na\n"no ""b"" here"\n', {}, DataError, "in.tsv, row 1: a text is in CSV quotes.*without quot"),
         ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
         ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),
         ("in.csv", "text\na\n", {"batch_size": 0}, ConfigError, "at least 1"),

@@ -19,7 +19,8 @@ from kdlora.asking.questions import Row
 from kdlora.config import TaskConfig
 from kdlora.configfile import expand_home
 from kdlora.data.canonical import Reading
-from kdlora.data.labels import KNOWN_COLUMNS, infer_columns, infer_task
+from kdlora.data.labels import infer_task
+from kdlora.data.opening import KNOWN_COLUMNS, infer_columns
 from kdlora.data.read import Source, open_file
 from kdlora.data.spool import read_column, slice_rows, text_columns
 from kdlora.data.tasks import Task
@@ -61,7 +62,7 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
     source = open_file(expand_home(data), "the data", plain=True)
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
-    reading = Reading(task, settings.id_column)
+    reading = Reading(task, settings.id_column, ordered=settings.labels is not None)
     rows = reading.read({"": source}, labelled=labelled)
     parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
     if settings.unlabelled is not None:

@@ -48,6 +48,7 @@ class Reading:
     task: Task
     id_column: str
     notes: list[str] = field(default_factory=list)
+    ordered: bool = False  # somebody gave the label names their order, so that codes mean positions
 
     def read(self, groups: Mapping[str, Source], *, labelled: bool) -> Dataset:
         """Read a split; several groups become one data set with a `group` column."""
@@ -72,7 +73,7 @@ class Reading:
         arrays = {"id": _ids(raw, columns.id, f"{group}-" if group else "")}
         arrays |= {name: _texts(raw, column) for name, column in zip(("text", "text_pair"), columns.text, strict=False)}
         if columns.label:
-            labels = pa.table({"label": encode_labels(raw, columns.label, self.task, self.notes)})
+            labels = pa.table({"label": encode_labels(raw, columns.label, self.task, self.notes, ordered=self.ordered)})
             arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
         return make_dataset(pa.table(arrays))
 

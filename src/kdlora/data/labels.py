@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +14,10 @@ import pyarrow.compute as pc
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
-from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text, named_codes
-from kdlora.data.tags import NO_TAG, parse_tags
+from kdlora.data.read import RawTable, first_true, is_blank, is_list, is_text, named_codes
+from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_names
 from kdlora.errors import DataError, did_you_mean, listed
-
-KNOWN_COLUMNS = {
-    "text": (
-        *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
-        *("text_a text_b", "text text_pair", "query passage", "text", "sentence", "review", "content", "comment"),
-        *("tweet", "document", "body", "message", "utterance", "question", "query"),
-    ),
-    "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
-}
-"""Usual names of columns; two are a pair of texts."""
-_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")  # neither text nor label, where nobody says so
 
 MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
@@ -49,15 +38,18 @@ _SET_KIND = "set task.kind to single-label or regression"
 _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
 
-def encode_labels(raw: RawTable, columns: Sequence[str], task: Task, notes: list[str]) -> pa.Array | pa.ChunkedArray:
+def encode_labels(
+    raw: RawTable, columns: Sequence[str], task: Task, notes: list[str], *, ordered: bool
+) -> pa.Array | pa.ChunkedArray:
+    """Encode labels by name; by position, too, where somebody gave the names their order: `ordered`."""
     if task.kind == "single-label":
-        return _codes(raw, columns[0], task, notes)
+        return _codes(raw, columns[0], task, notes, ordered)
     if task.kind == "regression":
         return _numbers(raw, columns[0])
     if len(columns) > 1:
-        ordered = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
-        return _as_lists(np.stack(ordered, axis=1))
-    return _as_lists(_list_matrix(raw, columns[0], task.label_names, notes))
+        values = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
+        return _as_lists(np.stack(values, axis=1))
+    return _as_lists(_list_matrix(raw, columns[0], task.label_names, notes, ordered))
 
 
 def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.Array:
@@ -136,7 +128,7 @@ def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -
     )
 
 
-def _codes(raw: RawTable, column: str, task: Task, notes: list[str]) -> pa.ChunkedArray:
+def _codes(raw: RawTable, column: str, task: Task, notes: list[str], ordered: bool) -> pa.ChunkedArray:
     strings, names = label_strings(raw, column), pa.array(task.label_names)
     refuse_missing(raw, column, pc.is_null(strings))
     codes = pc.index_in(strings, names)
@@ -144,23 +136,33 @@ def _codes(raw: RawTable, column: str, task: Task, notes: list[str]) -> pa.Chunk
         bare, known = (pc.replace_substring_regex(one, WHOLE, r"\1") for one in (strings, names))
         codes = pc.coalesce(codes, pc.index_in(bare, known))
     elif codes.null_count == len(codes):
-        codes = _positions(raw, strings, task, notes)
+        codes = _positions(raw, strings, task, notes, ordered or bool(task.name))
     if (position := first_true(pc.is_null(codes))) is not None:
         _refuse_unknown(raw.where(position), strings[position].as_py(), column, task.label_names)
     return codes.cast(pa.int64())
 
 
-def _positions(raw: RawTable, strings: pa.ChunkedArray, task: Task, notes: list[str]) -> pa.ChunkedArray:
+def _positions(raw: RawTable, strings: pa.ChunkedArray, task: Task, notes: list[str], ordered: bool) -> pa.ChunkedArray:
     """Take 0, 1 ... (or true and false) as positions in the list of label names, and say so."""
     names = task.label_names
     for others in ([str(code) for code in range(len(names))], ["False", "True"][: 2 * (len(names) == 2)]):
         codes = pc.index_in(strings, pa.array(others, pa.string()))
         if codes.null_count < len(codes):
             if not task.name:  # GLUE's files hold codes
-                meant = listed(f"{code} = {name}" for code, name in zip(others, names, strict=True))
-                notes.append(f"{raw.source}: labels were read as positions: {meant}.")
+                notes.append(_read_as(raw, "labels", others, names, ordered))
             break
     return codes
+
+
+def _read_as(raw: RawTable, what: str, codes: Sequence[str], names: Sequence[str], ordered: bool) -> str:
+    """Say what codes were taken for; where the alphabet gave the order, they may as well mean the opposite."""
+    if not ordered and list(names) == sorted(names):
+        raise DataError(
+            f"{raw.source}: the {what} are {listed(codes)}, the labels of the training rows are {listed(names)}, and "
+            "nobody said which is which; write names here, or set task.label_names to all names in their order"
+        )
+    meant = listed(f"{code} = {name}" for code, name in zip(codes, names, strict=True))
+    return f"{raw.source}: the {what} were read as positions: {meant}."
 
 
 def _numbers(raw: RawTable, column: str) -> pa.Array:
@@ -196,7 +198,9 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
     )
 
 
-def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...], notes: list[str]) -> npt.NDArray[np.float32]:
+def _list_matrix(
+    raw: RawTable, column: str, names: tuple[str, ...], notes: list[str], ordered: bool
+) -> npt.NDArray[np.float32]:
     values = pa.concat_arrays(raw.table[column].chunks)
     refuse_missing(raw, column, pc.is_null(values), "write [] for a text without any label")
     _refuse_other_lists(raw, column, values.type)
@@ -222,8 +226,9 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...], notes: list
     if (position := first_true(pc.invert(allowed))) is not None:
         _refuse_value(raw.where(int(rows[position])), column, inner[position])
     if any(name != str(position) for position, name in enumerate(names)):
-        meant = listed(f"{position} = {name}" for position, name in enumerate(names))
-        notes.append(f"{raw.source}: lists of 0 and 1 were read as positions: {meant}.")
+        notes.append(
+            _read_as(raw, "places in lists of 0 and 1", [str(one) for one in range(len(names))], names, ordered)
+        )
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
 
 
@@ -232,27 +237,6 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
     step, kind = max(1, _LIST_VALUES // width), pa.list_(pa.float32())
     flat = (pa.array(matrix[start : start + step].ravel()) for start in range(0, rows, step))
     return pa.chunked_array([pa.FixedSizeListArray.from_arrays(part, width).cast(kind) for part in flat], kind)
-
-
-def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
-    """Choose the columns of the one spelling that a source has, a pair before its names, or the one left by `known`."""
-    folded = {column.casefold(): column for column in source.columns}
-    found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
-    paired = {name for names in found if len(names) == 2 for name in names}
-    found = [names for names in found if len(names) == 2 or names[0] not in paired]
-    if len(found) == 1:
-        return tuple(folded[name] for name in found[0])
-    others = _NEITHER if what == "label" else (*_NEITHER, *KNOWN_COLUMNS["label"], "score")
-    left = [column for column in source.columns if column not in known and column.strip().casefold() not in others]
-    if not found and len(left) == 1:
-        return tuple(left)
-    key, columns = f"task.{what} (--{what})", ", ".join(map(repr, source.columns))
-    if not found:
-        tagged = source.columns[-1] in parse_tags(source.columns[-1:])
-        hint = ". A file with a word and its tag on each line needs the extension .conll" if tagged else ""
-        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}{hint}")
-    candidates = " or ".join("+".join(names) for names in found)
-    raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")
 
 
 def infer_task(

@@ -17,12 +17,15 @@ MOST_CHARACTERS = 64 << 20
 """Of a line, and of a value, so that neither a stream without a line break nor an open quote fills the memory."""
 _CHUNK = 1 << 20
 _SHOWN = 60
+QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _SWALLOWED = 10
 """A value of so many lines that each have the columns of a row was hardly meant as one."""
 NO_QUOTING = (
     "A .tsv file is read without quoting: a quote is a character, and a text holds no tab or line break. "
     "Write the file without quotes, or give it the extension .csv, which is read with quoting"
 )
+
+OBJECT_A_LINE = "write an object a line: df.to_json(FILE, orient='records', lines=True)"
 
 LINES = "conll:line"
 """The column of a CoNLL file that says in which line each word stands."""
@@ -31,6 +34,7 @@ _LOOKED_AT = 10
 _SEP = re.compile(r"(?i)sep=([^\w\"])[\r\n]*$")
 _MARKS = ("-DOCSTART-", "#begin document", "#end document")
 _NO_WORD = re.compile(r"\d+[-.]\d+")
+_GZIP = "\x1f\udc8b"
 _UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")
 """How its files begin where bytes that are no UTF-8 are kept."""
 _KEY = re.compile(r"# [\w.:-]+ ?=")
@@ -62,7 +66,7 @@ class _Lines(Iterator[str]):
     """Iterates over the lines of a stream, and goes on after an error, which a generator cannot."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name, self.number = stream, name, 0
+        self._stream, self.name, self.number = stream, name, 0
         self.ended = False
         self.first = ""
         """The first line of a row of CSV that is not blank; its values may hold line breaks."""
@@ -75,8 +79,10 @@ class _Lines(Iterator[str]):
         self.number += 1
         if self.number == 1 and line.startswith(_UTF_16):  # else whole lines of it would pass for texts
             raise DataError(
-                f"{self._name}: it is UTF-16; save it as UTF-8 (Excel: CSV UTF-8; elsewhere: iconv -f utf-16 -t utf-8)"
+                f"{self.name}: it is UTF-16; save it as UTF-8 (Excel: CSV UTF-8; elsewhere: iconv -f utf-16 -t utf-8)"
             )
+        if self.number == 1 and line.startswith(_GZIP):
+            raise DataError(f"{self.name}: it is compressed (gzip); unpack it: gunzip FILE, or gunzip -c FILE | ... -")
         self.first = self.first if self.first.strip() else line
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
@@ -109,7 +115,7 @@ def _read_delimited(
             if named := _SEP.match(first):  # Excel's
                 first = next(filled, "")
             bare = re.sub('"[^"]*"', "", first)
-            delimiter = named[1] if named else max(",\t;", key=bare.count)
+            delimiter = named[1] if named else max(",\t;|", key=bare.count)
         reader = csv.reader(
             chain([first], lines),
             delimiter=delimiter,
@@ -249,11 +255,15 @@ def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
             line = next(lines)
             if form == "text":
                 yield number, {"text": line.rstrip("\r\n")}
+            elif number == 0 and line.lstrip().startswith("["):
+                raise DataError(
+                    f"{lines.name}: it holds an array of JSON, which is not read row by row; {OBJECT_A_LINE}"
+                )
             elif line.strip():
                 yield number, as_object(json.loads(line))
         except StopIteration:
             return
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, DataError):
             raise
         except (ValueError, RecursionError) as error:
             yield number, json_fault(error)

@@ -16,9 +16,9 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
 from kdlora.data.canonical import Reading, shared_texts, unread_splits
-from kdlora.data.labels import DECIMAL, infer_columns, infer_task
+from kdlora.data.labels import DECIMAL, infer_task
 from kdlora.data.logit_table import is_collection
-from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
+from kdlora.data.opening import Groups, infer_columns, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source, is_text
 from kdlora.data.spool import doubles, label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
@@ -147,10 +147,10 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
     return replace(splits, unlabelled=both, copies=len(made), notes=(*splits.notes, note))
 
 
-def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
+def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool, ordered: bool = False) -> Dataset:
     """Load one file of examples for a task that is known, to evaluate or predict; say which labels no row has."""
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
-    reading = Reading(task, id_column)
+    reading = Reading(task, id_column, ordered=ordered)
     dataset = reading.read({"": open_examples(Path(path), known, plain=not labelled)}, labelled=labelled)
     for note in (*reading.notes, *(_doubts_of_labels(task, dataset, path) if labelled else ())):
         logger.warning(note)
@@ -193,6 +193,7 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     if task.label is None:
         reading.notes.append(f"Label column inferred: {', '.join(label)}.")
     reading.task, notes = infer_task(raw, text, label, task)
+    reading.ordered = task.label_names is not None or label[0] in raw.class_names
     reading.notes += notes
     return reading
 

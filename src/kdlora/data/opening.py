@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -17,6 +17,7 @@ from kdlora.data.logit_table import is_collection, match_collection, open_collec
 from kdlora.data.parquet import UNREADABLE
 from kdlora.data.read import RawTable, Source, open_dataset, open_file
 from kdlora.data.spool import TEXTS, make_dataset, spool
+from kdlora.data.tags import parse_tags
 from kdlora.data.tasks import GlueTask, Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.errors import ArtifactError, DataError, did_you_mean, first_line, listed
@@ -28,6 +29,17 @@ Groups = Mapping[str, Source]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _GLUE_ON_THE_HUB = ("nyu-mll/glue", "glue")
 _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
+
+KNOWN_COLUMNS = {
+    "text": (
+        *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
+        *("text_a text_b", "text text_pair", "query passage", "text", "sentence", "review", "content", "comment"),
+        *("tweet", "document", "body", "message", "utterance", "question", "query"),
+    ),
+    "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
+}
+"""Usual names of columns; two are a pair of texts."""
+_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")  # neither text nor label, where nobody says so
 
 
 def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) -> Source:
@@ -284,3 +296,24 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
     match_collection(collection, task, "data.unlabelled")
     words = WORDS if task.kind == "tokens" else ()
     return make_dataset(spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder)))
+
+
+def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
+    """Choose the columns of the one spelling that a source has, a pair before its names, or the one left by `known`."""
+    folded = {column.casefold(): column for column in source.columns}
+    found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
+    paired = {name for names in found if len(names) == 2 for name in names}
+    found = [names for names in found if len(names) == 2 or names[0] not in paired]
+    if len(found) == 1:
+        return tuple(folded[name] for name in found[0])
+    others = _NEITHER if what == "label" else (*_NEITHER, *KNOWN_COLUMNS["label"], "score")
+    left = [column for column in source.columns if column not in known and column.strip().casefold() not in others]
+    if not found and len(left) == 1:
+        return tuple(left)
+    key, columns = f"task.{what} (--{what})", ", ".join(map(repr, source.columns))
+    if not found:
+        tagged = source.columns[-1] in parse_tags(source.columns[-1:])
+        hint = ". A file with a word and its tag on each line needs the extension .conll" if tagged else ""
+        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}{hint}")
+    candidates = " or ".join("+".join(names) for names in found)
+    raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")

@@ -19,7 +19,18 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
-from kdlora.data.lines import FORMATS, LINES, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
+from kdlora.data.lines import (
+    FORMATS,
+    LINES,
+    NO_QUOTING,
+    OBJECT_A_LINE,
+    QUOTED_FIELD,
+    Format,
+    Numbered,
+    as_object,
+    json_fault,
+    read_rows,
+)
 from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
@@ -27,7 +38,6 @@ from kdlora.errors import DataError, did_you_mean, first_line
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
 _LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
-_QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
@@ -152,6 +162,8 @@ def _check_file(file: Path, key: str) -> None:
     if not file.exists():
         siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
         raise DataError(f"{file} ({key}) does not exist; check the path.{did_you_mean(file.name, siblings)}")
+    if not file.is_file():
+        raise DataError(f"{file} ({key}) is a pipe or a device, which cannot be read twice; write it to a file first")
     if not file.stat().st_size:
         raise DataError(f"{file} ({key}) is empty (0 bytes); expected a header and examples")
 
@@ -168,14 +180,18 @@ class _RowFile:
     def columns(self, looked_at: int | None) -> tuple[str, ...]:
         """Read the header; the columns of JSON Lines are the keys of the first objects, or of all."""
         with self._opened() as (named, rows):
-            last = {} if named else {key: value for row in islice(rows, looked_at) for key, value in row.items()}
+            last, number = dict[str, Any](), 0
+            for row in () if named else islice(rows, looked_at):
+                last |= row
+                number += 1
         columns = tuple(named or last)
         if not columns:
             raise DataError(f"{self.path} holds no JSON objects; expected one example per line")
-        if last and all(isinstance(value, dict) for value in last.values()):
+        whole = list if number == 1 and self.path.suffix.lower() == ".json" else ()
+        if last and any(all(isinstance(value, form) for value in last.values()) for form in (dict, whole)):
             raise DataError(
-                f"{self.path}: every value is an object, as where pandas' to_json writes one object of columns; write "
-                "an object a row: df.to_json(FILE, orient='records', lines=True)"
+                f"{self.path}: it is one object of columns, as pandas' to_json writes where it is not told otherwise; "
+                f"{OBJECT_A_LINE}"
             )
         _refuse_duplicates(str(self.path), columns)
         for column in columns if self.form == "tsv" else ():
@@ -206,6 +222,8 @@ class _RowFile:
             with self.path.open(encoding="utf-8-sig", newline="") as stream:
                 begin = stream.read(1000).lstrip() if self.form == "jsonl" else ""
                 stream.seek(0)
+                if begin.splitlines()[:1] == ["{"]:
+                    raise DataError(f"{self.path}, line 1: an object over several lines; {OBJECT_A_LINE}")
                 if begin.startswith("["):
                     yield (), self._sound(_array_rows(self.path, stream.read()), "row")
                 else:
@@ -232,7 +250,7 @@ def _refuse_quoting(raw: RawTable) -> None:
     """CSV quoting in a TSV file shows in doubled quotes, or in quotes around every value."""
     for column in raw.table.columns:
         enclosed = len(column) > 1 and pc.all(pc.match_substring_regex(column, _ENCLOSED_FIELD)).as_py()
-        position = 0 if enclosed else first_true(pc.match_substring_regex(column, _QUOTED_FIELD))
+        position = 0 if enclosed else first_true(pc.match_substring_regex(column, QUOTED_FIELD))
         if position is not None:
             value = column[position].as_py()
             raise DataError(f"{raw.source} has values in CSV quotes, such as {value[:60]}. {NO_QUOTING}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -200,19 +201,25 @@ GLUE: dict[GlueName, GlueTask] = {entry.name: entry for entry in _TABLE}
 """Every GLUE task by our name; label names and their order are those of `nyu-mll/glue`."""
 
 
+def fold(name: str) -> str:
+    """Give what two spellings of one name share: without case, outer and double spaces, and signs that nobody sees."""
+    seen = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
+    return " ".join(seen.split()).casefold()
+
+
 def match_labels(
     found: Sequence[str], task: Sequence[str], where: str, remedy: str, error: type[KdLoraError] = DataError
 ) -> list[int]:
     """Say which of the labels found is label j of the task, by name; case and surrounding spaces do not count."""
-    places = {name.strip().casefold(): place for place, name in enumerate(found)}
-    wanted = {name.strip().casefold(): name for name in task}
+    places = {fold(name): place for place, name in enumerate(found)}
+    wanted = {fold(name): name for name in task}
     have, need = listed(found) or "none", listed(task)
     if len(places) != len(found) or len(wanted) != len(task):
         raise error(f"label names must differ by more than case: {where} has {have}; the task has {need}")
     if places.keys() == wanted.keys():
         return [places[key] for key in wanted]
     message = f"{where} has {len(found)} labels ({have}); the task has {len(task)} ({need})."
-    foreign = [name for name in found if name.strip().casefold() not in wanted]
+    foreign = [name for name in found if fold(name) not in wanted]
     if missing := [name for key, name in wanted.items() if key not in places]:
         hints = [name + did_you_mean(name, foreign) for name in missing[:MOST_LISTED]]
         message += f" Missing: {listed([*hints, *missing[MOST_LISTED:]])}."
@@ -224,18 +231,20 @@ def match_labels(
 
 
 def refuse_names(source: str, label: Sequence[str], names: Sequence[str], *, given: bool = True) -> None:
-    """Refuse labels that are one name but for case and spaces, and `-`, a mark for none, where it is not given."""
+    """Refuse labels that look like one name, and `-`, a mark for none, where it is not given."""
     if not given and "-" in names and "+" not in names:
         raise DataError(
             f"{source}: the label column {label[0]!r} holds '-', by which SNLI and MNLI mark a row without a label; "
             "remove these rows, or, where it is a class, name all classes (task.label_names; kdlora ask: --labels)"
         )
-    keys = [name.strip().casefold() for name in names]
+    keys = list(map(fold, names))
     counts = Counter(keys)
-    if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
+    if alike := [name for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
+        form = ascii if len({unicodedata.normalize("NFC", name) for name in alike}) < len(alike) else repr
         raise DataError(
-            f"{source}: the labels {listed(alike)} ({', '.join(label)}) differ only in case or in spaces "
-            "around them; write each label in one way, in the data and in task.label_names where that is set"
+            f"{source}: the labels {listed(map(form, alike))} ({', '.join(label)}) "
+            "differ only in case, in spaces or in how signs are encoded; write each label in one way, in the data and "
+            "in task.label_names where that is set"
         )
 
 
@@ -260,8 +269,8 @@ def find_joined(values: Sequence[str], *, alone: bool = True) -> str | None:
 
 def find_label(name: str, names: Sequence[str], key: str) -> int:
     """Give the column of a label that a config names; case does not count where no name is exactly it."""
-    folded = {label.strip().casefold(): column for column, label in enumerate(names)}
-    column = names.index(name) if name in names else folded.get(name.strip().casefold())
+    folded = {fold(label): column for column, label in enumerate(names)}
+    column = names.index(name) if name in names else folded.get(fold(name))
     if column is None:
         raise ConfigError(f"{key}: {name!r} is no label of the task ({listed(names)}).{did_you_mean(name, names)}")
     return column

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import TaskConfig
-from kdlora.data.labels import KNOWN_COLUMNS
 from kdlora.data.lines import LINES
 from kdlora.data.logit_table import as_lists, as_offsets
+from kdlora.data.opening import KNOWN_COLUMNS
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text, named_codes
 from kdlora.data.spool import SLICE_ROWS, spool
 from kdlora.data.tags import (

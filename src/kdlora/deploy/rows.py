@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
-from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
+from kdlora.data.lines import FORMATS, NO_QUOTING, OBJECT_A_LINE, QUOTED_FIELD, Format, Numbered, read_rows
 from kdlora.data.tags import WORD_COLUMNS, Words, join_words
 from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.errors import DataError, did_you_mean
@@ -115,7 +116,13 @@ class RowReader:
             for number, (_, values) in enumerate(chain(ahead, rows)):
                 if not self.text_columns and not isinstance(values, str):  # of a run that goes on, as it began
                     self.text_columns = self._find_columns(list(keys or values))
+                if self.form == "tsv" and not isinstance(values, str):
+                    self._refuse_quoting(number, values)
                 yield number, values
+
+    def _refuse_quoting(self, number: int, values: Mapping[str, Any]) -> None:
+        if any(re.match(QUOTED_FIELD, values[column]) for column in self.text_columns):
+            raise DataError(f"{self.name}, row {number}: a text is in CSV quotes. {NO_QUOTING}.")
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -244,12 +251,14 @@ def _choose_format(path: Path | None, wanted: Format | None) -> Format:
             raise DataError("standard input cannot be read as Parquet; give the file's name.")
         return wanted or "text"
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Give a file to classify, or - for standard input.")
+        told = "not a file, but a folder or a pipe" if path.exists() else "no such file"
+        raise DataError(f"{path}: {told}. Give a file to classify, or - for standard input.")
     found = wanted or SUFFIXES.get(path.suffix.lower())
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from {path.suffix or 'a name without extension'!r}; expected "
-            f"{', '.join(SUFFIXES)}, or name the format (--input-format)."
+            f"{', '.join(SUFFIXES)}. An array of JSON is not read row by row: {OBJECT_A_LINE}. Rename a file that has "
+            "another name (or, for kdlora predict: --input-format)."
         )
     return found
 

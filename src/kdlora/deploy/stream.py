@@ -178,6 +178,8 @@ class _Form:
         self.name = _SUFFIXES[suffix]
         if folder.kind == "tokens" and self.name != "jsonl":
             raise DataError(f"{to}: a row may have any number of entities; name a .jsonl file, which holds them.")
+        if folder.kind == "multi-label" and self.name == "csv" and any("|" in name for name in folder.label_names):
+            raise DataError(f"{to}: in CSV | stands between labels, and a label's name holds one; name a .jsonl file.")
         if self.name == "parquet":
             check_installed("writing Parquet", "parquet")
         several = folder.kind == "regression" and len(folder.label_names) > 1  # of a model that is not ours

@@ -15,7 +15,7 @@ from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, 
 from kdlora.data.opening import open_collection_texts
 from kdlora.data.read import is_list, is_text, open_file
 from kdlora.data.spool import read_column, text_columns
-from kdlora.data.tasks import Task, match_labels
+from kdlora.data.tasks import Task, fold, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
@@ -154,8 +154,8 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     ]
     names = [column.removeprefix(LOGIT) for column in found]
     if task.kind == "regression":
-        wanted = {name.strip().casefold() for name in (*task.label_names, "prediction")}
-        fitting = [column for column, name in zip(found, names, strict=True) if name.strip().casefold() in wanted]
+        wanted = {fold(name) for name in (*task.label_names, "prediction")}
+        fitting = [column for column, name in zip(found, names, strict=True) if fold(name) in wanted]
         if len(fitting) == 1:
             return fitting
         raise DataError(
@@ -181,11 +181,11 @@ def _names_labels(columns: Sequence[str], task: Task) -> bool:
 
 def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
     """Give probabilities of the labels that are named; a word without one was not seen."""
-    places = {name.strip().casefold(): place for place, name in enumerate(task.label_names)}
+    places = {fold(name): place for place, name in enumerate(task.label_names)}
     labels = table.column("label").to_pylist()
     kept = [row for row, name in enumerate(labels) if name is not None or task.kind != "tokens"]
     names = [str(name) for name in labels]
-    found = [places.get(names[row].strip().casefold()) for row in kept]
+    found = [places.get(fold(names[row])) for row in kept]
     if None in found:
         row = kept[found.index(None)]
         raise DataError(

@@ -47,7 +47,7 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
 from kdlora.experiment.recording import forget_decisions, model_files, write_card
-from kdlora.experiment.scoring import open_finished
+from kdlora.experiment.scoring import load_labelled, open_finished
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
@@ -157,7 +157,7 @@ def _defer(
 ) -> Deferral:
     _, config, task = open_finished(layout.root)
     splits, source = load_without_copies(config, layout), "the test split" if data is None else str(data)
-    given = splits.test if data is None else load_examples(data, task, id_column=config.data.id_column, labelled=True)
+    given = splits.test if data is None else load_labelled(data, config, task)
     rows, known = unseen_rows(splits, rows_to_promise(task, given), source)
     if repeated := len(rows) - len(set(beginnings(rows, text_columns(rows)))):
         logger.warning("%d of %d rows repeat a text: a promise is of independent rows", repeated, len(rows))

@@ -40,7 +40,7 @@ from kdlora.experiment.recording import (
     refuse_loss,
     splits_by_name,
 )
-from kdlora.experiment.scoring import groups_of, recorded_task
+from kdlora.experiment.scoring import groups_of, load_labelled, recorded_task
 from kdlora.experiment.settle import closed, with_values
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
@@ -79,7 +79,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         if data is None:
             splits = load_without_copies(config, layout)
             return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
-        rows = load_examples(data, recorded_task(layout), id_column=config.data.id_column, labelled=True)
+        rows = load_labelled(data, config, recorded_task(layout))
         return _export_rows(config, layout, to, rows, formats=wanted)
     if data is None and formats != "onnx":
         raise DataError(

@@ -323,12 +323,18 @@ def recorded_task(layout: ExperimentLayout) -> Task:
     return Task.from_dict(records[0].task)
 
 
+def load_labelled(data: str, config: Config, task: Task) -> Dataset:
+    """Load another file of labelled rows for an experiment's task."""
+    ordered = config.task.label_names is not None
+    return load_examples(data, task, id_column=config.data.id_column, labelled=True, ordered=ordered)
+
+
 def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Score the shipped student, by its fitted thresholds, and the teacher if it is there, on another labelled file."""
     layout, config, task = open_finished(folder)
     if not trust_remote_code:  # the folder says what its author trusted
         config = with_values(config, {"teacher.trust_remote_code": False})
-    examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+    examples = load_labelled(data, config, task)
     with contextlib.suppress(KdLoraError, OSError):  # the experiment's own data may be elsewhere
         splits = load_splits(config.task, config.data.without_copies)
         seen = [part for part in (splits.train, splits.validation, splits.unlabelled) if part is not None]

@@ -270,6 +270,6 @@ def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):
     nobody = with_values(config, {"run.arms": ("student-lora",)})
     assert check_table(nobody, splits) is splits  # whom it does not teach, it need not cover
     write_lines(path, [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
-    told = f"{path}: 1 rows belong to no unlabelled example and are not used."
+    told = f"{path}: 1 rows belong to no unlabelled example and teach nothing."
     assert check_table(config, splits).notes == (*splits.notes, told)
     assert plan_experiment(config, tmp_path / "out").notes[-1] == told  # `--dry-run` prints it

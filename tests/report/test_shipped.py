@@ -61,7 +61,7 @@ def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     assert "The export failed before its last stage" in report.html
     row = _rows(report)["quantised: int8 weights per channel"]
     assert row[:3] == ["ONNX, optimised", "failed", "1,243"]
-    assert row[3:] == ["0.41", "97.31%", "95.31% of 1,043", "90.38", "+0.82", "+0.52 to +1.12"]
+    assert row[3:] == ["0.41", "97.31%", "95.31% (1,043 rows)", "90.38", "+0.82", "+0.52 to +1.12"]
     assert (
         "**failed**, 97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points" in report.markdown
     )
@@ -92,7 +92,7 @@ def test_calibration_stands_with_both_errors(layout):
     text = _report(layout).markdown
     assert "| before | 1 | 8.71% | 0.4120 |" in text
     assert "| after | **1.730** | **1.94%** | **0.3050** |" in text
-    assert "Fitted on 400 validation rows" in text
+    assert "Fitted on 400 decisions of the validation split" in text
     assert "These figures are without the temperature, by which the shipped student answers." in text
     assert "measured side by side" not in text
     assert "int8 file" not in text

@@ -124,7 +124,7 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     start = time.perf_counter()
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
     folder = Path(os.path.realpath(expand_target(to)))  # `resolve` fails at a link to itself
-    refuse_foreign(folder, MANIFEST, "answers of a language model")
+    refuse_foreign(folder, MANIFEST, "answers of a language model", "schema_version", "ingredients")
     _refuse_replacing(folder, (data, settings.unlabelled, settings.audit))
     read_key(settings)  # before a folder is made
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):

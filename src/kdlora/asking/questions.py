@@ -65,6 +65,8 @@ class Questions:
             self._template = environment.from_string(self.source)
         except TemplateSyntaxError as fault:
             raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None
+        except RecursionError:
+            raise ConfigError(f"{file}: the prompt is nested too deep; write it simpler") from None
         for name in sorted(found - _FIELDS):
             known = ", ".join(sorted(_FIELDS))
             raise ConfigError(f"{file}: the prompt has an unknown field {name!r}; there are {known}")
@@ -98,7 +100,7 @@ class Questions:
         ]
         try:
             filled = self._template.render(**_texts(row), labels=options, examples=shown)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as fault:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as fault:
             raise ConfigError(
                 f"{self.name}: the prompt cannot be filled: {first_line(fault)}; its fields are text, text_pair of a "
                 "pair, labels and examples"

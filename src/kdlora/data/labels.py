@@ -175,6 +175,14 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
             f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}; a regression needs finite "
             "numbers. Remove the row or correct it"
         )
+    exact = values.to_numpy()
+    if np.abs(narrow - exact).max(initial=0) > 1e-3 * exact.std() > 0:
+        raise _holds(
+            raw,
+            column,
+            f"numbers that differ by little beside their size, such as {exact[0]!r}, so that 32 "
+            "bits round their differences away; subtract a fixed number from all of them",
+        )
     return pa.array(narrow)
 
 

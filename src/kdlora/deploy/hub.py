@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdlora.deploy.folder import MODEL_FILES, ModelFolder, is_model_file, read_model_folder
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
@@ -214,12 +215,23 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
             raise ArtifactError(f"{place}: not UTF-8; save it as UTF-8") from None
         text = text.replace(FOLDER_IN_CARD, repo) if name == "README.md" else text
         contents[name] = shorten_paths(text, layout.root).encode()
-    for name in {"config.json", "tokenizer_config.json"} & contents.keys():
-        settings = read_json(student.path / name)
-        if named := [key for key, at in settings.items() if key.endswith(_PLACES) and Path(str(at)).is_absolute()]:
-            settings |= {key: Path(str(settings[key])).name for key in named}
-            contents[name] = json.dumps(settings, indent=2).encode()
+    for name in {
+        f"{at}{one}" for at in ("", _ONNX) for one in ("config.json", "tokenizer_config.json")
+    } & contents.keys():
+        settings = read_json(Path(str(contents[name])))
+        if (bare := _without_places(settings)) != settings:
+            contents[name] = json.dumps(bare, indent=2).encode()
     return contents
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the last name of each path that a model's settings name, in parts of them, too."""
+    bare: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_place = key.endswith(_PLACES) and Path(str(value)).is_absolute()
+        inner = _without_places(value) if isinstance(value, dict) else value
+        bare[key] = Path(str(value)).name if is_place else inner
+    return bare
 
 
 def shorten_paths(text: str, root: Path) -> str:
@@ -239,6 +251,9 @@ def shorten_paths(text: str, root: Path) -> str:
 def _pushable(root: Path) -> ModelFolder:
     if ExperimentLayout(root).config.exists() and not ExperimentLayout(root).student.exists():
         raise ModelError(f"{root} has no student to push; run it to its end with `kdlora run`")
+    for place in (ExperimentLayout(root).student, ExperimentLayout(root).onnx):
+        if place.is_symlink():
+            raise ArtifactError(f"{place} is a link, and what it leads to may be another model; put that in its place")
     folder = read_model_folder(root)
     if folder.backend != "transformers":
         raise ModelError(f"{root} is an ONNX export; push its experiment, which holds the transformers model as well")

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from kdlora.data.lines import Format
+from kdlora.data.lines import FORMATS, Format
 from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.rows import Row, RowReader
 from kdlora.deploy.stream import Progress, csv_bytes, read_answers, refuse_replacing, standard_output, text_columns
@@ -102,6 +102,8 @@ def redact_file(
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
     if reader.form in ("parquet", "conll"):
         raise DataError(f"{source}: a {reader.form} file is not redacted; write the rows as JSON Lines or CSV first.")
+    if str(to) != "-" and FORMATS.get(Path(to).suffix.lower(), reader.form) != reader.form:
+        raise DataError(f"{to}: what is redacted stays {reader.form}, as {reader.name} is; name such a file.")
     answered = read_answers(tagger, reader, batch_size, refusal=_REFUSAL)
     with _open(source, to) as file, contextlib.closing(answered):
         for answers in chain(answered, [[]]):  # the last one for a header alone

@@ -25,6 +25,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client import generate_latest as write_metrics
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way, read_model_folder
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _TOGETHER = 64
 """Most texts that are computed at once; they are batched by length."""
 _SECONDS_TO_END = 30
+_MOST_HEAD_BYTES = 1 << 16
 """How long requests that have begun may take after the server was asked to end."""
 _SECONDS_KEPT = 620
 """How long an idle connection stays open: a load balancer, which may keep it 600 s, must be the first to close it."""
@@ -245,6 +247,27 @@ def _json(value: Any) -> Response:
     return Response(json.dumps(value), media_type="application/json")
 
 
+class _Protocol(HttpToolsProtocol):
+    """Reads requests as uvicorn does, but no request line and headers without an end."""
+
+    _head = 0
+    _in_head = True
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head = self._head + len(data) if self._in_head else 0
+        if self._head > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The request line and headers have more than {_MOST_HEAD_BYTES:,} bytes.")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+
 def name_models(models: Sequence[str]) -> dict[str, Path]:
     """Give the folder of each model by its name: what stands before `=`, else the last part of its path."""
     found: dict[str, Path] = {}
@@ -273,12 +296,17 @@ def serve(
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
     if not host.strip():  # which the system takes for all addresses
         raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ConfigError(f"serve: no address of the host {host!r} is known ({error.strerror})") from None
     ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
     many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
     at_once = {name: 1 if read_model_folder(way).backend == "openvino" else many for name, way in ways.items()}
     loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
     settings = uvicorn.Config(
         make_app(loaded, limits, at_once),
+        http=_Protocol,
         log_level="warning",
         access_log=False,
         ws="none",

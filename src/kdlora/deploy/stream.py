@@ -252,6 +252,8 @@ def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
 def standard_output() -> BinaryIO:
     """Give standard output as it takes bytes; that of a notebook takes text alone."""
     own = sys.stdout
+    if own is None:
+        raise DataError("standard output is closed; name a file with --to.")
     to_text: Any = SimpleNamespace(write=lambda content: own.write(content.decode(errors="replace")), flush=own.flush)
     found: BinaryIO = getattr(own, "buffer", to_text)
     return found

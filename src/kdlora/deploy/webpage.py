@@ -116,7 +116,7 @@ def _find_fault(classifier: Classifier) -> str:
     """Say what of a model a browser cannot do as Python does; nothing where there is nothing."""
     if classifier.folder.windows is not None:
         return "it reads long texts in windows"
-    with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8")
+    with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8", errors="replace")
     return "its SentencePiece tokenizer has a table of characters" if with_table else ""
 
 

@@ -243,7 +243,7 @@ def _calibrate(config: Config, layout: ExperimentLayout, splits: Splits) -> tupl
         return None, [f"Not calibrated (export.calibrate): {fault}"]
     save_temperature(layout.student, fitted.temperature)
     if fitted.temperature == 1:
-        return fitted, ["Not calibrated: all validation rows are right, and tell no temperature (export.calibrate)."]
+        return None, ["Not calibrated: all validation rows are right, and tell no temperature (export.calibrate)."]
     told = [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
         f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."

@@ -122,7 +122,7 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         return finish(record, layout, [place.predictions], ["the teacher was given: evaluated, not trained"])
     for split, rows in splits_by_name(splits, scored=True).items():
         try:
-            table, missing = read_table(config, splits.task, split), 0
+            table, missing = _table_of(config, splits, split, rows), 0
             if record.asked is not None:
                 table, missing = _with_unanswered(table, rows, split)
             attached = table.attach(rows)
@@ -138,6 +138,20 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
     taught = hash_json([one.fingerprint for one in stored_logits(config, layout, splits)])  # as its students have it
     record = record.model_copy(update={"fingerprints": record.fingerprints | {"teacher": taught}})
     return finish(record, layout, [place.predictions], notes)
+
+
+def _table_of(config: Config, splits: Splits, split: str, rows: Dataset) -> TeacherLogits:
+    """Read a table's rows of a split; where validation was drawn from the training rows, it is among those."""
+    try:
+        return read_table(config, splits.task, split)
+    except DataError:
+        wanted = set(rows["id"])
+        if split != "validation" or not wanted.isdisjoint(splits.train["id"]):
+            raise
+        whole = read_table(config, splits.task, "train")
+        if not wanted.issubset(map(str, whole.ids.to_pylist())):
+            raise
+        return whole
 
 
 def _with_unanswered(table: TeacherLogits, rows: Dataset, split: str) -> tuple[TeacherLogits, int]:

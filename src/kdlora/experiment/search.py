@@ -315,7 +315,7 @@ def _end(search: Search) -> SearchResult:
     told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed if "error" in one.user_attrs]
     warnings = [Paragraph(text, "warning") for text in told[:_SHOWN]]
     blocks = [_trial_table(ranked, search.settings), *warnings, _curves(ranked, pruned)]
-    lead = _lead(search, ranked, len(pruned))
+    lead = _lead(search, ranked, len(pruned), len(failed))
     page = Page(f"Search: {search.config.title()}", "search", lead, (Section("Trials", "trials", blocks),))
     report = write_page(page, search.folder / "search.md", search.folder / "search.html")
     write_text_atomic(search.folder / "trials.csv", to_csv(_lines(trials, search.settings)))
@@ -345,17 +345,20 @@ def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int) -> Prose:
-    counted = f"{len(ranked)} trials finished, {pruned} were pruned"
+def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int, failed: int) -> Prose:
+    ended = {"were pruned": pruned, "failed": failed}
+    counted = ", ".join([f"{len(ranked)} trials finished", *(f"{some} {how}" for how, some in ended.items() if some)])
     if not ranked:
         return Prose("There is <strong>no best config yet</strong>: {}.").format(counted)
+    equal = sum(one.value == ranked[0].value for one in ranked) - 1
     return Prose(
-        "{}: the best of {} scores <strong>{:.2f}</strong> on the held-out rows, the median {:.2f}: "
-        "<strong>{}</strong>. Trials were judged on {:.0%} of the training rows, held out; the validation and "
-        "test rows of the config were not scored. The best of many is too high: report what best.yaml scores on them. "
-        "A trial is one seed: no verdict on the difference of two."
+        "{}, {}. The best scores <strong>{:.2f}</strong> on the held-out rows{}, the median {:.2f}: "
+        "<strong>{}</strong>. Trials were judged on training rows that were held out ({:.0%}, at least one of each "
+        "class); the validation and test rows of the config were not scored. The best of many is too high: report what best.yaml scores on "
+        "them. A trial is one seed: no verdict on the difference of two."
     ).format(
-        *(arm_title(search.arm), counted, ranked[0].value, statistics.median(one.value or 0.0 for one in ranked)),
+        *(arm_title(search.arm), counted, ranked[0].value, f", as {equal} more" if equal else ""),
+        statistics.median(one.value or 0.0 for one in ranked),
         ", ".join(f"{key} {_setting(ranked[0], search.settings, key)}" for key in search.settings.space),
         search.settings.validation_fraction,
     )

@@ -188,7 +188,7 @@ def check_table(config: Config, splits: Splits) -> Splits:
     if table is not None:
         refuse_other_texts(table, splits)
     notes = [
-        f"{table.source}: {extra} rows belong to no {name} example and are not used."
+        f"{table.source}: {extra} rows belong to no {name} example and teach nothing."
         for table, (name, rows) in zip(tables, parts, strict=True)
         if (extra := table.count_extra(rows))
     ]

@@ -238,8 +238,8 @@ def _lead(figures: SuiteFigures) -> Prose:
     if not teacher or teacher <= 0:
         return strong(told) + "."
     return Prose(
-        "<strong>{}</strong>. KD-LoRA keeps <strong>{}</strong> of its teacher’s score "
-        "({} of {}, means of the rows below)."
+        "<strong>{}</strong>. KD-LoRA scores <strong>{}</strong> of what the arm of its teachers does "
+        "({} of {}, means of the rows below, each the median of an arm’s configurations and seeds, whichever taught)."
     ).format(told, _kept(student, teacher), points(student), points(teacher))
 
 

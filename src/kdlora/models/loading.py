@@ -255,6 +255,13 @@ def load_weights(source: Source, config: PretrainedConfig) -> tuple[PreTrainedMo
             output_loading_info=True,
             **_options(source),
         )
+    depth = getattr(config, "num_hidden_layers", None)
+    numbers = ((key, re.search(r"\.(?:layers?|h|blocks?)\.(\d+)\.", key)) for key in sorted(report["unexpected_keys"]))
+    if deeper := [key for key, at in numbers if at is not None and depth is not None and int(at[1]) >= depth]:
+        raise ModelError(
+            f"the weights of {source.name} have more layers than the {depth} of its config.json (num_hidden_layers), "
+            f"such as {deeper[0]}; a model without its last layers answers something else. Take both from one model"
+        )
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     return model.eval(), mismatched.union(report["missing_keys"])
 

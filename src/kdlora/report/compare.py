@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.configfile import expand_home
@@ -112,9 +113,12 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
 def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
-    kinds = [(it.task.kind, it.task.metrics, it.task.label_names) for it in (mine, theirs)]
-    if kinds[0] != kinds[1] or mine.split != theirs.split:
-        reason = "another task or order of labels" if kinds[0] != kinds[1] else f"scored on {mine.split}"
+    reasons: dict[str, list[Any]] = {
+        "another task or order of labels": [(it.task.kind, it.task.label_names) for it in (mine, theirs)],
+        f"scored by {score_title(mine.task)}": [it.task.metrics for it in (mine, theirs)],
+        f"scored on {mine.split}": [it.split for it in (mine, theirs)],
+    }
+    if reason := next((told for told, both in reasons.items() if both[0] != both[1]), ""):
         return Comparison(one.name, reference.name, None, float("nan"), reason)
     if _differ(mine, theirs):
         plain, reason = one.score.mean - reference.score.mean, "not paired: other texts of the same ids"
@@ -142,7 +146,9 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
         return told + "."
     found = paired[best.name]
     why = span(found.difference) if found.difference else found.reason
-    both = "" if len(best.runs) == len(reference.runs) else " on the seeds that both have"
+    seeds = [{run.record.seed for run in one.runs} for one in (best, reference)]
+    some = found.difference is not None and seeds[0] != seeds[1] and min(map(len, seeds)) > 1
+    both = " on the seeds that both have" if some else ""
     return told + Prose(", <strong>{} points</strong> against {}{} ({}).").format(
         signed(found.plain), reference.name, both, why
     )

@@ -86,6 +86,8 @@ def pair_runs(
     if not kept[0] or not kept[1]:
         return Comparison(first[0], second[0], None, plain, "not paired: predictions are missing")
     kept = _same_seeds(*kept)
+    if not kept:
+        return Comparison(first[0], second[0], None, plain, "not paired: no seed in common")
     aligned = align([run.predictions.only(split) for runs in kept for run in runs if run.predictions is not None])
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
@@ -102,7 +104,7 @@ def _mean_score(runs: Sequence[Run], split: str) -> float:
 def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
     """Take the seeds that both have, in one order; a single teacher or baseline stands beside every seed.
 
-    Runs without a seed in common are independent, so they are paired in their order.
+    Two single runs are compared on their rows, whatever their seeds; else no seed in common leaves nothing to pair.
     """
     lone = [runs[0].record for runs in (first, second) if len(runs) == 1]
     if any(one.arm == one.teacher_arm or one.arm not in (*STUDENT_ARMS, "lora") for one in lone):
@@ -111,8 +113,7 @@ def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
     common = [seed for seed in one if seed in other]
     if common:
         return [[runs[seed] for seed in common] for runs in (one, other)]
-    count = min(len(first), len(second))
-    return [list(first[:count]), list(second[:count])]
+    return [list(first), list(second)] if len(first) == len(second) == 1 else []
 
 
 def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:

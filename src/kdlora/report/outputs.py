@@ -93,7 +93,7 @@ def _label_confusions(outputs: Outputs) -> list[Table]:
         for name, own in zip(names, shares, strict=True)
     )
     caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
-    note = f"Each row adds up to 100%; – where no row has the label. {of_seeds(len(outputs.logits))}"
+    note = f"Shares of a row; – where no row has the label. {of_seeds(len(outputs.logits))}"
     return [Table(caption, ("label", *names), rows, note=note, side=True)]
 
 

@@ -179,6 +179,9 @@ class Report:
 
 def write_page(page: Page, markdown_path: Path, html_path: Path) -> Report:
     for path in (markdown_path, html_path):
+        parent = next(one for one in path.absolute().parents if one.exists())
+        if path.is_dir() or not parent.is_dir():
+            raise ArtifactError(f"{path} cannot be written: {path if path.is_dir() else parent} is in its place")
         if path.exists() and not is_ours(path) and _SIGN not in path.read_text(encoding="utf-8", errors="replace"):
             raise ArtifactError(f"{path} was not written by kdlora and stays; name another folder with --out")
     report = render(page, (markdown_path, html_path))

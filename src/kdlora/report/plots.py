@@ -88,6 +88,13 @@ class Series:
         across, up = np.mean(self.points, axis=0)
         return float(across), float(up)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """One standard deviation of the scores below their mean, and one above it."""
+        scores = [score for _, score in self.points]
+        aside = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+        return self.middle[1] - aside, self.middle[1] + aside
+
     def by_epoch(self) -> dict[float, list[float]]:
         found: dict[float, list[float]] = {}
         for epoch, value in self.points:
@@ -195,7 +202,7 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     def paint(axes: Any) -> None:
         for one, points in zip(drawn, aside, strict=True):
             _paint_arm(axes, one, points)
-        axes.set_ylim(*padded(scores, margin=0.18, least=2.0))
+        axes.set_ylim(*padded((*scores, *(end for one in drawn for end in one.ends)), margin=0.18, least=2.0))
         if is_log:
             log_ticks(axes, min(costs) / 1.6, max(costs) * 1.6)
         else:
@@ -216,11 +223,10 @@ def _paint_arm(axes: Any, one: Series, aside: float) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
-    across, up = one.middle
+    across = one.middle[0]
     if len(one.points) > 1:
         scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
-        ends = up + float(np.std([score for _, score in one.points], ddof=1)) * np.array([-1, 1])
-        axes.plot([across] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
+        axes.plot([across] * 2, one.ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
     scatter(axes, [one.middle], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
 
 

@@ -188,7 +188,9 @@ def _constant_seeds(experiment: Experiment) -> list[int]:
     return [
         run.record.seed
         for run, one in found
-        if len(one.logits) > 1 and np.ptp(predict_labels(task, one.logits, one.offsets)) == 0
+        if len(one.logits) > 1
+        and np.ptp(predict_labels(task, one.logits, one.offsets)) == 0
+        and (task.kind == "tokens" or np.ptp(one.labels) > 0)
     ]
 
 

@@ -55,7 +55,7 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it does on the `rows` that it was fitted on: log loss in nats, error over ten bins."""
+    """A temperature, and what it does on the `rows` (or words) of its fit: log loss in nats, error of ten bins."""
 
     temperature: Amount  # divide logits by it; above 1 the model was too sure
     rows: Count
@@ -248,7 +248,7 @@ def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...
             ),
             "same decisions": lambda one: _share(one.agreement),
             "of labelled rows": lambda one: (
-                "–" if one.unseen is None else f"{_share(one.unseen)} of {one.labelled or 0:,}"
+                "–" if one.unseen is None else f"{_share(one.unseen)} ({one.labelled or 0:,} rows)"
             ),
             "score": lambda one: points(one.score, 2),
             "points lost": lambda one: signed(one.drop, 2),
@@ -280,7 +280,8 @@ def _calibration_table(found: Calibration) -> Table:
     )
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
     told = (
-        f"Fitted on {found.rows:,} validation rows and measured on the same, so “after” is a little too good. "
-        "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Predictions stay the same."
+        f"Fitted on {found.rows:,} decisions of the validation split and measured on the same, so “after” is a little "
+        "too good. Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Predictions "
+        "stay the same."
     )
     return Table("Calibration of the shipped student", columns, rows, note=told, compact=True)

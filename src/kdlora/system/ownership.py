@@ -52,11 +52,13 @@ def check_folder(folder: Path, kind: str) -> None:
     refuse_links(folder)
 
 
-def refuse_foreign(folder: Path, manifest: str, what: str) -> Path:
-    """Give a folder that is new, has hidden files alone, or holds a manifest of this name; nothing is changed."""
+def refuse_foreign(folder: Path, manifest: str, what: str, *keys: str) -> Path:
+    """Give a folder that is new, has hidden files alone, or holds a manifest (with these keys); nothing is changed."""
     _refuse_file(folder)
     if (folder / manifest).is_file():
         refuse_links(folder)
+        if keys and not read_json(folder / manifest).keys() >= set(keys):
+            raise ArtifactError(f"{folder / manifest} is no record of {what}; name another folder with --to")
     elif any(not entry.name.startswith(".") for entry in folder.glob("*")):
         raise ArtifactError(f"{folder} is not empty and holds no {what}; name another with --to")
     return folder

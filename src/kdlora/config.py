@@ -62,7 +62,7 @@ class TaskConfig(Section):
     """Label column. Several columns of 0 and 1 make a multi-label task. For tokens the column of tags, or of spans."""
     label_names: Names | None = Field(default=None, min_length=1)
     """Label names in the order of the model's outputs. For tokens the types of entities, which are sorted. Default:
-    those of the data, sorted."""
+    those of the data, sorted; other files then name labels, for 0 and 1 would say nothing."""
     metric: Metric | None = None
     """What scores the task, and selects epochs, arms, trials and exports: a name such as `macro_f1`, that of a label
     such as `recall@0.9:spam` (at precision 0.9), or `cost: {label: {decision: cost}}`. null: by kind and classes."""

@@ -39,6 +39,17 @@ def test_rows_are_not_replaced_by_those_that_were_answered(asking):
     assert rows.read_bytes() == kept
 
 
+def test_a_folder_is_not_ours_by_the_name_of_one_file(asking):
+    """A file `ask.json` of the user's own made all else in its folder kdlora's, to be replaced."""
+    asking.to.mkdir()
+    own = {"ask.json": '{"my": "settings"}', "train.parquet": "precious", "answers.jsonl": '{"role": "user"}\n'}
+    for name, content in own.items():
+        (asking.to / name).write_text(content)
+    with pytest.raises(ArtifactError, match=r"ask\.json is no record of answers of a language model"):
+        asking(rows=10)
+    assert {name: (asking.to / name).read_text() for name in own} == own
+
+
 def test_texts_without_words_are_not_spread(asking):
     """Fifty texts of emoji ended in a traceback."""
     write_csv(asking.data, [{"id": str(row), "text": "😀" * (row + 1)} for row in range(20)])
@@ -324,6 +335,8 @@ def test_bad_prompts_and_labels(asking, cli):
         "{{ text }}{{ labels }}{% for one in labels %}{{ one.name }}{% endfor %}{{ 1 / 0 }}": "cannot be filled",
         "{{ text }}{% for one in labels %}{{ one.name }}{% endfor %}": "shows no code of the label 'negative'",
         "what is it?" + codes: "never shows {{ text }}",
+        "{{ text }}{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}" + codes: "cannot be filled",
+        "{{ text }}{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}" + codes: "nested too deep",
         "{{ text }}{{ labels.__class__.__mro__ }}": "cannot be filled",
     }.items():
         template.write_text(text)

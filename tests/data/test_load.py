@@ -314,6 +314,16 @@ def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
         assert (lacking in load({"metric": metric}, train=train, test=test).notes) == (metric is None)
 
 
+def test_numbers_that_32_bits_cannot_tell_apart(csv_file):
+    """Eight times of one minute became two, and a model that knew these two was perfect."""
+    path = csv_file("a.csv", text=TEXTS, label=[f"{1_700_000_000 + row}.5" for row in range(20)])
+    assert "32 bits round their differences away; subtract a fixed number" in refused(
+        {"kind": "regression"}, train=path
+    )
+    path = csv_file("a.csv", text=TEXTS, label=[f"{1_700 + row}.5" for row in range(20)])
+    assert labels(load({"kind": "regression"}, train=path, validation=path).train)[0] == 1700.5
+
+
 def test_load_examples(csv_file):
     """Evaluation on a file with other columns or codes than training must mean the same labels."""
     task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))

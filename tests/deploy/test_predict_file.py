@@ -211,6 +211,13 @@ def test_other_bytes_are_refused(tmp_path, model, name, content, told):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+def test_a_closed_output_is_named(tmp_path, model, source, monkeypatch):
+    """`>&-` ended in a traceback."""
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(DataError, match="standard output is closed; name a file"):
+        predict_file(model, source, "-")
+
+
 def test_rows_without_an_id_beside_others_have_none(tmp_path, model):
     """The number of a row was the id of another, whose label whoever joined the two by id overwrote."""
     path = tmp_path / "in.jsonl"

@@ -233,6 +233,19 @@ def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):
         assert (server.wait(30), server.stderr.read()) == (0, "")
 
 
+@pytest.mark.parametrize("head", [b"X: " + b"a" * 200_000, b"X: a\r\n" * 40_000])
+def test_a_head_without_an_end_is_refused(port, head):
+    """One connection could fill the memory with headers, and was answered with 200."""
+    with socket.create_connection(("127.0.0.1", port), 30) as line:
+        with contextlib.suppress(ConnectionError):
+            line.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n" + head)
+        assert line.recv(10_000).startswith(b"HTTP/1.1 400")
+    body = json.dumps({"text": "a" * 100_000}).encode()
+    with socket.create_connection(("127.0.0.1", port), 30) as line:  # what comes after the head is no part of it
+        line.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert line.recv(10_000).startswith(b"HTTP/1.1 413")
+
+
 def listens(port):
     """Say whether new requests are taken."""
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 30):
@@ -250,5 +263,9 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exported, monkeypatc
         serve(["."], threads=-1)
     with pytest.raises(ConfigError, match="the host is empty"):  # for the system it is all addresses
         serve(["."], host="")
+    monkeypatch.setattr("kdlora.deploy.serving.load_model", None)  # a mistyped host was told after minutes of loading
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror(-2, "not known")))
+    with pytest.raises(ConfigError, match="no address of the host 'no such host' is known"):
+        serve(["."], host="no such host")
     with pytest.raises(ConfigError, match="could never wait"):
         Limits(waiting=2, texts=3)

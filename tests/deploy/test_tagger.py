@@ -336,6 +336,8 @@ def test_text_csv_and_tsv_keep_their_other_columns(tagger, tmp_path):
     (tmp_path / "in.tsv").write_text(f'a\ttext\n"x\t{TEXTS[0]}\n', encoding="utf-8")
     redact_file(tagger, tmp_path / "in.tsv", tmp_path / "out.tsv")
     assert (tmp_path / "out.tsv").read_text(encoding="utf-8") == f'a\ttext\n"x\t{replaced[0]}\n'
+    with pytest.raises(DataError, match=r"out\.jsonl: what is redacted stays tsv"):
+        redact_file(tagger, tmp_path / "in.tsv", tmp_path / "out.jsonl")
     (tmp_path / "head.csv").write_text("text,b\n")
     assert redact_file(tagger, tmp_path / "head.csv", tmp_path / "none.csv").rows == 0
     assert (tmp_path / "none.csv").read_text() == "text,b\n"

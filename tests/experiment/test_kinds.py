@@ -20,6 +20,7 @@ from experiments import (
     snapshot,
     write_lines,
 )
+from kdlora.configfile import build_config
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil import inference
@@ -27,7 +28,9 @@ from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, write_record
+from kdlora.experiment.recording import new_record
 from kdlora.experiment.run import plan_experiment, run_experiment
+from kdlora.experiment.scoring import score_given_teacher
 from kdlora.experiment.settle import check_table, with_values
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.ownership import MANIFEST
@@ -255,6 +258,24 @@ def test_the_teacher_labels_them_and_the_student_learns_from_both(config, tmp_pa
     assert "40 unlabelled rows: the teacher labelled them" in report
     assert "hold the text of a validation or test row" in report
     assert "unlabelled rows, labelled by the teacher: 40" in (result.layout.student / "README.md").read_text()
+
+
+def test_a_table_of_the_training_rows_covers_those_that_validate(tmp_path):
+    """A teacher that answered every training row had no score, for a tenth of them was called `validation` later."""
+    rows = [{"id": f"r{row}", "text": f"a text {row}", "label": "bg"[row % 2]} for row in range(40)]
+    answers = [{"id": row["id"], "b": 1.0 - (row["label"] == "g"), "g": float(row["label"] == "g")} for row in rows]
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "table.jsonl", answers)
+    data, teacher = {"train": str(tmp_path / "train.jsonl")}, {"probabilities": str(tmp_path / "table.jsonl")}
+    given = build_config({"data": data, "teacher": teacher, "student": {"model": "m"}})
+    layout, splits = ExperimentLayout(tmp_path / "run"), load_splits(given.task, given.data)
+    record = score_given_teacher(given, layout, splits, new_record(given, layout, splits, "fft", 0))
+    assert record.score == 100
+    own = write_lines(tmp_path / "own.jsonl", [{**row, "id": row["id"] + "v"} for row in rows])  # other rows
+    given = build_config({"data": data | {"validation": str(own)}, "teacher": teacher, "student": {"model": "m"}})
+    splits = load_splits(given.task, given.data)
+    record = score_given_teacher(given, layout, splits, new_record(given, layout, splits, "fft", 0))
+    assert record.score is None
 
 
 def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):

@@ -7,8 +7,18 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
+from kdlora.report import plots
 from kdlora.report.page import escape
-from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves, score_against_cost, shorten
+from kdlora.report.plots import (
+    Series,
+    Style,
+    arm_style,
+    differences,
+    learning_curves,
+    padded,
+    score_against_cost,
+    shorten,
+)
 from kdlora.report.wording import (
     change,
     count,
@@ -79,6 +89,15 @@ def test_points_lie_where_their_values_are():
     )
     assert "logarithmic" in wide.caption
     assert "logarithmic" not in zero.caption
+
+
+def test_bars_are_not_cut_off(monkeypatch):
+    """The bar of two seeds reaches beyond both, and further than the margin around the points."""
+    seen: list[float] = []
+    monkeypatch.setattr(plots, "padded", lambda values, **options: seen.extend(values) or padded(values, **options))
+    score_against_cost([one := Series("a", Style(0), ((1.0, 20.0), (1.0, 30.0)))], **PARAMETERS)
+    assert one.ends == pytest.approx((17.93, 32.07), abs=0.01)
+    assert set(one.ends) < set(seen)
 
 
 def test_curves_average_the_seeds_that_reached_an_epoch():

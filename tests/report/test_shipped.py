@@ -12,6 +12,7 @@ import pytest
 import fabricate
 from experiments import edit_json
 from fabricate import PAIRS, SIMILARITY, TOPICS, edit_record, make_experiment, ship
+from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.report.compare import compare
 from kdlora.report.report import Report, make_report
@@ -226,13 +227,34 @@ def test_other_tasks_and_other_rows_are_not_paired(tmp_path):
     make_experiment(tmp_path / "three", task=SIMILARITY, arms=("kd-lora",))
     make_experiment(tmp_path / "four", task=PAIRS, arms=("kd-lora",), test_split=True)
     make_experiment(tmp_path / "five", task=replace(PAIRS, label_names=PAIRS.label_names[::-1]), arms=("kd-lora",))
-    names = ("one", "two", "three", "four", "five")
+    make_experiment(tmp_path / "six", task=replace(PAIRS, metrics=("macro_f1",)), arms=("kd-lora",))
+    names = ("one", "two", "three", "four", "five", "six")
     report = compare([tmp_path / name for name in names], draws=300)
     rows = _rows(report)
     assert rows["two: KD-LoRA"][3] == "not paired: the examples are not the same"
     for other in ("three", "five"):
         assert rows[f"{other}: KD-LoRA"][2:4] == ["–", "another task or order of labels"]
     assert rows["four: KD-LoRA"][2:4] == ["–", "scored on test"]
+    assert rows["six: KD-LoRA"][3].startswith("scored by ")
+
+
+def test_what_is_in_the_place_of_a_page_is_named(tmp_path):
+    """A file that was named as the folder was a failure of the program, "[Errno 17] File exists"."""
+    make_experiment(tmp_path / "one", arms=("kd-lora",))
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "b" / "compare.md").mkdir(parents=True)
+    for out in ("a.csv", "a.csv/x", "b"):
+        with pytest.raises(ArtifactError, match=r"cannot be written: .* is in its place"):
+            compare([tmp_path / "one"], out=tmp_path / out)
+
+
+def test_seeds_that_nobody_shares_are_not_paired(tmp_path):
+    """Seeds 3 and 4 were set against 0 and 1 of three, "on the seeds that both have"."""
+    for name, seeds in (("one", (0, 1, 2)), ("two", (3, 4))):
+        make_experiment(tmp_path / name, arms=("kd-lora",), seeds=seeds)
+    report = compare([tmp_path / "one", tmp_path / "two"], draws=300)
+    assert _rows(report)["two: KD-LoRA"][3] == "not paired: no seed in common"
+    assert "seeds that both have" not in report.markdown
 
 
 def test_failed_runs_are_named_and_nothing_finished_is_said(tmp_path):

@@ -123,7 +123,8 @@ def finished(tmp_path, classifier):
     layout = ExperimentLayout(tmp_path / "home of jane" / "runs" / "secret-client")
     shutil.copytree(classifier, layout.student)
     labels = {"0": "/tmp/x", "1": "/b/c", "2": "c"}
-    edit_json(layout.student / "config.json", _name_or_path=f"{tmp_path}/models/bert", id2label=labels)
+    place = {"_name_or_path": f"{tmp_path}/models/bert"}
+    edit_json(layout.student / "config.json", **place, text_config=place, id2label=labels)
     (layout.student / "README.md").write_text(f"made in {layout.root}\n")
     for name in ("customers.csv", "optimizer.pt", "training_args.bin", "run.log", "notes.json", "model.safetensors~"):
         (layout.student / name).write_text("private")
@@ -133,6 +134,7 @@ def finished(tmp_path, classifier):
     layout.onnx.mkdir()
     for name in ("kdlora_export.json", "model.onnx", "debug.txt"):
         (layout.onnx / name).write_text("{}")
+    shutil.copy(layout.student / "config.json", layout.onnx)
     layout.config.write_text("{}")
     text = f"<p>{layout.root}/runs, /home/jane/data.csv:3, '/tmp/a/b.csv', https://example.org/a/b, /b/c, 1/2</p>"
     layout.report_md.write_text(text)
@@ -143,7 +145,7 @@ def finished(tmp_path, classifier):
 def test_a_push_sends_what_a_model_consists_of(finished, cli):
     """Whatever lay in the folder went along: customers.csv, optimizer.pt, and the file that a link names."""
     parcel = plan_push(finished.root, "someone/student", report=True)
-    onnx = {"onnx/kdlora_export.json", "onnx/model.onnx"}
+    onnx = {"onnx/kdlora_export.json", "onnx/model.onnx", "onnx/config.json"}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert set(parcel.sizes) == model | onnx | {"report.md", "report.html"}
     assert {"customers.csv", "optimizer.pt", "vocab.txt", "LICENSE", "onnx/debug.txt"} < set(parcel.stays)
@@ -154,7 +156,12 @@ def test_a_push_sends_what_a_model_consists_of(finished, cli):
     assert json.loads(cli("push", finished.root, "someone/student", "--dry-run", "--json").out)["sizes"]
     real = cli("push", finished.root, "someone/student", code=2)  # the tests have no network
     assert real.err.index("model.safetensors") < real.err.index("HF_HUB_OFFLINE is set"), "named before it is sent"
+    elsewhere = finished.onnx.rename(finished.root.parent / "another client's")
+    finished.onnx.symlink_to(elsewhere)
+    with pytest.raises(ArtifactError, match="is a link, and what it leads to may be another model"):
+        plan_push(finished.root, "someone/student")
     (finished.student / "NOTICE").symlink_to(finished.root.parent / "id_rsa")
+    finished.onnx.unlink()
     with pytest.raises(ModelError, match="NOTICE is a link out of its folder"):
         plan_push(finished.root, "someone/student")
 
@@ -164,9 +171,10 @@ def test_paths_of_this_machine_are_not_published(finished, tmp_path):
     contents = _contents(finished, True, "someone/student")
     expected = "<p>runs, data.csv:3, 'b.csv', https://example.org/a/b, /b/c, 1/2</p>"
     assert contents["report.md"] == contents["report.html"] == expected.encode()
-    settings = json.loads(contents["config.json"])
-    assert settings["_name_or_path"] == "bert"
-    assert settings["id2label"]["0"] == "/tmp/x", "a label is no path"
+    for name in ("config.json", "onnx/config.json"):
+        settings = json.loads(contents[name])
+        assert settings["_name_or_path"] == settings["text_config"]["_name_or_path"] == "bert"
+        assert settings["id2label"]["0"] == "/tmp/x", "a label is no path"
     sent = b"".join(one if isinstance(one, bytes) else one.read_bytes() for one in contents.values())
     assert str(tmp_path).encode() not in sent
 

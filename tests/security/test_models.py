@@ -224,6 +224,13 @@ def test_a_config_that_computes_nothing_is_no_traceback(folder, key, value):
         Classifier.load(folder).predict(["a wonderful film", "x " * 100])
 
 
+def test_a_model_without_its_last_layers_is_refused(folder):
+    """It answered with other probabilities, and passed its export's checks."""
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    edit_json(folder / "config.json", num_hidden_layers=layers - 1)
+    assert f"more layers than the {layers - 1} of its config.json" in refusals(folder)
+
+
 @pytest.mark.parametrize("changes", [{"problem_type": "x"}, {"id2label": {"0": "a", "1": "b", "2": "a"}}])
 def test_a_teacher_that_labels_is_checked_alike(folder, changes):
     """`kdlora label` takes its task from the model's config."""

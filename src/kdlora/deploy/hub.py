@@ -215,9 +215,8 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
             raise ArtifactError(f"{place}: not UTF-8; save it as UTF-8") from None
         text = text.replace(FOLDER_IN_CARD, repo) if name == "README.md" else text
         contents[name] = shorten_paths(text, layout.root).encode()
-    for name in {
-        f"{at}{one}" for at in ("", _ONNX) for one in ("config.json", "tokenizer_config.json")
-    } & contents.keys():
+    own = {f"{at}{name}" for at in ("", _ONNX) for name in ("config.json", "tokenizer_config.json")}
+    for name in own & contents.keys():
         settings = read_json(Path(str(contents[name])))
         if (bare := _without_places(settings)) != settings:
             contents[name] = json.dumps(bare, indent=2).encode()

@@ -352,10 +352,10 @@ def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int, failed: in
         return Prose("There is <strong>no best config yet</strong>: {}.").format(counted)
     equal = sum(one.value == ranked[0].value for one in ranked) - 1
     return Prose(
-        "{}, {}. The best scores <strong>{:.2f}</strong> on the held-out rows{}, the median {:.2f}: "
+        "{}: {}. The best scores <strong>{:.2f}</strong> on the held-out rows{}, the median {:.2f}: "
         "<strong>{}</strong>. Trials were judged on training rows that were held out ({:.0%}, at least one of each "
-        "class); the validation and test rows of the config were not scored. The best of many is too high: report what best.yaml scores on "
-        "them. A trial is one seed: no verdict on the difference of two."
+        "class); the validation and test rows of the config were not scored. The best of many is too high: report "
+        "what best.yaml scores on them. A trial is one seed: no verdict on the difference of two."
     ).format(
         *(arm_title(search.arm), counted, ranked[0].value, f", as {equal} more" if equal else ""),
         statistics.median(one.value or 0.0 for one in ranked),

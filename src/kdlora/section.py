@@ -62,7 +62,8 @@ class Section(BaseModel):
         """Refuse `yes` where a number is expected, which would count as 1."""
         found = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
         if found and not re.search("bool|Any", str(cls.model_fields[str(info.field_name)].annotation)):
-            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
+            told = "a name such as yes, no, on or off needs quotes in YAML"
+            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}; {told}")
         return value
 
 

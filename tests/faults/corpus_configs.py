@@ -23,7 +23,9 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
         ({"cost": 5}, "cost: input should be a valid mapping"),
     ],
     "student.train": [({"early_stopping_patience": 2}, "select: best"), ("fast",)],
-    "teacher.train.batch_size": [(True, "another kind of value than true")],
+    "teacher.train.batch_size": [
+        (True, "another kind of value than true; a name such as yes, no, on or off needs quotes in YAML")
+    ],
     "run.seeds": [([True],), ([], "at least 1"), ([-1], FROM_0), ([1, 1], "twice"), ([2**32], SEED)],
     "lora.rank": [(0, FROM_1), ("eight", "integer"), (10**400, "less than or equal to 8192")],
     "lora.rnak": [(4, "unknown key", "Did you mean 'rank'?")],

@@ -17,7 +17,6 @@ MOST_CHARACTERS = 64 << 20
 """Of a line, and of a value, so that neither a stream without a line break nor an open quote fills the memory."""
 _CHUNK = 1 << 20
 _SHOWN = 60
-QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _SWALLOWED = 10
 """A value of so many lines that each have the columns of a row was hardly meant as one."""
 NO_QUOTING = (
@@ -58,6 +57,12 @@ Numbered = tuple[int, Mapping[str, Any] | str]
 """A row's number from 0 (of JSON Lines and CoNLL, its line's), and its values or what is wrong with it."""
 
 
+def is_quoted(value: str) -> bool:
+    """Whether a value is enclosed, with a doubled quote inside: only CSV quoting writes this."""
+    inner = value[1:-1]
+    return value[:1] == value[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
 class RowError(ValueError):
     """A line beyond the limit, or one that holds something else; those after it can be read."""
 
@@ -82,7 +87,7 @@ class _Lines(Iterator[str]):
                 f"{self.name}: it is UTF-16; save it as UTF-8 (Excel: CSV UTF-8; elsewhere: iconv -f utf-16 -t utf-8)"
             )
         if self.number == 1 and line.startswith(_GZIP):
-            raise DataError(f"{self.name}: it is compressed (gzip); unpack it: gunzip FILE, or gunzip -c FILE | ... -")
+            raise DataError(f"{self.name}: it is compressed (gzip); unpack it first (gunzip FILE)")
         self.first = self.first if self.first.strip() else line
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
-from kdlora.data.lines import FORMATS, NO_QUOTING, OBJECT_A_LINE, QUOTED_FIELD, Format, Numbered, read_rows
+from kdlora.data.lines import FORMATS, NO_QUOTING, OBJECT_A_LINE, Format, Numbered, is_quoted, read_rows
 from kdlora.data.tags import WORD_COLUMNS, Words, join_words
 from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.errors import DataError, did_you_mean
@@ -121,7 +120,7 @@ class RowReader:
                 yield number, values
 
     def _refuse_quoting(self, number: int, values: Mapping[str, Any]) -> None:
-        if any(re.match(QUOTED_FIELD, values[column]) for column in self.text_columns):
+        if any(is_quoted(values[column]) for column in self.text_columns):
             raise DataError(f"{self.name}, row {number}: a text is in CSV quotes. {NO_QUOTING}.")
 
     def _parquet(self) -> Generator[Numbered]:

@@ -136,7 +136,7 @@ def _codes(raw: RawTable, column: str, task: Task, notes: list[str], ordered: bo
         bare, known = (pc.replace_substring_regex(one, WHOLE, r"\1") for one in (strings, names))
         codes = pc.coalesce(codes, pc.index_in(bare, known))
     elif codes.null_count == len(codes):
-        codes = _positions(raw, strings, task, notes, ordered or bool(task.name))
+        codes = _positions(raw, strings, task, notes, ordered)
     if (position := first_true(pc.is_null(codes))) is not None:
         _refuse_unknown(raw.where(position), strings[position].as_py(), column, task.label_names)
     return codes.cast(pa.int64())

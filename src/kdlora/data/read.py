@@ -27,6 +27,7 @@ from kdlora.data.lines import (
     Format,
     Numbered,
     as_object,
+    is_quoted,
     json_fault,
     read_rows,
 )
@@ -37,7 +38,6 @@ from kdlora.errors import DataError, did_you_mean, first_line
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
 _LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
-_QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # as `is_quoted`, of whole columns
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
@@ -250,7 +250,8 @@ def _refuse_quoting(raw: RawTable) -> None:
     """CSV quoting in a TSV file shows in doubled quotes, or in quotes around every value."""
     for column in raw.table.columns:
         enclosed = len(column) > 1 and pc.all(pc.match_substring_regex(column, _ENCLOSED_FIELD)).as_py()
-        position = 0 if enclosed else first_true(pc.match_substring_regex(column, _QUOTED_FIELD))
+        begun = () if enclosed else np.flatnonzero(pc.starts_with(column, '"')).tolist()
+        position = 0 if enclosed else next((row for row in begun if is_quoted(column[row].as_py())), None)
         if position is not None:
             value = column[position].as_py()
             raise DataError(f"{raw.source} has values in CSV quotes, such as {value[:60]}. {NO_QUOTING}")

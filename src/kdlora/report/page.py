@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from kdlora.errors import ArtifactError
 from kdlora.system.environment import collect_versions
-from kdlora.system.ownership import is_ours
+from kdlora.system.ownership import is_ours, refuse_file
 from kdlora.system.storage import write_text_atomic
 
 _SIGN = "every figure leads to the record of its run"
@@ -179,9 +179,9 @@ class Report:
 
 def write_page(page: Page, markdown_path: Path, html_path: Path) -> Report:
     for path in (markdown_path, html_path):
-        parent = next(one for one in path.absolute().parents if one.exists())
-        if path.is_dir() or not parent.is_dir():
-            raise ArtifactError(f"{path} cannot be written: {path if path.is_dir() else parent} is in its place")
+        refuse_file(path.parent)
+        if path.is_dir():
+            raise ArtifactError(f"{path} is a folder, in the place of what would be written; name another with --out")
         if path.exists() and not is_ours(path) and _SIGN not in path.read_text(encoding="utf-8", errors="replace"):
             raise ArtifactError(f"{path} was not written by kdlora and stays; name another folder with --out")
     report = render(page, (markdown_path, html_path))

@@ -38,7 +38,7 @@ _FOREIGN_SECONDS = 24 * 3600.0
 
 def check_folder(folder: Path, kind: str) -> None:
     """See that a folder is new, empty, or ours and of this kind; nothing is changed."""
-    _refuse_file(folder)
+    refuse_file(folder)
     # What a call that came to nothing left in a new folder is no content.
     if not folder.exists() or all(entry.name == ".lock" or is_ours_by_name(entry) for entry in folder.iterdir()):
         return
@@ -54,7 +54,7 @@ def check_folder(folder: Path, kind: str) -> None:
 
 def refuse_foreign(folder: Path, manifest: str, what: str, *keys: str) -> Path:
     """Give a folder that is new, has hidden files alone, or holds a manifest (with these keys); nothing is changed."""
-    _refuse_file(folder)
+    refuse_file(folder)
     if (folder / manifest).is_file():
         refuse_links(folder)
         if keys and not read_json(folder / manifest).keys() >= set(keys):
@@ -64,7 +64,7 @@ def refuse_foreign(folder: Path, manifest: str, what: str, *keys: str) -> Path:
     return folder
 
 
-def _refuse_file(folder: Path) -> None:
+def refuse_file(folder: Path) -> None:
     place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
     if not place.is_dir():
         raise ArtifactError(f"{place} is no folder; name one")

@@ -100,7 +100,7 @@ class DataConfig(Section):
     """Share of the training rows that is used for validation if no validation split is given. With many classes it is
     up to a fifth, so that each may give a row."""
     split_seed: int = Field(default=0, ge=0, lt=SEEDS)
-    """Seed of that split. It does not depend on `run.seeds`."""
+    """Seed of that split, and of the copies of the training texts (`augment`). It does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1, le=MOST)
     """Use only this many training rows, the first ones."""
     max_unlabelled_examples: int | None = Field(default=None, ge=1, le=MOST)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -329,6 +330,16 @@ def test_names_in_place_of_letters_are_told_by_their_first_token():
     found = read_logprobs([(token, math.log(p)) for token, p in given], options)
     assert found == pytest.approx([2 / 3, 1 / 6, 1 / 6])
     assert [read_vote(one, options) for one in ("Angry.", "not sure", "NO", "maybe")] == [0, 2, 1, None]
+    assert [read_vote(one, options) for one in ("Angry: he shouts", "No\n\nIt is", "Nothing")] == [0, 1, None]
+    # Of -1 and of the first of two characters the token was thrown away, and another label got all of its mass.
+    for said, names in {"-": ("1", "0", "-1"), "不": ("好", "很好", "不好"), "a": ("no", "so", "a lot")}.items():
+        options = Questions(None, dict.fromkeys(names, ""), (), settings).choices
+        found = read_logprobs([(said, math.log(0.8)), (names[0], math.log(0.1))], options)
+        assert found == pytest.approx([1 / 10, 1 / 10, 8 / 10])
+    options = Questions(None, {"amused": "", "no": ""}, (), settings).choices
+    assert read_logprobs([("a", math.log(0.9))], options) is None
+    options = Questions(None, dict.fromkeys(("1", "0", "-1"), ""), (), replace(settings, votes=3)).choices
+    assert [read_vote(one, options) for one in ("-1 because", "-1 (bad)", "- 1", "1: good")] == [2, 2, 0, 0]
     long = {"eidgenössisches Verwaltungsverfahrensrecht": "", "no": ""}  # a vote that is cut in its middle is none
     asked = [
         Questions(None, names, (), AskSettings("m", codes="names", votes=3)) for names in (long, {"a": "", "b": ""})

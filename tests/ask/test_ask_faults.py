@@ -345,7 +345,7 @@ def test_bad_prompts_and_labels(asking, cli):
         "[a, a]": "different label names",
         "3": "expected a list",
         "{negative: , Negative: }": "differ by more than case",
-        "[bad, good]": "is not among the labels 'bad', 'good'",
+        "[bad, good]": "(of kdlora ask in --labels)",
         "{": "no file of labels",
         "[[a], b]": "expected a list of different label names",
     }.items():
@@ -387,6 +387,10 @@ def test_bad_numbers_and_data(asking, cli):
     keyed = write_csv(asking.folder / "keyed.csv", [{"key": row.pop("id"), **row} for row in sentiment_rows(4, 0)])
     more = ("--id-column", "key", "--unlabelled", asking.data)
     assert "train.csv has no column 'key'" in refused(asking, cli, *more, data=keyed)
+    taken = write_csv(asking.folder / "taken.csv", [{"id": name, "label": name, "n": name} for name in "ab"])
+    assert "rename the column 'id'" in refused(asking, cli, "--text", "id", "--id-column", "n", data=taken)
+    with pytest.raises(ConfigError, match="labels are names, got 0"):
+        asking.settings(labels=[0, 1])
     asking.to = asking.folder / "loop"
     asking.to.symlink_to(asking.to)
     assert "is no folder; name one" in refused(asking, cli)

@@ -227,6 +227,9 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     text = "#\thttp://x [2009]\n1\ta\tB-PER\tO\n2\t#\tO\tO\n\n#\thttp://y [2010]\n1\tb\tO\tO\n"
     assert read("a.conll", text, label="3")[0] == ["a/B-PER #/O", "b/O"]
     assert read("a.conll", "a\tPER\n\n#\tPER\nb\tO")[0] == ["a/B-PER", "#/B-PER b/O"]
+    for tag in ("PER", "B_PER", "PER-B"):  # a tag of no prefix, or of another spelling, shows by its other words
+        text = f"a {tag}\nb {tag.replace('B', 'I')}\nc O\n\n# {tag}\nd O\n\n# text\nd O"
+        assert read("a.conll", text)[0][1:] == ["#/B-PER d/O", "d/O"]
 
 
 def test_numbers_and_languages_are_not_the_words(read):
@@ -243,7 +246,7 @@ def test_numbers_and_languages_are_not_the_words(read):
     text = "en:Ada\tB-PER\nen::\tO\n"
     assert read("a.conll", text) == (["Ada/B-PER :/O"], ["FILE: every word begins with 'en:', which was left out."])
     assert read("a.conll", f"{text}de:x\tO\n") == (["en:Ada/B-PER en::/O de:x/O"], [])
-    assert [join_words(row, "").text for row in (["en:Ada", "en::"], ["en:Ada", "x"], ["en:Ada"])] == (
+    assert [join_words(row, "").text for row in (["en:Ada", "en::"], ["en:Ada", "x"], ["en:Ada", None])] == (
         ["Ada :", "en:Ada x", "en:Ada"]
     ), "a student reads them as it was trained"
     for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):

@@ -148,6 +148,11 @@ def test_a_threshold_of_numpy_is_a_number_and_nan_is_none(exported):
     for threshold in (float("nan"), np.float32("nan"), "0.5", None):
         with pytest.raises(DataError, match="threshold of a cascade must be a number"):
             Cascade(model, model, threshold)
+    # Both were tracebacks, and only at the first text that was handed on.
+    with pytest.raises(ModelError, match="a function of texts; got None"):
+        Cascade(model, None, 0.5)
+    with pytest.raises(DataError, match="a label for each of 1 texts from the teacher, got None"):
+        Cascade(model, lambda texts: None, 2.0).predict(TEXTS[:1])
 
 
 def test_few_encodings_are_held_at_a_time(exported, monkeypatch):

@@ -214,6 +214,8 @@ def test_a_tagger_gives_entities_and_a_pair_is_refused_where_single_texts_are_re
         assert sum(map(len, found)) > 20
         assert [one["entities"] for one in many["predictions"]] == found
         assert call(port, {"text": TEXTS[0]})[1]["entities"][0].keys() == {"text", "start", "end", "label", "score"}
+        empty = call(port, {"texts": ["", TEXTS[0], "  "]})[1]["predictions"]
+        assert [bool(one["entities"]) for one in empty] == [False, True, False], "as kdlora predict says"
         status, refused = call(port, {"text": ["a pair", "of texts"]})
         assert (status, refused["detail"][:23]) == (422, "text: expected one text")
         status, refused = call(port, {"texts": [TEXTS[0], ["one", "another"]], "model": "reviews"})

@@ -210,6 +210,9 @@ def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path,
     assert "Nothing is promised, so every text is answered." in refused.err
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5", code=2).err
+    for wrong in ({"sureness": "entropy"}, {"error": "0.05"}):
+        with pytest.raises(DataError, match=r"one of probability, margin, energy|a number above 0"):
+            defer_experiment(promised, **wrong)
     rows = [{"text": text, "label": "positive"} for text in by_sureness[:9] * 2]
     cli("defer", promised, "--data", tiny.write_csv(promised / "twice.csv", rows), code=2)
     assert "9 of 18 rows repeat a text: a promise is of independent rows" in caplog.messages
@@ -243,7 +246,7 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
     assert asked == ["a wonderful film", "a dull one"]
     Cascade.load(promised / "student", service, 2.0).predict("a film")
     assert asked[2:] == ["a film"], "not its first letter"
-    with pytest.raises(DataError, match="got 0 of 1"):
+    with pytest.raises(DataError, match=r"a label for each of 1 texts from the teacher, got \[\]"):
         Cascade.load(promised / "student", lambda texts: [], 2.0).predict(["a film"])
     with pytest.raises(DataError, match="gave 'good'; the labels are negative, positive"):
         Cascade.load(promised / "student", lambda texts: ["good"], 2.0).predict(["a film"])

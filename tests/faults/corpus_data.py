@@ -131,6 +131,7 @@ CASES = [
     file("csv", csv("3,a film,a", "5,a film,b"), "(1 more such ids)", "without a column 'id'"),
     # A model of one class, or of one value, is right on every row that it has seen.
     settings("one class only (a)", "task.label", content=csv().replace(b",b\n", b",a\n")),
+    settings("task.label_names names 'a' alone", "two labels", task={"label_names": ["a"]}),
     settings("every training label is 2.5", content=table(text=TEXTS, label=[2.5] * 20), task=NUMBERS),
     # The wrong column that happens to exist would be learnt without an error; the right name has to be suggested.
     settings("no column 'txt' (task.text)", "it has 'id', 'text'", "Did you mean 'text'?", task={"text": "txt"}),

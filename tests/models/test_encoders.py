@@ -275,6 +275,9 @@ def test_generic_names_need_the_users_order(tiny_model_folder, tmp_path):
     encoder, columns = load_fine_tuned(str(folder), THREE_WAY, label_names=("good", "bad", "so-so"))
     assert columns == [1, 2, 0]
     assert encoder.model.config.id2label == {0: "good", 1: "bad", 2: "so-so"}
+    named = classifier_folder(tiny_model_folder("bert"), tmp_path / "named", ("good", "bad", "so-so"))
+    with pytest.raises(ModelError, match=r"in another order than its config\.json \(good, bad, so-so\)"):
+        load_fine_tuned(str(named), THREE_WAY, label_names=("bad", "good", "so-so"))
     with pytest.raises(ModelError, match=r"teacher\.label_names, or --label-name, has 2 names .* 3 outputs"):
         load_fine_tuned(str(folder), THREE_WAY, label_names=("good", "bad"))
     assert match_labels(("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), "a task may really have them", "") == [1, 0]

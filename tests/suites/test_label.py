@@ -181,6 +181,9 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
     write_lines(tmp_path / "none.jsonl", [{"text": ""}])
     with pytest.raises(DataError, match="none of the 1 rows can be labelled"):
         label(model, tmp_path / "none.jsonl", tmp_path / "none")
+    (tmp_path / "header.csv").write_text("id,text\n")
+    with pytest.raises(DataError, match=r"header\.csv has no rows"):
+        label(model, tmp_path / "header.csv", tmp_path / "header")
 
 
 def test_ids_are_unique_over_all_files(model, tmp_path, monkeypatch):

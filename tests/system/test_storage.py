@@ -94,8 +94,9 @@ def test_a_kill_between_the_two_renames_costs_no_folder(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
     assert not (tmp_path / "student").exists()
-    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "student"):
+    with pytest.raises(OSError, match="No space") as caught, atomic_folder(tmp_path / "student"):
         raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "student"), "a write that fails names no file"
     assert (tmp_path / "student" / "weights").read_text() == "old"
     assert {entry.name for entry in tmp_path.iterdir()} == {MANIFEST, "student"}
 

@@ -52,7 +52,8 @@ class AskSummary:
     Attributes:
         folder: where all of it lies.
         table: probabilities by id, for `teacher.probabilities`.
-        rows: rows in the table; 0 where the budget ended before the audit, which comes first.
+        rows: rows in the table; 0 where the budget ended before the audit, which comes first: then no table is
+            written, and that of an earlier call stays.
         unanswered: questions that got no answer: refusals, nonsense.
         examples: some of these, with their reasons.
         left: rows that were not asked, since the budget was used up.

@@ -61,6 +61,8 @@ def read_labels(file: str) -> dict[str, str]:
 def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
     source = open_file(expand_home(data), "the data", plain=True)
     task, labelled = _task(source, settings)
+    if "id" in (*task.text, *task.label):
+        raise ConfigError(f"{source.name}: rename the column 'id': what is written has the ids of rows under this name")
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
     reading = Reading(task, settings.id_column, ordered=settings.labels is not None)
     rows = reading.read({"": source}, labelled=labelled)

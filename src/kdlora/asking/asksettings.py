@@ -102,6 +102,8 @@ class AskSettings:
         labels: Any = self.labels
         if labels is not None and not isinstance(labels, Mapping):
             object.__setattr__(self, "labels", dict.fromkeys((labels,) if isinstance(labels, str) else labels, ""))
+        if odd := [name for name in self.labels or () if not isinstance(name, str)]:
+            raise ConfigError(f"labels are names, got {odd[0]!r:.80}; write each as a str")
         for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not (least <= value <= most and value != math.inf):

@@ -26,7 +26,6 @@ LEAST_PROBABILITY = 1e-6
 _FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _HAIR = 1e-3
-_LEAST_BEGUN = 2
 LEAST_OF_GROUP = 0.05
 """Probability from which a group of many labels is asked within."""
 
@@ -187,7 +186,12 @@ def _meant(said: str, options: Sequence[Option]) -> list[int]:
     names, said = [option.name.strip(_AROUND).casefold() for option in options], said.casefold()
     if said in names:
         return [names.index(said)]
-    return [place for place, name in enumerate(names) if len(said) >= _LEAST_BEGUN and name.startswith(said)]
+    return [place for place, name in enumerate(names) if said and name.startswith(said) and _tells(said, name)]
+
+
+def _tells(said: str, name: str) -> bool:
+    """Say whether the beginning of a name is no word of a refusal, such as the letters of "I cannot" and "a text"."""
+    return len(said) > 1 or not (said.isascii() and said.isalpha()) or name.split()[0] == said
 
 
 def read_vote(answer: str, options: Sequence[Option]) -> int | None:
@@ -203,7 +207,10 @@ def read_vote(answer: str, options: Sequence[Option]) -> int | None:
         code, name = re.escape(option.code), re.escape(option.name)
         # "A film" begins with an article, "A" alone, "A: ..." and "A positive" with a code
         after = r"\s*[^\w\s]|\s*\n|\s*$" + rf"|\s+(?i:{name})(?!\w)" + ("" if code in CODES else r"|\s")
-        if re.match(rf"[\s\W]*{code}(?:{after})", answer):
+        if option.code == option.name and len(option.name) > 1:
+            code = f"(?i:{code})"
+        unsigned = r"(?<![-+−])" if option.code[:1].isdigit() else ""  # of -1, the 1 is no answer
+        if re.match(rf"[\s\W]*{unsigned}{code}(?:{after})", answer):
             return place
     return None
 

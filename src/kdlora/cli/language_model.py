@@ -98,7 +98,8 @@ def _print_summary(summary: AskSummary) -> None:
         _print_audit(summary.audit)
     cost = "" if summary.cost is None else f", {summary.cost:.4f} paid"
     tokens = f"{summary.tokens_read + summary.tokens_written:,} tokens"
-    said = [f"{summary.rows:,} rows in {summary.table}; {summary.requests:,} requests, {tokens}{cost} in all"]
+    table = f"{summary.rows:,} rows in {summary.table}" if summary.rows else "No table before the audit is done"
+    said = [f"{table}; {summary.requests:,} requests, {tokens}{cost} in all"]
     if (asked := summary.asked).per_second is not None:
         price = "" if asked.cost_per_million is None else f" and {asked.cost_per_million:,.2f}"
         speed = f"{asked.per_second:.3g} a second, {asked.concurrency} at a time"

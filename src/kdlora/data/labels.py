@@ -91,9 +91,10 @@ def _holds(raw: RawTable, column: str, told: str) -> DataError:
     return DataError(f"{raw.source}: the label column {column!r} holds {told}")
 
 
-def refuse_missing(
-    raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array, remedy: str = "remove the rows, or label them"
-) -> None:
+_UNLABELLED = "label them, or move the rows to a file of texts (data.unlabelled; of kdlora ask --unlabelled)"
+
+
+def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array, remedy: str = _UNLABELLED) -> None:
     if (position := first_true(missing)) is not None:
         raise DataError(
             f"{raw.where(position)}: no label in column {column!r} ({pc.sum(missing).as_py()} of "
@@ -123,8 +124,8 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
 def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -> NoReturn:
     raise DataError(
         f"{where}: the label {found!r} ({column!r}) is not among the labels {listed(map(repr, names))}."
-        f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names where that is set, or add training "
-        "examples of it"
+        f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names (of kdlora ask in --labels) where "
+        "that is set, or add training examples of it"
     )
 
 
@@ -180,7 +181,7 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
         raise _holds(
             raw,
             column,
-            f"numbers that differ by little beside their size, such as {exact[0]!r}, so that 32 "
+            f"numbers that differ by little beside their size, such as {exact.item(0)!r}, so that 32 "
             "bits round their differences away; subtract a fixed number from all of them",
         )
     return pa.array(narrow)
@@ -259,6 +260,8 @@ def infer_task(
     names = _label_names(raw, kind, label, config.label_names)
     if not names:
         raise DataError(f"{raw.source}: the lists in the label column {label[0]!r} are all empty; expected labels")
+    if kind == "single-label" and len(names) < 2 and config.label_names:
+        raise DataError(f"task.label_names names {names[0]!r} alone; a classifier needs two labels or more")
     if kind == "single-label" and len(names) < 2:
         told = f"one class only ({', '.join(names)}); a classifier needs two or more. Check the file, or task.label"
         raise _holds(raw, label[0], told)

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain, compress, count, islice
 from typing import Any, Literal, TextIO
 
@@ -217,14 +217,14 @@ def _ends_sentence(line: str) -> bool:
     return not line.strip() or line.startswith(_MARKS)
 
 
-def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
-    """Whether a line before a sentence is a comment, not `#` with its tag; the first one's width is not known."""
+def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0, tags: Container[str] = ()) -> bool:
+    """Whether a line before a sentence is a comment, not `#` with a tag, as of others; the first's width is unknown."""
     if not line.startswith(("# ", "#\t")):
         return False
     if _KEY.match(line) or len(fields) != width:
         return True
     last = line.split()[-1]
-    if width and line[1] == "\t":
+    if (width and line[1] == "\t") or last in tags:
         return False
     return last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
@@ -233,9 +233,10 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
     """Collect the columns of each sentence, and the numbers of its lines; one with a bad line is bad."""
     words: list[list[Any]] = []
     fault: Numbered | None = None
+    tags = set[str]()
     while True:
         fields = divider.split(line.rstrip())
-        if _ends_sentence(line) or (not words and _is_comment(line, fields, len(columns))):
+        if _ends_sentence(line) or (not words and _is_comment(line, fields, len(columns), tags)):
             if fault or any(word[0].strip() for word in words):
                 columned = zip((*columns, LINES), map(list, zip(*words, strict=True)), strict=False)
                 yield fault or (words[0][-1] - 1, dict(columned))
@@ -244,6 +245,7 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
                 return
         elif len(fields) == len(columns):
             words.append([*fields, lines.number])
+            tags.update(fields[1:] if len(fields) == 2 else ())
         elif fault is None:
             shown = f"{line.rstrip():.{_SHOWN}}"
             found = f"{len(fields)} columns where {len(columns)} are expected (as in the first line): {shown!r}"

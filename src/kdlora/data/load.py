@@ -288,9 +288,9 @@ def _unlabelled(
         return None
     if "unlabelled" in splits:
         rows = reading.read(splits["unlabelled"], labelled=False)
-        rows = cut_words(rows) if reading.task.kind == "tokens" else rows
     else:
         rows = open_collection_texts(Path(data.unlabelled), reading.task)
+    rows = cut_words(rows) if reading.task.kind == "tokens" else rows
     kept = keep_unscored(rows, scored)
     if dropped := len(rows) - len(kept):
         reading.notes.append(

@@ -198,7 +198,7 @@ def join_words(given: Sequence[object], where: str) -> Words:
     if prefix and all(word.startswith(prefix[0]) for word in words):
         words = [word[len(prefix[0]) :] for word in words]
     words = [word for word in words if word]
-    if len(words) < len(given) and not all(isinstance(word, str) for word in given):
+    if not all(word is None or isinstance(word, str) for word in given):
         raise DataError(f"{where}: expected a list of words, got {given!r:.60}.")
     if not words:
         raise DataError(f"{where}: no words. Remove the row.")

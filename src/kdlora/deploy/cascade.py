@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +13,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness
+from kdlora.evidence.defer import Sureness, measure_sureness
 
 if TYPE_CHECKING:
     from kdlora.deploy.gates import LabelledTexts
@@ -61,8 +61,9 @@ class Cascade:
         read = [model.folder.texts for model in models]
         if len({texts for texts in read if texts}) > 1:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
-        if sureness not in SURENESS:
-            raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {sureness!r:.80}.")
+        if not isinstance(teacher, Classifier) and not callable(teacher):
+            raise ModelError(f"a teacher is a model, its folder, or a function of texts; got {teacher!r:.80}.")
+        measure_sureness(np.zeros((1, 2)), sureness)
         if not isinstance(threshold, int | float | np.floating) or np.isnan(threshold):
             raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
@@ -133,11 +134,10 @@ class Cascade:
             return []
         if isinstance(self.teacher, Classifier):
             return _read(self.teacher, self.teacher.predict_logits(texts))
-        labels = list(self.teacher(texts))
-        if len(labels) != len(texts):
-            raise DataError(
-                f"expected one label a text from the teacher's function, got {len(labels)} of {len(texts)}."
-            )
+        given = self.teacher(texts)
+        labels = list(given) if isinstance(given, Iterable) else None
+        if labels is None or len(labels) != len(texts):
+            raise DataError(f"expected a label for each of {len(texts)} texts from the teacher, got {given!r:.80}.")
         if unknown := [label for label in labels if label not in self.student.label_names]:
             known = ", ".join(self.student.label_names)
             raise DataError(f"the teacher's function gave {unknown[0]!r:.80}; the labels are {known:.200}.")

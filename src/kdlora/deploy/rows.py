@@ -71,7 +71,7 @@ class RowReader:
             if not columns.several:
                 raise DataError(
                     f"{self.name} is read as one text a line, which has no columns; name its format "
-                    "(--input-format csv, tsv or jsonl, or by the extension), or no column."
+                    "by the extension (or, for kdlora predict: --input-format), or no column."
                 )
             self._columns = replace(columns, text=None, id="id")
         self._has_ids = False

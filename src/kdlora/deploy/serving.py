@@ -31,7 +31,7 @@ from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.hub import locate_export
 from kdlora.deploy.network import find_way
-from kdlora.deploy.predict import Text, check_text
+from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.deploy.tagger import Answer, Model, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.system.environment import default_threads
@@ -232,7 +232,10 @@ async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
     try:
         for number, text in enumerate(texts):
             where = "text" if asked.texts is None else f"texts, number {number}"
-            check_text(text, where, 1 if model.marks_entities else model.folder.texts)
+            if model.marks_entities and isinstance(text, str):  # which may be empty, and then has no entities
+                check_one(text, where, whole=True)
+            else:
+                check_text(text, where, 1 if model.marks_entities else model.folder.texts)
         found = await queues[name].ask(texts)
     except DataError as error:
         raise HTTPException(422, str(error)) from None

@@ -15,7 +15,7 @@ from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import LogitStore, as_lists, as_offsets, match_collection
 from kdlora.data.spool import SLICE_ROWS, doubles, label_array, read_column, settle, slice_rows, spool
-from kdlora.data.tags import NO_TAG
+from kdlora.data.tags import NO_TAG, go_on
 from kdlora.data.tasks import Task, match_labels
 from kdlora.data.word_tokens import GIVEN, word_offsets
 from kdlora.errors import ConfigError, DataError
@@ -95,30 +95,30 @@ class TeacherLogits:
     def attach(self, dataset: Dataset) -> Dataset:
         """Give every example its teacher's logits, by id."""
         rows = self._match(dataset)
-        places, edges = self._places(rows, dataset)
+        found = self._places(rows, dataset)
         rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
-        column = spool(self._batches(places, edges), self.source)[COLUMN]
+        column = spool(self._batches(*found), self.source)[COLUMN]
         return rest.add_column(COLUMN, column, feature=List(Value("float32")))
 
-    def _batches(self, places: np.ndarray, edges: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Yield the logits at these places, a list for each example."""
+    def _batches(self, places: np.ndarray, edges: np.ndarray, inner: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Yield the logits at these places, a list for each example; inner parts of a word go on with its entity."""
         for start in range(0, len(edges) - 1, SLICE_ROWS):
             ends = edges[start : start + SLICE_ROWS + 1]
-            chosen = places[ends[0] : ends[-1]]
-            values = np.where(chosen[:, None] < 0, np.float32(np.nan), self.logits[chosen])
+            values = self.logits[places[ends[0] : ends[-1]]]
+            go_on(values, self.label_names, np.flatnonzero(inner[ends[0] : ends[-1]]))
             lists = as_lists(pa.array(values.reshape(-1)), (ends - ends[0]) * len(self.label_names))
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
-    def _places(self, rows: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Give the place of the logits of each example, or of each word (-1: none), and where those of each begin."""
+    def _places(self, rows: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Give the place of the logits of each example, or of each word, where those of each begin, and inner parts."""
         edges = word_offsets(dataset)
         if (edges is None) != (self.offsets is None):
             one, other = ("word", "example") if edges is not None else ("example", "word")
             raise DataError(f"{self.source}: expected logits for each {one}, got some for each {other}")
         if edges is None or self.offsets is None:
-            return rows, np.arange(len(rows) + 1)
+            return rows, np.arange(len(rows) + 1), np.zeros(len(rows), bool)
         own, theirs, answered = np.diff(edges), np.diff(self.offsets)[rows], np.ones(edges[-1], bool)
-        if GIVEN in dataset.column_names:  # a table may answer for words before they were cut: for their first parts
+        if GIVEN in dataset.column_names:  # a table may answer for words before they were cut
             given = np.asarray(pc.list_flatten(read_column(dataset, GIVEN)))
             whole = np.diff(np.append(0, np.cumsum(given))[edges])
             answered = given | np.repeat(own == theirs, own)
@@ -128,9 +128,8 @@ class TeacherLogits:
                 f"{self.source}: the example {dataset[row]['id']!r} has {own[row]} words, but logits of {theirs[row]}; "
                 "the teacher must answer for the words that the data has"
             )
-        places = np.full(edges[-1], -1)
-        places[answered] = np.repeat(self.offsets[rows] - as_offsets(theirs)[:-1], theirs) + np.arange(theirs.sum())
-        return places, edges
+        places = np.repeat(self.offsets[rows] - as_offsets(theirs)[:-1], theirs) + np.arange(theirs.sum())
+        return places[np.cumsum(answered) - 1], edges, ~answered
 
     def count_extra(self, dataset: Dataset) -> int:
         """Count the teacher's rows that belong to no example; refuse those that do not fit the words of theirs."""

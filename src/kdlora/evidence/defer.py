@@ -125,7 +125,16 @@ def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperat
         return np.asarray(ordered[:, -1])
     if how == "margin":
         return np.asarray(ordered[:, -1] - ordered[:, -2])
-    raise ValueError(f"expected one of {', '.join(SURENESS)}, got {how!r}")
+    raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {how!r:.80}.")
+
+
+def check_promise(error: float, confidence: float, how: Sureness) -> None:
+    """Refuse rates that are no rates, and a sureness that nobody knows."""
+    rates: dict[str, object] = {"error": error, "confidence": confidence}
+    for name, value in rates.items():
+        if not isinstance(value, int | float) or not 0 < value < 1:
+            raise DataError(f"{name} must be a number above 0 and below 1, got {value!r:.80}.")
+    measure_sureness(np.zeros((1, 2)), how)
 
 
 def risk_coverage(sureness: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,9 +164,7 @@ def promise_error(
 
     The rows chose neither the model nor anything else; the `other` ones, such as validation, order the thresholds.
     """
-    for name, value in (("error", error), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise DataError(f"{name} must be above 0 and below 1, got {value:g}.")
+    check_promise(error, confidence, how)
     found = None
     for risk, thresholds in zip(_RISKS, order_thresholds(*other, len(sureness), error), strict=True):
         for threshold in thresholds if found is None else ():

@@ -33,6 +33,7 @@ from kdlora.evidence.defer import (
     Thresholds,
     Unknown,
     area_under_risk,
+    check_promise,
     fit_threshold,
     judge_threshold,
     log_odds,
@@ -135,6 +136,7 @@ def defer_experiment(
     Examples:
         >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
+    check_promise(error, confidence, sureness)
     with _locked(experiment) as layout:
         return _defer(layout, error, confidence, sureness, data, unknown)
 
@@ -367,8 +369,7 @@ def _judge(
 
 def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
     """Decide as the config says, in a run, which holds the experiment's lock."""
-    # What an earlier config had done, or what was changed since.
-    notes = forget_decisions(config, layout) if layout.decided.exists() else []
+    notes = forget_decisions(config, layout) if layout.decided.exists() else []  # what an earlier config had done
     if config.export.thresholds is not None:
         try:
             notes += _fit_all(layout, config.export.thresholds).notes

@@ -205,7 +205,8 @@ def label_collection(
         _refuse_doubles(store.model_copy(update={"shards": shards}).batches(["id"]), str(folder))
         store.finish(shards, len(job.task.text) if job.settings.texts else 0)
     if not rows:
-        raise DataError(f"{folder}: none of the {rejected} rows can be labelled; see rejected-*.jsonl there")
+        told = f"none of the {rejected} rows can be labelled; see rejected-*.jsonl there"
+        raise DataError(f"{folder}: {told if rejected else f'{data} has no rows'}")
     seconds = time.perf_counter() - start
     return LabelSummary(folder, rows, rejected, cut, teacher.max_length, len(shards), resumed, seconds)
 

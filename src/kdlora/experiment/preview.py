@@ -109,6 +109,7 @@ class ExperimentPlan:
             for one in self.trainings
         ]
         time = f"{max(2, round(60 * self.hours))} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
+        more = f"; less on {self.gpus} GPUs, each of which gets a run" if self.gpus else ""
         told = {
             "rows": ", ".join(f"{number:,} {names.get(name, name)}" for name, number in self.rows.items()),
             "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",
@@ -123,8 +124,9 @@ class ExperimentPlan:
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
             "steps": f"{self.steps:,} in all",
-            "time": f"about {time}, estimated from a few forward passes on this machine"
-            + (f"; less on {self.gpus} GPUs, each of which gets a run" if self.gpus else ""),
+            "time": f"about {time}, estimated from a few forward passes on this machine{more}"
+            if self.trainings
+            else "no training is left",
         }
         return [(name, text) for name, text in told.items() if text or name == "trainings"]
 

@@ -204,7 +204,7 @@ def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherL
     by_teacher = {name: logits.truncated for name, logits in zip(names, teacher, strict=False)}
     unseen = trained.unseen | {name: logits.unseen for name, logits in zip(names, teacher, strict=False)}
     counted = ", ".join(f"{count} of {name}" for name, count in unseen.items() if count)
-    notes = [f"words without a token: {counted}; they are no loss term, and are scored as O"] if counted else []
+    notes = [f"words without a token: {counted}; not learnt, they go on with the entity before"] if counted else []
     return record.model_copy(
         update={
             "history": outcome.history,

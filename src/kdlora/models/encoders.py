@@ -288,6 +288,11 @@ def _label_names(place: Source, config: PretrainedConfig, given: Sequence[str] |
             f"teacher.label_names, or --label-name, has {len(given)} names ({', '.join(given)}), but {place.name} has "
             f"{len(found)} outputs ({', '.join(found)})"
         )
+    if given is not None and {*given} == {*found} and list(given) != found:
+        raise ModelError(
+            f"teacher.label_names, or --label-name, has the names of {place.name} in another order than its "
+            f"config.json ({', '.join(found)}), so answers would get names of others; leave it out, or correct id2label"
+        )
     return list(found if given is None else given)
 
 

@@ -13,7 +13,7 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout
 from kdlora.evidence.stats import MeanSd
 from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
-from kdlora.report.findings import Comparison, pair_runs
+from kdlora.report.findings import OTHER_ROWS, Comparison, pair_runs
 from kdlora.report.page import (
     Block,
     Cell,
@@ -33,6 +33,7 @@ from kdlora.report.plots import Series, Style, arm_style, differences, learning_
 from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, UNLIKE, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
+_OTHER_TEXTS = "not paired: other texts of the same ids"
 _COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1": TIME, "on disk": DISK}
 
 
@@ -121,8 +122,7 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     if reason := next((told for told, both in reasons.items() if both[0] != both[1]), ""):
         return Comparison(one.name, reference.name, None, float("nan"), reason)
     if _differ(mine, theirs):
-        plain, reason = one.score.mean - reference.score.mean, "not paired: other texts of the same ids"
-        return Comparison(one.name, reference.name, None, plain, reason)
+        return Comparison(one.name, reference.name, None, one.score.mean - reference.score.mean, _OTHER_TEXTS)
     return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
 
 
@@ -141,7 +141,9 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
     if len(students := [one for one in rows if one.arm in STUDENT_ARMS]) > 1:
         rows, what = students, "students"  # a teacher is nearly always above them, and never ships
     best = max(rows, key=lambda one: one.score.mean)
-    told = strong(best.name) + f" scores highest of {len(rows)} comparable {what} ({plus_minus(best.score)})"
+    apart = sum(paired[one.name].reason in (OTHER_ROWS, _OTHER_TEXTS) for one in rows if one is not reference)
+    among = f"{what}, {apart} of them scored on other rows" if apart else f"comparable {what}"
+    told = strong(best.name) + f" scores highest of {len(rows)} {among} ({plus_minus(best.score)})"
     if best is reference:
         return told + "."
     found = paired[best.name]

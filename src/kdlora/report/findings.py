@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONTROLS = {"kd-lora": "student-lora", "kd-fft": "student-fft"}
 """Each distilled arm's control: the arm of the same adapters, rates and steps that its gain is measured over."""
+OTHER_ROWS = "not paired: the examples are not the same"
 _NEAR = 0.317
 """Two-sided p of a difference of one standard error: few rows choose badly, so an arm that is better on most sets ships
 within it (Breiman et al., Classification and Regression Trees, 1984)."""
@@ -90,7 +91,7 @@ def pair_runs(
         return Comparison(first[0], second[0], None, plain, "not paired: no seed in common")
     aligned = align([run.predictions.only(split) for runs in kept for run in runs if run.predictions is not None])
     if aligned is None:
-        return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
+        return Comparison(first[0], second[0], None, plain, OTHER_ROWS)
     logits, cut, one = [one.logits for one in aligned], len(kept[0]), aligned[0]
     arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
     difference = contrast([arms], draws=draws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,12 +183,16 @@ def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
 
 def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: Links) -> Row:
     """Show one metric of every arm; fractions as per cent, errors as they are."""
-    scale, digits, unit = (1, 3, "") if name.startswith(("mse", "mae")) else (100, 1, " (%)")
+    runs = [experiment.finished(arm) for arm in arms]
+    found = [[value for run in own if (value := run.metrics(experiment.split).get(name)) is not None] for own in runs]
+    scale, digits, unit = 100.0, 1, " (%)"
+    if name.startswith(("mse", "mae")):
+        least = min((value for values in found for value in values if value > 0), default=1.0)
+        scale, digits, unit = 1.0, max(3, 2 - math.floor(math.log10(least))), ""
     cells = [Cell(f"{metric_title(of_label(name, experiment.task))}{unit}")]
-    for arm in arms:
-        runs = experiment.finished(arm)
-        values = [scale * value for run in runs if (value := run.metrics(experiment.split).get(name)) is not None]
-        cells.append(Cell(plus_minus(mean_sd(values), digits), links.to_all(runs)) if values else Cell("–"))
+    for own, values in zip(runs, found, strict=True):
+        shown = plus_minus(mean_sd([scale * value for value in values]), digits) if values else "–"
+        cells.append(Cell(shown, links.to_all(own) if values else ()))
     return tuple(cells)
 
 

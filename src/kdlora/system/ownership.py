@@ -48,7 +48,8 @@ def check_folder(folder: Path, kind: str) -> None:
             f"{folder} is not empty and holds no {MANIFEST}, so it is no {kind}'s folder; name another, or empty it"
         )
     if found is not None and found["kind"] != kind:
-        raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another")
+        one, other = (f"{'an' if name.startswith('e') else 'a'} {name}" for name in (found["kind"], kind))
+        raise ArtifactError(f"{folder} is the folder of {one}, not of {other}; name another")
     refuse_links(folder)
 
 

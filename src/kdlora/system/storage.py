@@ -90,8 +90,9 @@ def _sibling_of(target: Path) -> Iterator[Path]:
         yield temporary
     except BaseException as fault:
         remove(temporary)
-        # safetensors tells a full disk in words of its own; the caller wants the system's error.
-        if not isinstance(fault, OSError) and f"os error {errno.ENOSPC}" in str(fault):
+        # safetensors tells a full disk in words of its own, and a write names no file; the caller wants both.
+        is_full = getattr(fault, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(fault)
+        if is_full and getattr(fault, "filename", None) is None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
         raise
     _sync(target.parent)

@@ -36,7 +36,7 @@ LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
 ROUNDING_KEYS = ("micro_batch_tokens", "gradient_checkpointing")
-"""Keys of a training that change its figures as rounding does; after a lack of memory it goes on with others."""
+"""Keys that change figures as rounding, or other draws of a dropout, do; after a lack of memory others are taken."""
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 # The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
 _SPELT = BeforeValidator(
@@ -105,8 +105,8 @@ class TrainConfig(Section):
     """Longest input in tokens. Longer texts are cut and counted; with `data.long_texts: windows`, and in a task of
     tokens, they are read in overlapping windows of this length. null: long enough for 99% of the training texts."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=MOST)
-    """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same. On a
-    CPU at most 2,048, which is faster."""
+    """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same, but
+    for the draws of a dropout. On a CPU at most 2,048, which is faster."""
     gradient_checkpointing: bool = False
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["auto", "last", "best"] = "last"

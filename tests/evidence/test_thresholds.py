@@ -103,7 +103,7 @@ def test_sureness_is_what_its_name_says():
     assert measure_sureness(logits, "margin") == pytest.approx([0.5, 0.01])
     assert measure_sureness(logits + 3, "energy") == pytest.approx([3.0, 3.0])
     assert measure_sureness(logits * 2, temperature=2.0) == pytest.approx([0.7, 0.5])
-    with pytest.raises(ValueError, match="probability, margin, energy"):
+    with pytest.raises(DataError, match="probability, margin, energy"):
         measure_sureness(logits, "entropy")  # type: ignore[arg-type]
 
     # Within a tie the order of rows is an accident; no threshold cuts through it.

@@ -211,7 +211,7 @@ def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path,
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5", code=2).err
     for wrong in ({"sureness": "entropy"}, {"error": "0.05"}):
-        with pytest.raises(DataError, match=r"one of probability, margin, energy|a number above 0"):
+        with pytest.raises(DataError, match=r"one of probability, margin, energy|must be above 0"):
             defer_experiment(promised, **wrong)
     rows = [{"text": text, "label": "positive"} for text in by_sureness[:9] * 2]
     cli("defer", promised, "--data", tiny.write_csv(promised / "twice.csv", rows), code=2)

@@ -133,7 +133,7 @@ def check_promise(error: float, confidence: float, how: Sureness) -> None:
     rates: dict[str, object] = {"error": error, "confidence": confidence}
     for name, value in rates.items():
         if not isinstance(value, int | float) or not 0 < value < 1:
-            raise DataError(f"{name} must be a number above 0 and below 1, got {value!r:.80}.")
+            raise DataError(f"{name} must be above 0 and below 1, got {value!r:.80}.")
     measure_sureness(np.zeros((1, 2)), how)
 
 

@@ -21,11 +21,11 @@ from kdlora import (
     train_student,
     train_teacher,
 )
-from kdlora.config import DataConfig, StudentConfig, TaskConfig
+from kdlora.config import DataConfig, DistilConfig, StudentConfig, TaskConfig
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.scoring import evaluate
 from kdlora.models.encoders import save_encoder
 from kdlora.report.report import make_report
@@ -99,6 +99,9 @@ def test_a_teacher_made_by_hand_is_read_by_its_names(splits):
     assert taught[0] == taught[1]
     with pytest.raises(DataError, match="Name the teacher's columns as the task names its labels"):
         attach_teacher(rows, TeacherLogits(numbers, values, ("good", "bad"), "by hand"))
+    said = TeacherLogits(numbers, values, labels, "by hand")
+    with pytest.raises(ConfigError, match="this teacher gives probabilities; use kl"):
+        attach_teacher(rows, said, replace(said, from_probabilities=True), distil=DistilConfig(loss="mse"))
 
 
 def test_a_config_made_of_parts_is_that_of_its_keys():

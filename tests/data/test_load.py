@@ -193,6 +193,7 @@ def test_label_names_set_the_order_and_name_codes(csv_file, values: list) -> Non
     [
         (["1.0", "2.0", "3.0"], [1, 2, 3], [0, 1, 2], ""),
         (["0", "1"], ["1.0", "0.00"], [1, 0], ""),
+        (["1", "1.0", "2"], ["2.0", "1"], [1, 0], ""),  # were three classes
         (["1.0", "2.0"], [0, 1], None, "the label '0' ('label') is not among the labels '1.0', '2.0'"),
         (["1.1", "1.10"], ["1.100"], None, "row 1: the label '1.100'"),  # sections of a text are no numbers
         (["real", "fake"], [1, 0], None, "b.csv: the labels are 0, 1, the labels of the training rows are fake, real"),

@@ -225,6 +225,8 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
     """An id has to be written into tables of logits and predictions."""
     rows = [{"id": [1], "text": "t", "label": "a"}, {"id": [2], "text": "u", "label": "b"}]
     assert "the id column 'id' holds list" in load_refused(train=write_lines(tmp_path / "a.jsonl", rows))
+    pd.DataFrame({"id": np.arange(20.0), "text": TEXTS, "label": ["a", "b"] * 10}).to_parquet(tmp_path / "b.parquet")
+    assert "holds double; expected text or integers" in load_refused(train=tmp_path / "b.parquet")
 
     # A pandas column with 1.0 and 0.0 means the classes 1 and 0; 0.5 means no class.
     path, task = tmp_path / "a.parquet", {"kind": "single-label"}

@@ -115,6 +115,20 @@ def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, m
 
 
 @pytest.mark.usefixtures("traced_once")
+def test_large_logits_are_compared_by_their_size(tmp_path, classifier_folder, monkeypatch):
+    """A good file was refused, and the libraries blamed, for the last digits of logits in the hundreds."""
+    run, predict = OnnxBackend.run, Classifier.predict_logits
+    scale = np.float32(1e4)
+    monkeypatch.setattr(
+        Classifier, "predict_logits", lambda self, *given, **more: predict(self, *given, **more) * scale
+    )
+    assert export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS, formats=("onnx",)).stages
+    monkeypatch.setattr(OnnxBackend, "run", lambda self, inputs: run(self, inputs) * np.float32(1.0001))
+    with pytest.raises(ModelError, match="logits differ by"):
+        export_onnx(classifier_folder(), tmp_path / "wrong", texts=TEXTS, formats=("onnx",))
+
+
+@pytest.mark.usefixtures("traced_once")
 def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     """Prevents the known silent failure of ONNX exports: a file that loads and answers wrongly."""
     run = OnnxBackend.run

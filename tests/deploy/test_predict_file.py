@@ -355,6 +355,11 @@ def test_stale_parts_are_refused(tmp_path, exported, source):
     refused = r"out.jsonl.partial: holds an interrupted prediction of something else"
     with pytest.raises(ArtifactError, match=refused):
         predict_file(Classifier.load(place, precision="fp32", verify=False), source, out)
+    vocabulary = json.loads((place / "tokenizer.json").read_text())
+    (place / "tokenizer.json").write_text(json.dumps(vocabulary, indent=1))
+    edit_json(place / "config.json", id2label=names)
+    with pytest.raises(ArtifactError, match=refused):
+        predict_file(Classifier.load(place, precision="fp32", verify=False), source, out)
     write_csv(source, [{"id": "x", "text": "another file"}])
     with pytest.raises(ArtifactError, match=refused):
         predict_file(model, source, out)

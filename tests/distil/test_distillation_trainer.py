@@ -15,7 +15,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.losses import TargetScale, distillation_loss
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError
 
 
 def encoded(setup) -> Dataset:
@@ -39,6 +39,24 @@ def trainer_for(setup, args, *, distil: DistilConfig | None = DistilConfig(), **
         processing_class=setup.encoder.tokenizer,
         **({"train_dataset": encoded(setup), "eval_dataset": encoded(setup)} | options),
     )
+
+
+def test_a_second_training_begins_anew(make_setup, tmp_path):
+    """Rows since the last log were added to the next training's; after one that diverged, all others "diverged"."""
+    setup = make_setup("single-label", dropout=0.0, rows=24)
+    trainer = trainer_for(setup, arguments(tmp_path, learning_rate=0.0, logging_steps=2))
+    first, second = ((trainer.train(), trainer.state.log_history[0]["loss"])[1] for _ in range(2))
+    assert first == second
+    trainer.window.first_bad.fill_(3)
+    trainer.train()
+
+
+def test_words_are_evaluated_in_one_process(make_setup, tmp_path, monkeypatch):
+    """The numbers of words differ between processes: Gloo failed, and NCCL would wait for ever."""
+    trainer = trainer_for(make_setup("tokens", dropout=0.0), arguments(tmp_path))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ConfigError, match="words are evaluated in one process"):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("multi-label", 44), ("regression", 41)])

@@ -131,6 +131,13 @@ def test_rows_that_promise_nothing_are_refused(finished: Path, tmp_path: Path, c
     config.write_text(given.replace(validation, str(other)))
     for verb in ("thresholds", "defer"):
         assert "the validation rows are others than when it ran" in cli(verb, folder, code=2).err
+    for split in ("train", "validation", "test"):  # thresholds were fitted for one label on the rows of the other
+        lines = (finished.parent / f"{split}.csv").read_text().replace("positive", "good")
+        (tmp_path / f"{split}.csv").write_text(lines)
+    config.write_text(given.replace(str(finished.parent), str(tmp_path)))
+    for verb in ("thresholds", "defer"):
+        told = "the labels are others than when it ran, when they were negative, positive"
+        assert told in cli(verb, folder, code=2).err.replace("'", "")
     assert not (folder / "defer.json").exists()
 
 
@@ -188,6 +195,11 @@ def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Pa
     assert {one.labelled for one in result.stages} == {12}
     told = "thresholds and the promised error rate are of other files than those of"
     assert [one for one in caplog.messages if f"kdlora_decisions.json: {told} {tmp_path / 'out'}" in one]
+    # A tokenizer's limit below the config's: the export read on, where the student had learnt nothing, and passed.
+    settings = json.loads((promised / "student" / "config.json").read_text())
+    (promised / "student" / "config.json").write_text(json.dumps(settings | {"kdlora_max_length": 9}))
+    export_model(promised, tmp_path / "short", formats="onnx")
+    assert Classifier.load(tmp_path / "short").folder.max_length == 9
 
 
 def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli, caplog) -> None:

@@ -198,6 +198,8 @@ def test_ids_are_unique_over_all_files(model, tmp_path, monkeypatch):
     for _ in range(2):  # the output is no input of the next call
         label(model, folder, folder / "out")
         assert read_all(folder / "out")["id"].tolist() == ["a.csv:0", "a.csv:1", "sub/b.csv:0", "sub/b.csv:1"]
+    (folder / "latest.csv").symlink_to(folder / "a.csv")  # was labelled twice, and refused at the end
+    assert label(model, folder, tmp_path / "linked").rows == 4
     label(model, folder / "a.csv", tmp_path / "one")
     assert read_all(tmp_path / "one")["id"].tolist() == ["0", "1"]
     for name in ("a.csv", "sub/b.csv"):

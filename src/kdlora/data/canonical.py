@@ -191,13 +191,10 @@ def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray:
 
 
 def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
-    try:
-        ids = raw.table[column].cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        kind = raw.table[column].type
-        raise DataError(
-            f"{raw.source}: the id column {column!r} holds {kind!s:.80}; expected text or integers"
-        ) from None
+    kind = raw.table[column].type
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):  # others are spelt in several ways
+        raise DataError(f"{raw.source}: the id column {column!r} holds {kind!s:.80}; expected text or integers")
+    ids = raw.table[column].cast(pa.string())
     if (position := first_true(pc.fill_null(pc.equal(ids, ""), True))) is not None:
         raise DataError(f"{raw.where(position)}: the id ({column!r}) is empty; every example needs one")
     if len(found := doubles(ids)):

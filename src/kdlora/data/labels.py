@@ -355,7 +355,11 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
         return given or label
     if named := given or raw.class_names.get(label[0]):
         return named
-    return _sorted_names(label_strings(raw, label[0])) if kind == "single-label" else _names_in_lists(raw, label[0])
+    if kind == "multi-label":
+        return _names_in_lists(raw, label[0])
+    strings = label_strings(raw, label[0])
+    names, bare = _sorted_names(strings), _sorted_names(pc.replace_substring_regex(strings, WHOLE, r"\1"))
+    return bare if len(bare) < len(names) else names  # 1 and 1.0 are one label
 
 
 def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:

@@ -144,6 +144,7 @@ def text_columns(classifier: Network, text: Sequence[str] | str | None, id_colum
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
     folder = classifier.folder
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
+    weights += folder.path.glob("tokenizer.json")
     state = Path(source).stat() if str(source) != "-" else None
     return {
         "source": _in_utf8(Path(source)) if state else "-",

@@ -92,6 +92,11 @@ class DistillationTrainer(Trainer):
         self.window = LossSums(args.device)
         self.evaluated = LossSums(args.device)
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as Trainer does; nothing of an earlier training is in the losses that are logged."""
+        self.window = LossSums(self.args.device)
+        return super().train(*args, **options)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -169,7 +174,13 @@ class DistillationTrainer(Trainer):
         return outputs
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """Evaluate as Trainer does, but by words, not texts: none of the last batch is cut, and each counts alike."""
+        """Evaluate as Trainer does, but by words, not texts: none of the last batch is cut, and each counts alike.
+
+        Raises:
+            ConfigError: words, of which processes have different numbers, in several processes.
+        """
+        if self.kind == "tokens" and self.args.world_size > 1:
+            raise ConfigError("words are evaluated in one process; train in several, then evaluate in another script")
         if self.kind == "tokens":
             self.gather_function = self.accelerator.gather
             self.evaluated.sums.zero_()

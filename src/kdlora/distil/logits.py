@@ -196,7 +196,7 @@ def attach_teacher(
     Examples:
         >>> taught = attach_teacher(splits, said, distil=DistilConfig(loss="kl"))
     """
-    if distil.loss == "mse" and teacher.from_probabilities:
+    if distil.loss == "mse" and any(one.from_probabilities for one in (teacher, unlabelled) if one is not None):
         raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
     teacher = _in_order(teacher, splits.task)
     more = splits.unlabelled

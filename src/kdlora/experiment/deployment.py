@@ -29,7 +29,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.deploy.webpage import check_page
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
+from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean, listed
 from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.recording import (
@@ -158,6 +158,11 @@ def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, in
 def load_without_copies(config: Config, layout: ExperimentLayout) -> Splits:
     """Load an experiment's rows as it had them; of other ones, those that chose the student might be training rows."""
     splits, there = load_splits(config.task, config.data.without_copies), read_examples(layout.examples)
+    if splits.task.label_names != (names := recorded_task(layout).label_names):
+        raise ArtifactError(
+            f"{layout.root}: the labels are others than when it ran, when they were {listed(names)}: the data changed "
+            "since. Put back what was there, or run the config into another folder"
+        )
     for split, rows in splits_by_name(splits, scored=True).items():
         kept = {name: one for (of, name), one in there.items() if of == split}
         found = {row["id"]: (row["text"], row.get("text_pair")) for row in rows}
@@ -287,7 +292,6 @@ def _export_rows(
         texts=labelled(rows, recorded_task(layout)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
-        max_length=closed(config.student.train).max_length,
         max_metric_drop=config.export.max_metric_drop,
         min_agreement=config.export.min_agreement,
         min_recall=config.export.min_recall,
@@ -316,6 +320,7 @@ def _benchmark_student(
     models |= exported_files(layout)
     longest: int | None = closed(config.student.train).max_length
     apart = config.teacher.fine_tuned is None and config.teacher.train.max_length != longest
+    apart |= read_model_folder(layout.student).max_length != longest  # its tokenizer's limit is a lower one
     if apart or windows is not None or splits.task.kind == "tokens":
         longest = None  # each model reads as far as it was trained to
     record = layout.run(config.teacher_arm, config.teacher_seed).record

@@ -266,7 +266,7 @@ def _find_files(data: str, out: Path) -> tuple[Path, ...]:
             raise DataError(f"{min(links)} is a link out of {data}; copy that file there, or label it by itself")
     else:
         found = [Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file()]  # noqa: PTH207
-    found = [path for path in (one.resolve() for one in found) if not path.is_relative_to(out)]
+    found = [path for path in {one.resolve() for one in found} if not path.is_relative_to(out)]  # a link to one is it
     if not found:
         raise DataError(
             f"{data}: no files of {', '.join(SUFFIXES)} there; give a file, a folder, or a pattern in quotes such as "

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, iterate_texts
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import Sureness, measure_sureness
+from kdlora.evidence.defer import Sureness, check_sureness, measure_sureness
 
 if TYPE_CHECKING:
     from kdlora.deploy.gates import LabelledTexts
@@ -63,7 +63,7 @@ class Cascade:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
         if not isinstance(teacher, Classifier) and not callable(teacher):
             raise ModelError(f"a teacher is a model, its folder, or a function of texts; got {teacher!r:.80}.")
-        measure_sureness(np.zeros((1, 2)), sureness)
+        check_sureness(sureness)
         if not isinstance(threshold, int | float | np.floating) or np.isnan(threshold):
             raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness

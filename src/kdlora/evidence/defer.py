@@ -118,14 +118,13 @@ class NoPromiseError(DataError):
 
 def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperature: float = 1.0) -> np.ndarray:
     """Say how sure a model is of each text; energy: Liu et al., "Energy-based Out-of-distribution Detection", eq. 4."""
+    check_sureness(how)
     if how == "energy":
         return np.asarray(temperature * np.logaddexp.reduce(logits.astype(np.float64) / temperature, axis=1))
     ordered = np.sort(probabilities(logits, "single-label", temperature), axis=1)
     if how == "probability":
         return np.asarray(ordered[:, -1])
-    if how == "margin":
-        return np.asarray(ordered[:, -1] - ordered[:, -2])
-    raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {how!r:.80}.")
+    return np.asarray(ordered[:, -1] - ordered[:, -2])
 
 
 def check_promise(error: float, confidence: float, how: Sureness) -> None:
@@ -134,7 +133,12 @@ def check_promise(error: float, confidence: float, how: Sureness) -> None:
     for name, value in rates.items():
         if not isinstance(value, int | float) or not 0 < value < 1:
             raise DataError(f"{name} must be above 0 and below 1, got {value!r:.80}.")
-    measure_sureness(np.zeros((1, 2)), how)
+    check_sureness(how)
+
+
+def check_sureness(how: Sureness) -> None:
+    if how not in SURENESS:
+        raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {how!r:.80}.")
 
 
 def risk_coverage(sureness: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

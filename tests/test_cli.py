@@ -335,7 +335,7 @@ def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, m
     """People paste this into public issues: no host name, no user's folder. A check in CI must fail."""
     monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", True)
     text = cli("doctor").out
-    for part in ("torch 2", "device", "CPU threads", "memory", "HF_HUB_OFFLINE is set", "extra trackers"):
+    for part in ("torch 2", "device", "CPU thread", "memory", "HF_HUB_OFFLINE is set", "extra trackers"):
         assert part in text
     assert str(Path.home()) not in text.replace("/root", "") or str(Path.home()) == "/"
     assert socket.gethostname() not in text

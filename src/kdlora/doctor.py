@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from kdlora.errors import harmless
+from kdlora.errors import counted, harmless
 from kdlora.system.environment import collect_versions, describe_machine, read_proc
 
 
@@ -37,7 +37,7 @@ class Diagnosis:
         lines = {
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "machine": ", ".join(f"{name} {value}" for name, value in self.machine.items()),
-            "device": self.device + ("" if self.threads is None else f", {self.threads} CPU threads"),
+            "device": self.device + ("" if self.threads is None else f", {counted(self.threads, 'CPU thread')}"),
             "free": f"memory {self.free_memory or '?'} GiB, disk of the Hub's cache {self.free_disk} GiB",
             "hub": self.hub,
         }

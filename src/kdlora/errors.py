@@ -115,6 +115,20 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(every[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def counted(count: int, name: str) -> str:
+    """Write a number of things, one or several."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
+def told_apart(value: float, *others: float) -> str:
+    """Write a number with the digits, four at least, that tell it from 0, 1 and the others."""
+    for digits in range(4, 17):
+        text = f"{value:.{digits}g}"
+        if float(text) not in {0.0, 1.0, *(float(f"{other:.{digits}g}") for other in others)}:
+            return text
+    return f"{value:.17g}"
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     folded = {candidate.casefold(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)

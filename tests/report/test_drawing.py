@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from markdown_it import MarkdownIt
 
+from kdlora.errors import counted, told_apart
 from kdlora.evidence.stats import Difference
 from kdlora.report import plots
 from kdlora.report.page import escape
@@ -23,6 +24,7 @@ from kdlora.report.wording import (
     change,
     count,
     duration,
+    figure,
     milliseconds,
     model_title,
     p_value,
@@ -89,6 +91,9 @@ def test_points_lie_where_their_values_are():
     )
     assert "logarithmic" in wide.caption
     assert "logarithmic" not in zero.caption
+    # Costs of 1 and 5 beside one of 280 stood side by side, the dearer one to the left.
+    far = score_against_cost([Series(str(x), Style(0), ((x, 80.0),)) for x in (5.0, 1.0, 280.0)], **PARAMETERS)
+    assert "side by side" not in far.caption
 
 
 def test_bars_are_not_cut_off(monkeypatch):
@@ -117,7 +122,7 @@ def test_curves_average_the_seeds_that_reached_an_epoch():
 def test_intervals_are_drawn_from_low_to_high():
     """A bar of the wrong length beside the right numbers."""
     one = Difference(1.0, -1.0, 4.0, 0.2, 100, 3, 1000, 0.95)
-    figure = differences([("A − B", one)], title="t", identity="i")
+    figure = differences([("A − B", one)], "t")
     lines = [
         [float(number) for number in re.findall(r"-?[\d.]+", path)]
         for path, style in re.findall(r'<path d="([^"]*)"[^>]*?style="([^"]*)"', figure.svg)
@@ -128,7 +133,7 @@ def test_intervals_are_drawn_from_low_to_high():
     assert left < zero < right
     assert (right - zero) == pytest.approx(4 * (zero - left), rel=0.01)
     assert "+1.0 [−1.0 to +4.0]" in _texts(figure)
-    assert differences([], title="t", identity="i") is None
+    assert differences([], "t") is None
 
 
 def test_figures_are_written_as_people_read_them():
@@ -150,6 +155,14 @@ def test_figures_are_written_as_people_read_them():
     assert shorten("a  long\nname", 7) == "a …name"
     rows = {f"reviews (reviews-{place}): {arm}" for place in ("minilm, 1", "mpnet, 2") for arm in ARMS}
     assert len({shorten(row, 28) for row in rows}) == len(rows)  # two experiments of one name
+
+    # "probability 1 is below 1", a threshold of 1.0000, a mean squared error of 0.0000.
+    assert [told_apart(0.99998, 0.99999519), told_apart(0.99999519, 0.99998)] == ["0.99998", "0.999995"]
+    assert [told_apart(*pair) for pair in ((0.5,), (1e-9,), (12.34561, 12.34562), (1.0,))] == [
+        *("0.5", "1e-09", "12.34561", "1"),
+    ]
+    assert [figure(value) for value in (0.87654, 3.1e-6, 0.0, -1234.5)] == ["0.8765", "3.1e-06", "0.0000", "-1234.5000"]
+    assert [counted(1, "row"), counted(4500, "row")] == ["1 row", "4,500 rows"]
 
     # The report travels; the user's home folder need not.
     assert model_title("/home/me/models/minilm-l6/") == "minilm-l6"

@@ -12,7 +12,7 @@ from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_exper
 from kdlora.configfile import build_config
 from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task
-from kdlora.evidence.defer import stated
+from kdlora.evidence.defer import Deferring, stated
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
@@ -20,6 +20,7 @@ from kdlora.evidence.stats import Difference
 from kdlora.experiment.preview import ExperimentPlan
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
+from kdlora.report.deferred import tell_refusals
 from kdlora.report.findings import Comparison, _reason, align, choose_student, compare_arms, read_choice
 from kdlora.report.outputs import OUTCOMES, Outputs, _label_confusions, count_labels, outcomes
 from kdlora.report.paper import family_of
@@ -138,6 +139,14 @@ def test_arms_of_other_seeds_are_not_said_to_be_above(tmp_path):
 def test_a_promise_is_not_rounded_to_another():
     """0.25% were "0.2%", and a confidence of 99.9% was "100%"."""
     assert [stated(0.0025, 1), stated(0.02, 1), stated(0.999, 0), stated(0.95, 0)] == ["0.25%", "2.0%", "99.9%", "95%"]
+
+
+def test_a_refusal_of_several_files_is_told_once():
+    """The same sentence stood there three times, and of the terminal's nobody knew which file it was of."""
+    flat = (0.1,) * 100
+    reasons = {"a": "no.", "b": "", "c": "no.", "d": "x."}
+    models = [Deferring(name, 0.1, flat, reason=reason) for name, reason in reasons.items()]
+    assert tell_refusals(models) == "a; c: no. d: x."
 
 
 def test_a_student_without_a_teacher_has_none_on_its_card(tmp_path):

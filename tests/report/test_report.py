@@ -513,7 +513,7 @@ def test_times_of_two_machines_are_not_compared(tmp_path):
     report = _report(layout.root)
     assert "39% fewer parameters. " in _opening(report)
     assert report.html.count("the teacher was measured on another machine") == 2
-    assert "Measured on cpu, Intel Xeon, fp32, 2 cores; cuda:0 (NVIDIA H100), Intel Xeon, fp32" in report.markdown
+    assert "Measured on cpu, Intel Xeon, 2 cores, trained in fp32; cuda:0 (NVIDIA H100)" in report.markdown
     assert "do not compare them between rows" in report.markdown
     records = [run.record for run in load_experiment(layout.root).runs]
     assert arm_table(records).caption.endswith("; times are of several machines or numbers of threads")

@@ -257,6 +257,19 @@ def test_seeds_that_nobody_shares_are_not_paired(tmp_path):
     assert "seeds that both have" not in report.markdown
 
 
+def test_a_lead_tells_ties_and_seeds_that_are_not_shared(tmp_path):
+    """The first of four equal students scored "highest"; +11.0 stood beside scores that are 10.5 apart."""
+    make_experiment(tmp_path / "one", arms=("kd-lora",), seeds=(0,))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert re.search(r"highest of 2 comparable students \([\d.]+, as 1 more\)", _lead_of(tmp_path, "one", "two"))
+    make_experiment(tmp_path / "many", arms=("kd-fft",), seeds=(0, 1, 2))
+    assert "on the seeds that both have" in _lead_of(tmp_path, "many", "one")
+
+
+def _lead_of(folder: Path, *names: str) -> str:
+    return compare([folder / name for name in names], draws=50).markdown.split("##")[0].replace("**", "")
+
+
 def test_failed_runs_are_named_and_nothing_finished_is_said(tmp_path):
     """A row that is missing without a word."""
     make_experiment(tmp_path / "one", arms=("kd-lora",), failed=[("kd-lora", 1)])

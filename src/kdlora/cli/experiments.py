@@ -15,7 +15,7 @@ from typer import Argument, Exit, Option
 
 from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_table, verb
 from kdlora.defaults import FAMILIES, FamilyName
-from kdlora.errors import ConfigError, KdLoraError, harmless
+from kdlora.errors import ConfigError, KdLoraError, harmless, told_apart
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def evaluate(
     Example: kdlora evaluate runs/mrpc new-examples.csv
     """
     from kdlora.experiment.scoring import evaluate_experiment, open_finished
-    from kdlora.report.wording import of_label
+    from kdlora.report.wording import figure, of_label
 
     scores = evaluate_experiment(experiment, data, trust_remote_code=trust_remote_code)
     if as_json:
@@ -174,8 +174,8 @@ def evaluate(
     rows += [("score", *(f"{one['score']:.2f}" for one in scores))]
     _, _, task = open_finished(experiment)
     figures = {of_label(name, task): name for name in scores[0]["metrics"]}
-    rows += [(shown, *(f"{one['metrics'][name]:.4f}" for one in scores)) for shown, name in figures.items()]
-    fitted = [f"{label} {value:.4f}" for label, value in scores[0]["thresholds"].items()]
+    rows += [(shown, *(figure(one["metrics"][name]) for one in scores)) for shown, name in figures.items()]
+    fitted = [f"{label} {told_apart(value)}" for label, value in scores[0]["thresholds"].items()]
     note = f"By the student's fitted thresholds: {', '.join(fitted)}" if fitted else None
     print_table(("", *(one["model"] for one in scores)), rows, caption=note)
 

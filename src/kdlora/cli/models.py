@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, Threads, app, print_found, print_json, print_table
-from kdlora.errors import ConfigError, did_you_mean, harmless
+from kdlora.errors import ConfigError, counted, did_you_mean, harmless, told_apart
 from kdlora.terminal import Show, draw_bars
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def predict(
     if as_json and not to_stdout:
         print_json(summary)
     elif not to_stdout:
-        print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
+        print(f"{counted(summary.rows, 'row')}, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
 
 def _advance(show: Show) -> Progress:
@@ -227,7 +227,7 @@ def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
     rows = [
         (
             f"{point.handed_on:.0%}",
-            f"{point.threshold:.4f}" if point.handed_on < 1 else "none",
+            told_apart(point.threshold) if point.handed_on < 1 else "none",
             f"{point.score:.2f}",
             f"{point.cost:.0%}",
         )

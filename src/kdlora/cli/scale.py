@@ -12,6 +12,7 @@ from typer import Argument, Exit, Option
 
 from kdlora.cli.app import IdColumn, Json, Set, Text, Threads, app, counting, print_json, print_table, verb
 from kdlora.deploy import Runtime
+from kdlora.errors import counted
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def search(
         print_json(result)
     else:
         console = SafeConsole()
-        console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
+        console.print(f"{counted(result.finished, 'trial')} finished, {result.pruned} pruned, {result.failed} failed")
         if result.score is not None:
             console.print(f"best {result.score:.2f} on the held-out rows")
         for line in (*(f"  {key}: {value}" for key, value in result.best.items()), *map(str, result.paths)):

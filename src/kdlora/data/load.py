@@ -143,7 +143,7 @@ def add_copies(splits: Splits, data: DataConfig, *, keep_in: Path | None = None)
             f"{data.unlabelled}: {len(twice)} ids, first {twice[0].as_py()!r}, are those of copies of the training "
             "texts, too. Give the texts other ids (data.id_column), or set data.augment to 0"
         )
-    note = f"{len(made)} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
+    note = f"{len(made):,} perturbed copies of the training texts were made, for a teacher to label (data.augment)."
     return replace(splits, unlabelled=both, copies=len(made), notes=(*splits.notes, note))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy.network import BATCH_SIZE, Network, Window
-from kdlora.errors import DataError, ModelError
+from kdlora.errors import DataError, ModelError, told_apart
 from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
 
@@ -141,10 +141,10 @@ class Classifier(Network):
         promise = self.decisions.promise
         if promise is None:
             return [""] * len(logits)
-        sureness = measure_sureness(logits, promise.sureness, self.folder.temperature).tolist()
+        least, sureness = promise.threshold, measure_sureness(logits, promise.sureness, self.folder.temperature)
         return [
-            "" if sure >= promise.threshold else f"{promise.sureness} {sure:.4g} is below {promise.threshold:.4g}"
-            for sure in sureness
+            "" if sure >= least else f"{promise.sureness} {told_apart(sure, least)} is below {told_apart(least, sure)}"
+            for sure in sureness.tolist()
         ]
 
 

@@ -49,6 +49,7 @@ from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
 from kdlora.experiment.recording import forget_decisions, model_files, write_card
 from kdlora.experiment.scoring import load_labelled, open_finished
+from kdlora.report.deferred import tell_refusals
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
@@ -183,7 +184,7 @@ def _defer(
         known_as = next((one for one in models if one.name == arm), None) or judged.curve(arm, sureness)
         models = [one for one in models if one.name != arm]
         models.append(replace(known_as, unknown=judged.meet(model.predict_logits(strange))))
-    told = " ".join(dict.fromkeys(reasons)) if reasons else f"{layout.root} ships no student."
+    told = tell_refusals(models) or f"{layout.root} ships no student."
     if all(reasons) and getattr(read_part(layout.deferral, Deferral, "")[0], "promises", False):
         raise NoPromiseError(f"{told} What was promised before stays.")
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
@@ -232,10 +233,8 @@ def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[
 
 
 def _describe(name: str, judged: list[tuple[np.ndarray, np.ndarray]]) -> Deferring:
-    curves = []
-    for sure, wrong in judged:
-        coverage, risk = risk_coverage(sure, wrong)
-        curves.append(risk[np.searchsorted(coverage, POINTS - 1e-9)])
+    found = [risk_coverage(*one) for one in judged]
+    curves = [risk[np.searchsorted(coverage, POINTS - 1e-9)] for coverage, risk in found]
     area = float(np.mean([area_under_risk(*one) for one in judged]))
     return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()))
 

@@ -123,7 +123,7 @@ class ExperimentPlan:
             + ("; data.long_texts: windows reads all of them" if is_cut else ""),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
-            "steps": f"{self.steps:,} in all",
+            "steps": f"{self.steps:,} in all" if self.steps else "",
             "time": f"about {time}, estimated from a few forward passes on this machine{more}"
             if self.trainings
             else "no training is left",
@@ -141,7 +141,8 @@ class ExperimentPlan:
         if not ordered:
             return ""
         name, number = min(self.validation_labels.items(), key=lambda item: item[1])
-        few = f"; only {number} of {name} in validation, which chooses what ships" if number < _FEW_TO_CHOOSE else ""
+        some = f"only {number}" if number else "none"
+        few = f"; {some} of {name} in validation, which chooses what ships" if number < _FEW_TO_CHOOSE else ""
         if len(ordered) > _SHOWN_LABELS:
             return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}{few}"
         what = "entities in the training rows" if self.task.kind == "tokens" else "training rows"

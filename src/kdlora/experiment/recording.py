@@ -27,7 +27,7 @@ from kdlora.distil.precision import resolve_device, settle_precision
 from kdlora.distil.processes import current_processes
 from kdlora.distil.train import Trained
 from kdlora.distil.words import BAG_OF_WORDS
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, counted
 from kdlora.evidence.predictions import ExampleText, write_examples
 from kdlora.evidence.records import Asked, ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.settle import closed, load_base, settings_for
@@ -158,7 +158,7 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
             f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them too; the "
             "other student arms see the labelled rows alone, as often as it takes for the same optimiser steps"
         )
-    notes += [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
+    notes += [f"precision {precision}: {reason}", counted(torch.get_num_threads(), "thread")]
     device = "cpu" if on_cpu else str(torch.cuda.get_device_name())
     return record.model_copy(update={"precision": precision, "device": device, "started": now(), "notes": notes})
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_target, save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ConfigError, KdLoraError, harmless
+from kdlora.errors import ConfigError, KdLoraError, counted, harmless
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
@@ -347,20 +347,21 @@ def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
 
 def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int, failed: int) -> Prose:
     ended = {"were pruned": pruned, "failed": failed}
-    counted = ", ".join([f"{len(ranked)} trials finished", *(f"{some} {how}" for how, some in ended.items() if some)])
+    finished = f"{counted(len(ranked), 'trial')} finished"
+    told = ", ".join([finished, *(f"{some} {how}" for how, some in ended.items() if some)])
     if not ranked:
-        return Prose("There is <strong>no best config yet</strong>: {}.").format(counted)
+        return Prose("There is <strong>no best config yet</strong>: {}.").format(told)
     equal = sum(one.value == ranked[0].value for one in ranked) - 1
     return Prose(
         "{}: {}. The best scores <strong>{:.2f}</strong> on the held-out rows{}, the median {:.2f}: "
-        "<strong>{}</strong>. Trials were judged on training rows that were held out ({:.0%}, at least one of each "
-        "class); the validation and test rows of the config were not scored. The best of many is too high: report "
-        "what best.yaml scores on them. A trial is one seed: no verdict on the difference of two."
+        "<strong>{}</strong>. Trials were judged on training rows that were held out ({:.4g}%); the validation "
+        "and test rows of the config were not scored. The best of many is too high: report what best.yaml scores on "
+        "them. A trial is one seed: no verdict on the difference of two."
     ).format(
-        *(arm_title(search.arm), counted, ranked[0].value, f", as {equal} more" if equal else ""),
+        *(arm_title(search.arm), told, ranked[0].value, f", as {equal} more" if equal else ""),
         statistics.median(one.value or 0.0 for one in ranked),
         ", ".join(f"{key} {_setting(ranked[0], search.settings, key)}" for key in search.settings.space),
-        search.settings.validation_fraction,
+        100 * search.settings.validation_fraction,
     )
 
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from kdlora.config import LORA_ARMS
 from kdlora.data.tasks import GLUE, Task
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, counted
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
@@ -29,7 +29,7 @@ from kdlora.system.storage import write_text_atomic
 
 _SCORES_NOTE = (
     "Scored on {splits}. CoLA: Matthews; STS-B: mean of Pearson and Spearman; MRPC and QQP: mean of accuracy and F1; "
-    "else accuracy, or the task’s own score. Each figure is the median over the best {best} configurations (all, "
+    "else accuracy, or the task’s own score. Each figure is the median over the best {best} (all, "
     "where there are fewer), a configuration being the mean of its seeds; n counts the runs in them, ± is their "
     "standard deviation (n − 1), and the small numbers lead to their records. As in the paper, configurations are "
     "chosen on the split that is reported where there is no test split: such a figure is too high. The best "
@@ -256,16 +256,15 @@ def _score_table(figures: SuiteFigures) -> Table:
         lines.append((strong(row.title), *(_figure_cell(figures.scores[row, *column]) for column in columns)))
         lines += _published_line("", [figures.published(row, *column) for column in columns])
     ours = [mean_of([figures.median(row, *column) for row in rows]) for column in columns]
-    lines.append(
-        (strong(f"Score, mean of {len(rows)} rows"), *("–" if one is None else strong(points(one)) for one in ours))
-    )
+    of = strong(f"Score, mean of {counted(len(rows), 'row')}")
+    lines.append((of, *("–" if one is None else strong(points(one)) for one in ours)))
     theirs = [mean_of([figures.published(row, *column) for row in rows]) for column in columns]
     lines += _published_line("the same rows", theirs)
     titles = ("", *(f"{FAMILY_TITLES.get(family, family)}: {arm_title(arm)}" for family, arm in columns))
-    caption = f"Table 1. Median of the best {suite.best} configurations, 0 to 100"
+    caption = f"Table 1. Median of the best {counted(suite.best, 'configuration')}, 0 to 100"
     titled = {row.split: ", ".join(one.title for one in rows if one.split == row.split) for row in rows}
     splits = " and ".join(f"{split} ({own})" if len(titled) > 1 else split for split, own in titled.items())
-    note = _SCORES_NOTE.format(best=suite.best, splits=splits)
+    note = _SCORES_NOTE.format(best=counted(suite.best, "configuration"), splits=splits)
     return Table(caption, titles, tuple(lines), note=note, compact=len(titles) > 7)
 
 

@@ -15,7 +15,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
 from kdlora.foreign import as_code
 from kdlora.report.page import engine
-from kdlora.report.wording import metric_title, model_title, of_label
+from kdlora.report.wording import figure, metric_title, model_title, of_label
 
 FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""
@@ -65,7 +65,7 @@ def student_card(
         "score": record.test_score if split == "test" else record.score,
         "metrics": metrics,
         "figures": {
-            metric_title(of_label(name, task)): f"{value:.4f}"
+            metric_title(of_label(name, task)): figure(value)
             for name, value in metrics.items()
             if value is not None and not (task.label_types and ":" in name)
         },
@@ -92,7 +92,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
         "task": {"type": kind, "name": f"{kind.capitalize().replace('-', ' ')} ({record.task['kind']})"},
         "dataset": _known(dataset),
         "metrics": [
-            {"type": _HUB_METRICS.get(name, name.partition(":")[0]), "name": name, "value": round(value, 4)}
+            {"type": _HUB_METRICS.get(name, name.partition(":")[0]), "name": name, "value": float(figure(value))}
             for name, value in metrics.items()
             if value is not None
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,14 +144,15 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
     best = max(rows, key=lambda one: one.score.mean)
     apart = sum(paired[one.name].reason in (OTHER_ROWS, _OTHER_TEXTS) for one in rows if one is not reference)
     among = f"{what}, {apart} of them scored on other rows" if apart else f"comparable {what}"
-    told = strong(best.name) + f" scores highest of {len(rows)} {among} ({plus_minus(best.score)})"
+    equal = sum(one.score.mean == best.score.mean for one in rows) - 1
+    told = strong(best.name) + f" scores highest of {len(rows)} {among} ({plus_minus(best.score)}"
+    told += f", as {equal} more)" if equal else ")"
     if best is reference:
         return told + "."
     found = paired[best.name]
     why = span(found.difference) if found.difference else found.reason
-    seeds = [{run.record.seed for run in one.runs} for one in (best, reference)]
-    some = found.difference is not None and seeds[0] != seeds[1] and min(map(len, seeds)) > 1
-    both = " on the seeds that both have" if some else ""
+    is_of_all = math.isclose(found.plain, best.score.mean - reference.score.mean, abs_tol=1e-6)
+    both = "" if is_of_all else " on the seeds that both have"
     return told + Prose(", <strong>{} points</strong> against {}{} ({}).").format(
         signed(found.plain), reference.name, both, why
     )
@@ -168,7 +170,8 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
         model = model_title(one.runs[0].record.model)
         rows.append((name, model, Cell(score, links.to_all(one.runs)), *difference, *costs))
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
-    note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
+    note = "± is the sample standard deviation over seeds. Differences are in points, over shared seeds. "
+    note += INTERVALS
     note += "" if TIME.is_alike(*(one.runs for one in candidates)) else UNLIKE
     titles = {score_title(one.experiment.task) for one in candidates}
     splits = {one.experiment.split for one in candidates}
@@ -193,13 +196,15 @@ def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figur
     if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
     taught_by, models = ({key[place] for key in curves} - {""} for place in (2, 3))
-    drawn = []
-    for (arm, alone, source_of, model), points in curves.items():
+    drawn, arms = [], [key[0] for key in curves]
+    for place, ((arm, alone, source_of, model), points) in enumerate(curves.items()):
+        style = arm_style(arm) if arms.count(arm) == 1 else Style(place)
+        style = replace(style, dashed=alone)
         parts = [arm_title(arm), "no labels" if alone else ""]
         parts += [source_of if len(taught_by) > 1 else "", model if len(models) > 1 else ""]
-        drawn.append(Series(", ".join(filter(None, parts)), replace(arm_style(arm), dashed=alone), tuple(points)))
+        drawn.append(Series(", ".join(filter(None, parts)), style, tuple(points)))
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
-    return learning_curves(drawn, title=title, value=f"score on {split}", identity=identity, across=across)
+    return learning_curves(drawn, title=title, value=f"score on {split}", identity=identity, across=across, of="run")
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:
@@ -215,4 +220,7 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
         drawn += cost_plots(rows, shown.split, f"task-{number}", suffix)
         drawn.append(_text_curve(group, f"task-{number}-texts", suffix))
     known = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
-    return [*drawn, differences(known, title="Differences from the reference", identity="differences")]
+    return [
+        *drawn,
+        differences(known, "Differences from the reference", right="better than the reference"),
+    ]

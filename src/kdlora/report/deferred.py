@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kdlora.errors import counted, told_apart
 from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, FittedModel, Threshold, Thresholds, stated
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment
@@ -27,23 +28,29 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def _judged_on(found: Thresholds) -> str:
+    if found.source == "test":
+        return f"{counted(found.judged, 'row')} of the test split"
+    return f"{counted(found.judged, 'validation row')}, on which they were fitted, so the figures are a little too good"
+
+
 def threshold_table(found: Thresholds) -> Table:
     """List every threshold with the file that it is of; the last two columns are of the metric it was fitted for."""
     columns: dict[str, Callable[[tuple[FittedModel, Threshold]], str]] = {
         "model": lambda one: one[0].name,
         "label": lambda one: one[1].label,
         "fitted for": lambda one: one[1].goal,
-        "threshold": lambda one: f"{one[1].threshold:.4f}",
+        "threshold": lambda one: told_apart(one[1].threshold),
         "precision": lambda one: _with_interval(one[1].precision, one[1].precision_low, one[1].precision_high),
         "recall": lambda one: _with_interval(one[1].recall, one[1].recall_low, one[1].recall_high),
         "at 0.5": lambda one: f"{one[1].before:.1%}",
         "at the threshold": lambda one: f"{one[1].after:.1%}",
     }
-    of = f"{found.judged:,} rows of the test split"
-    if found.source != "test":
-        of = f"the {found.judged:,} validation rows that they were fitted on, so the figures are a little too good"
     gains = "; ".join(f"{one.name} {one.score_before:.2f} to {one.score_after:.2f}" for one in found.models)
-    note = f"Fitted on {found.rows:,} validation rows; figures of {of}. Intervals: 95%. Score of the task: {gains}."
+    note = (
+        f"Fitted on {found.rows:,} validation rows; figures of {_judged_on(found)}. Intervals: 95%. The last two "
+        f"columns are of what it was fitted for. Score of the task: {gains}."
+    )
     note = " ".join([note, *(f"{one}." for one in found.notes)])
     rows = [(model, label) for model in found.models for label in model.labels]
     return Table.of("Above which probability a label is said", rows, columns, text_columns=3, note=note)
@@ -58,9 +65,12 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
         blocks.append(threshold_table(fitted))
     if found is not None:
         told = (
-            "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
-            f"at most {stated(found.error, 1)} are wrong, with {stated(found.confidence, 0)} confidence."
+            "A model gives no label where it is less sure than the threshold of its file."
+            if any(one.promise.threshold != EVERYTHING for one in found.models if one.promise)
+            else "Every text is answered."
         )
+        told += f" Of the labels that it gives, at most {stated(found.error, 1)} are wrong, with "
+        told += f"{stated(found.confidence, 0)} confidence."
         if bare := [_title(model.name) for model in found.models if model.reason]:
             told += f" Of {', '.join(bare)} nothing can be promised, so every text is answered."
         if not found.promises:
@@ -73,8 +83,9 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
     """Say for the model card what becomes of the outputs of `student/`."""
     fitted, found = read_part(layout.thresholds, Thresholds, "")[0], read_part(layout.deferral, Deferral, "")[0]
     said = [
-        f"{label.label} is said above a probability of {label.threshold:.4f} (fitted for {label.goal}; "
-        f"precision {label.precision:.1%}, recall {label.recall:.1%} on the {fitted.source} split)"
+        f"{label.label} is said above a probability of {told_apart(label.threshold)} (fitted for {label.goal}; "
+        f"precision {_with_interval(label.precision, label.precision_low, label.precision_high)}, recall "
+        f"{_with_interval(label.recall, label.recall_low, label.recall_high)} on {_judged_on(fitted)}; intervals: 95%)"
         for model in ([] if fitted is None else fitted.models)
         for label in model.labels
         if model.name == "student"
@@ -91,12 +102,16 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
     return said
 
 
+def tell_refusals(models: Sequence[Deferring]) -> str:
+    """Say why nothing can be promised of some models, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for model in models:
+        reasons.setdefault(model.reason, []).append(model.name)
+    return " ".join(f"{'; '.join(names)}: {reason}" for reason, names in reasons.items() if reason)
+
+
 def deferral_tables(found: Deferral) -> list[Table]:
     """Show what each model would have to hand on; and, where some were given, what it does with unknown texts."""
-    left_out = (
-        f" {found.known} rows were left out: these are training, validation or unlabelled texts." if found.known else ""
-    )
-    reasons = dict.fromkeys(f" {model.name}: {model.reason}" for model in found.models if model.reason)
     columns: dict[str, Callable[[Deferring], str]] = {
         "model": lambda one: _title(one.name),
         "answers": lambda one: _share(one.promise.coverage if one.promise else None),
@@ -106,7 +121,10 @@ def deferral_tables(found: Deferral) -> list[Table]:
     }
     asked = "" if found.promises else "asked for: "
     promised = f"{asked}at most {stated(found.error, 1)} wrong with {stated(found.confidence, 0)} confidence"
-    note = f"{found.rows} rows of {found.source}, {promised}.{left_out}{''.join(reasons)}"
+    parts = [f"{counted(found.rows, 'row')} of {found.source}, {promised}."]
+    if found.known:
+        parts.append(f"Left out: {counted(found.known, 'training, validation or unlabelled text')}.")
+    note = " ".join([*parts, tell_refusals(found.models)]).strip()
     tables = [Table.of("What may be acted on", found.models, columns, note=note)]
     rows = tuple(
         (_title(one.name), met.sureness, _share(met.coverage), _share(met.deferred), _share(met.told_apart))
@@ -114,7 +132,8 @@ def deferral_tables(found: Deferral) -> list[Table]:
         for met in one.unknown
     )
     if rows:
-        note = f"{found.unknown:,} texts of no known class. Each kind of sureness has the threshold it may promise."
+        note = f"{counted(found.unknown, 'text')} of no known class. "
+        note += "Each kind of sureness has the threshold it may promise."
         titles = ("model", "sureness", "answers of the known", "deferred of the unknown", "known is surer than unknown")
         tables.append(Table("Texts of no known class", titles, rows, text_columns=2, note=note))
     return tables
@@ -127,7 +146,7 @@ def _title(name: str) -> str:
 def _threshold(model: Deferring) -> str:
     if model.promise is None:
         return "–"
-    return "none" if model.promise.threshold == EVERYTHING else f"{model.promise.threshold:.4f}"
+    return "none" if model.promise.threshold == EVERYTHING else told_apart(model.promise.threshold)
 
 
 def _curves(found: Deferral) -> Figure:
@@ -144,5 +163,6 @@ def _curves(found: Deferral) -> Figure:
     said = "; ".join(
         f"{_title(model.name)} {model.risk[49]:.1%} at half, {model.risk[-1]:.1%} at all" for model in found.models
     )
-    caption = "The surest texts first; mean over seeds. Lower is better. The dotted line is the promised rate."
+    rate = "promised rate" if found.promises else "rate that was asked for"
+    caption = f"The surest texts first; mean over seeds. Lower is better. The dotted line is the {rate}."
     return draw(paint, "Error against coverage", f"Error rate: {said}.", "risk", caption=caption)

@@ -18,8 +18,8 @@ from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Pieces, Quotation, Row, Table
-from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter
-from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
+from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter, shorten
+from kdlora.report.wording import arm_title, of_seeds, plus_minus
 
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
 _MOST_QUOTATIONS, _LONGEST = 8, 600
@@ -148,10 +148,11 @@ def count_labels(outputs: Outputs) -> Integers:
 
 def _residual_plot(outputs: Outputs) -> Figure:
     predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
-    residuals, quantity = predicted - true, outputs.task.label_names[0]
+    residuals, quantity = predicted - true, shorten(outputs.task.label_names[0], 30)
     size = np.abs(residuals)
     shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
-    limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=1e-6)
+    least = 1e-6 * float(np.abs(true).max()) or 1.0
+    limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=least)
 
     def paint(axes: Any) -> None:
         axes.plot(limits, limits, **_GUIDE)
@@ -160,7 +161,7 @@ def _residual_plot(outputs: Outputs) -> Figure:
         axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
 
     said = (
-        f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
+        f"Mean error {residuals.mean():+.3g}, mean absolute error {size.mean():.3g}, "
         f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
@@ -188,7 +189,7 @@ def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
             marks = {"marker": arm.style.marker, "edgecolors": PALETTE["card"], "zorder": 3, "label": label}
             axes.scatter(confidence, pooled.accuracy, sizes, colour, **marks)
             lowest = min(lowest, *pooled.accuracy)
-        axes.set(xlim=(start, 1.02), ylim=(np.floor(10 * lowest) / 10, 1.03))
+        axes.set(xlim=(start, 1.02), ylim=(np.floor(10 * lowest) / 10 - 0.03, 1.03))
         axes.set(xlabel="confidence of the decision", ylabel="share of right decisions")
 
     said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
@@ -217,7 +218,8 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         found = (_span_quotations if task.kind == "tokens" else _quotations)(task, aligned, experiment.examples)
     if not found:
         return [Paragraph(f"There are no examples to show: {why}.", "note")]
-    return [Paragraph("Where they differ most stands first. Some of these are wrong labels: check them."), tuple(found)]
+    first = "Where they differ most stands first. " if len(found) > 1 else ""
+    return [Paragraph(f"{first}A label may be wrong: check it."), tuple(found)]
 
 
 def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:

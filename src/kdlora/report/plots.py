@@ -191,7 +191,8 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     if not drawn:
         return None
     costs, scores = zip(*(point for one in drawn for point in one.points), strict=True)
-    is_log, aside = min(costs) > 0 and max(costs) / min(costs) > _FAR, _aside(drawn)
+    is_log = min(costs) > 0 and max(costs) / min(costs) > _FAR
+    aside = _aside(drawn, is_log=is_log)
     said = "; ".join(f"{one.name} {one.middle[1]:.2f} at {one.middle[0]:.3g}" for one in drawn)
     caption = "Further left is cheaper, further up is better."
     if any(len(one.points) > 1 for one in drawn):
@@ -212,10 +213,11 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     return draw(paint, title, f"{score} against {cost}: {said}.", identity, caption=caption)
 
 
-def _aside(series: Sequence[Series]) -> list[float]:
+def _aside(series: Sequence[Series], *, is_log: bool) -> list[float]:
     """Say by how many points each mark is moved, so that those of the same cost do not hide each other."""
     middles = np.array([one.middle[0] for one in series])
-    same = np.abs(middles[:, None] - middles) <= 0.02 * middles.max()
+    middles = np.log(middles) if is_log else middles / middles.max()
+    same = np.abs(middles[:, None] - middles) <= 0.02
     return [11 * (row[:number].sum() - (row.sum() - 1) / 2) for number, row in enumerate(same)]
 
 
@@ -284,7 +286,9 @@ def _paint_curve(axes: Any, curve: Series, epochs: dict[float, list[float]]) -> 
     )
 
 
-def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity: str) -> Figure | None:
+def differences(
+    rows: Sequence[tuple[str, Difference]], title: str, *, right: str = "the first is better"
+) -> Figure | None:
     """Plot differences with their intervals, one below the other, around a line at zero."""
     if not rows:
         return None
@@ -307,8 +311,8 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
 
     said = "; ".join(f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows)
     description = f"Differences in score with their 95% intervals. {said}."
-    caption = "Right of zero: the first is better. Bars: 95% intervals over rows and seeds; one seed: over rows."
-    return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
+    caption = f"Right of zero: {right}. Bars: 95% intervals over rows and seeds; one seed: over rows."
+    return draw(paint, title, description, "differences", caption=caption, height=76 + 52 * len(rows), left=18)
 
 
 def picture_format(path: Path) -> str:

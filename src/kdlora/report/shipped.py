@@ -89,7 +89,7 @@ class BenchmarkResult:
         of = f" of the {self.split} split" if self.split else ""
         counts = ((self.texts, "text", of), (self.rounds, "round", ""), (self.threads, "thread", " for each model"))
         known = [f"{value:,} {what}{'' if value == 1 else 's'}{more}" for value, what, more in counts if value]
-        cores = f"{self.machine['cores']} cores" if "cores" in self.machine else ""
+        cores = f"{self.machine['cores']} core{'s' * (self.machine['cores'] != '1')}" if "cores" in self.machine else ""
         return ", ".join(filter(None, [*known, self.machine.get("cpu"), cores, self.machine.get("memory")]))
 
     def table(self, links: tuple[Link, ...] = ()) -> Table:

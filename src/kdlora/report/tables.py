@@ -149,7 +149,7 @@ def score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], link
         _score_table(experiment, links),
         _claims_table(experiment, links) if experiment.shows_paper else None,
         _difference_table(comparisons, links) if comparisons else None,
-        differences(paired, title="Differences with their intervals", identity="differences"),
+        differences(paired, "Differences with their intervals"),
     ]
 
 
@@ -216,7 +216,7 @@ def _cost_table(experiment: Experiment, links: Links) -> Table:
         measured = (f"{one.memory_mb:.1f} MB", f"{one.seconds:.2f} s", "–", "–", "–")
         rows.append((Cell(f"paper, {one.model}", quiet=True), arm_title(arm), *counts, *measured))
     threads = sorted({one.threads for run in experiment.runs for one in run.record.latency})
-    note = f"{_hardware(experiment)}. Latency: median of the merged model's forward pass"
+    note = f"{_hardware(experiment)}. Latency: median of the merged model's forward pass in fp32"
     note += f", {', '.join(map(str, threads))} thread{'s' * (threads != [1])}." if threads else "."
     note += "" if TIME.is_alike(experiment.runs) else UNLIKE
     if published:
@@ -255,8 +255,10 @@ def _a_million(name: str, score: MeanSd | None, per_second: float | None, price:
 
 def _hardware(experiment: Experiment) -> str:
     def told(record: RunRecord) -> str:
-        cores = f"{record.machine['cores']} cores" if "cores" in record.machine else ""
-        parts = [record.device or "unknown device", record.machine.get("cpu", ""), record.precision, cores]
+        number = record.machine.get("cores")
+        cores = f"{number} core{'s' * (number != '1')}" if number else ""
+        format_ = f"trained in {record.precision}" if record.precision else ""
+        parts = [record.device or "unknown device", record.machine.get("cpu", ""), cores, format_]
         return ", ".join(part for part in parts if part)
 
     runs = [run for run in experiment.runs if run.record.arm != "words"] or experiment.runs
@@ -303,7 +305,7 @@ def _difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
         rows.append((one.title, links.derived(value), *rest, *counts))
     columns = ("difference", "points", "95% interval", "p", "examples", "seeds")
     draws = next((one.difference.draws for one in comparisons if one.difference), 0)
-    note = f"{draws:,} draws over examples; p is two-sided." if draws else ""
+    note = f"{draws:,} draws over examples, for shared seeds; p is two-sided." if draws else ""
     return Table("Differences in score", columns, tuple(rows), note=note, side=True)
 
 
@@ -350,11 +352,11 @@ def run_table(experiment: Experiment, links: Links) -> Table:
             "model": lambda run: model_title(run.record.model),
             "status": status,
             "score": lambda run: points(run.score(experiment.split), 2),
-            "best epoch": lambda run: optional(run.record.best_epoch, "g"),
+            "epoch kept": lambda run: optional(run.record.best_epoch, "g"),
             "trainable": lambda run: TRAINABLE.text([run]),
             "memory": lambda run: MEMORY.text([run]),
             "training": lambda run: duration(run.record.train_seconds),
-            "texts/s": lambda run: optional(run.record.examples_per_second, ".0f"),
+            "training texts/s": lambda run: optional(run.record.examples_per_second, ".0f"),
             "batch 1": lambda run: TIME.text([run]),
         },
         text_columns=3,

@@ -117,6 +117,11 @@ def of_seeds(count: int) -> str:
     return f"Mean over {count} seeds." if count > 1 else "One seed."
 
 
+def figure(value: float) -> str:
+    """Write a metric as it is, with four decimals, and a small one with four digits."""
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.4g}"
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 

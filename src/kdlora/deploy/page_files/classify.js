@@ -38,6 +38,15 @@ function encode(tokenizer, settings, texts) {
   };
 }
 
+/** Write a number with the digits, four at least, that tell it from 0, 1 and another. */
+function toldApart(value, other) {
+  for (let digits = 4; digits < 17; digits += 1) {
+    const text = value.toPrecision(digits);
+    if (![0, 1, Number(other.toPrecision(digits))].includes(Number(text))) return text;
+  }
+  return String(value);
+}
+
 function decide(settings, logits) {
   const { kind, labels, temperature, offsets, promise } = settings;
   if (kind === "regression") return { values: logits, chosen: labels, deferred: "" };
@@ -53,8 +62,9 @@ function decide(settings, logits) {
   const [first, second] = [...values].sort((one, other) => other - one);
   const energy = temperature * (most + Math.log(total));
   const sure = { probability: first, margin: first - second, energy }[promise.sureness];
-  const why = `${promise.sureness} ${sure.toPrecision(4)} is below ${promise.threshold.toPrecision(4)}`;
-  return { values, chosen, deferred: sure >= promise.threshold ? "" : why };
+  const least = promise.threshold;
+  const why = `${promise.sureness} ${toldApart(sure, least)} is below ${toldApart(least, sure)}`;
+  return { values, chosen, deferred: sure >= least ? "" : why };
 }
 
 /** Load what lies beside this file. `answer(texts)` takes a list of one text, or of the two of a pair. */

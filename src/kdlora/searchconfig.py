@@ -114,7 +114,7 @@ class SearchConfig(Section):
     startup_trials: int = Field(default=10, ge=1)
     """Number of first trials that are drawn at random."""
     pruning: bool = True
-    """Stop a trial whose score in a validation is below the median of the other trials at that epoch. Never where
+    """Stop a trial whose best score so far is below the median of the finished trials at that epoch. Never where
     the space has `epochs`, or models and `batch_size`, by which epochs are chosen: a long training learns later."""
     pruning_startup_trials: int = Field(default=5, ge=0)
     """Number of first trials that are never pruned."""

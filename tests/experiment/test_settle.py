@@ -100,7 +100,9 @@ def test_only_what_is_null_is_settled():
     lengths = [part.train.max_length for part in (one.fill_in(windows).teacher, one.fill_in(windows).student)]
     assert lengths == [512, None], "a student that is looked at by a later call reads what it can"
     settled = build_config(CONFIG | {"student": {"model": "s", "train": {"learning_rate": 1e-3}}})
-    assert settings_for(chosen.fill_in(settled), "lora").learning_rate == 5e-4, "a later call with another arm"
+    again = chosen.fill_in(settled, follows=False)
+    assert settings_for(again, "lora").learning_rate == 5e-4, "a later call with another arm"
+    assert settings_for(chosen.fill_in(settled), "lora").learning_rate == 1e-3, "a rate that is set holds, whichever"
     assert settings_for(config, "student-fft").learning_rate == 1e-4
     assert settings_for(config, "student-fft").head_learning_rate == config.teacher.train.head_learning_rate
     paper = chosen.fill_in(build_config(CONFIG | {"recipe": "paper"}))

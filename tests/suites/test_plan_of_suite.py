@@ -214,6 +214,11 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
             {"grids": {"adapters": {"data.max_train_examples": [40, 80]}}},
             "grids: data.max_train_ex.* is of rows",
         ),
+        ({"grids": {"fft": {"data.split_seed": [1, 2]}}}, "grids: data.split_seed is of rows"),  # validation was learnt
+        (
+            {"grids": {"adapters": {"teacher.model": ["a", "b"]}}},
+            "grids: teacher.model is of the one teacher of all kd",
+        ),
         ({"grids": {"adapters": {"lora.rnak": [8]}}}, "lora.rnak: unknown key. Did you mean 'rank'"),
     ],
 )

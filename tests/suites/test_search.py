@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel
 
-from experiments import copy_experiment, read_rows
+from experiments import copy_experiment, edit_json, read_rows
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
@@ -21,9 +21,10 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.plan import identity, reset_unused
-from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
-from kdlora.experiment.settle import rows_per_epoch, with_values
+from kdlora.experiment.search import begin_search, carry_out_trial, run_search
+from kdlora.experiment.settle import rows_per_epoch, settings_for, with_values
 from kdlora.experiment.study import (
+    Reporter,
     ask,
     check_space,
     counted_trials,
@@ -305,6 +306,49 @@ def test_another_teacher_at_the_same_place_begins_another_search(search_of, work
     assert seen[0] != seen[1] == seen[2]
 
 
+def test_an_interrupted_search_leaves_its_best_and_another_space_begins_anew(search_of, tmp_path, monkeypatch, caplog):
+    """Ctrl-C in the third trial left neither report nor best.yaml; a changed range replaced both without a word."""
+    scores = [50.0, 60.0]
+
+    def train(job, *others, **options):
+        if job is not train_trial:
+            return run_in_child(job, *others, **options)
+        if not scores:
+            raise KeyboardInterrupt
+        return (score := scores.pop()), [{"epoch": 1.0, "score": score}]
+
+    monkeypatch.setattr("kdlora.experiment.search.run_in_child", train)
+    config, settings = search_of(trials=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(config, settings, tmp_path / "s")
+    assert [line["score"] for line in read_rows(tmp_path / "s" / "trials.csv")][:2] == ["60.0", "50.0"]
+    assert (tmp_path / "s" / "best.yaml").exists()
+    begin_search(config, settings, tmp_path / "s")
+    assert "begins anew" not in caplog.text
+    begin_search(*search_of({"lora.rank": [2, 4, 8]}, trials=3), tmp_path / "s")
+    assert "begins anew" in caplog.text
+
+
+def test_a_trial_that_is_not_as_it_was_written_is_trained_again(finished_search, workshop, tmp_path):
+    """A score of 99 in a file that was found again became the best; half a file was a traceback without a name."""
+    folder = copy_experiment(finished_search.folder, tmp_path / "search")
+    (folder / "journal.log").unlink()
+    first, second = folder.glob("trials/*/trial.json")
+    edit_json(first, score=99.0)
+    second.write_text(second.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    values = workshop.values({"student": {"train": {"epochs": 2, "batch_size": 8}}})
+    again = run_search(*build_search(values | {"search": {"space": SPACE, "trials": 2}}), folder)
+    assert (again.score, again.best, again.failed) == (finished_search.score, finished_search.best, 0)
+
+
+def test_the_rate_that_is_searched_is_that_of_the_arm(search_of, tmp_path):
+    """Thirty trials of `lora` were one training, at a rate that no trial named."""
+    config, settings = search_of(SPACE, {"run": {"arms": ["lora"]}}, arm="lora")
+    search = begin_search(with_values(config, {"student.train.learning_rate": None}), settings, tmp_path / "s")
+    trial = with_settings(search.config, {"student.train.learning_rate": 2e-3})
+    assert settings_for(trial, "lora").learning_rate == 2e-3
+
+
 def test_the_arm_that_is_searched_is_told_where_another_ships(search_of, tmp_path, monkeypatch, caplog):
     """After hours of trials of kd-lora, kd-fft shipped, of which none of the found settings is."""
 
@@ -387,6 +431,7 @@ def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tm
         ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),
         ({"lora.rank": 8}, "expected a list of values"),
         ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "low 0.2 is above high 0.1"),
+        ({"lora.rank": {"low": 4.0, "high": 16.0}}, "lora.rank: .* fractional part"),  # its ends alone are whole
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused(search_of, space, expected):

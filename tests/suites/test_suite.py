@@ -265,5 +265,10 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     assert "failed:" in bad.out
     wrong = cli("suite", file, "--out", tmp_path / "bad", "--set", "arms=[kd-lroa]", code=2)
     assert "Did you mean 'kd-lora'?" in wrong.err
+    lost = ("suite", file, "--out", suite_folder, "--set", "tasks.reviews.data.train=none.csv")
+    before = (suite_folder / "suite.yaml").read_text(encoding="utf-8")
+    for more in ((), ("--dry-run",)):  # which ended with 0, "0 of them finished"
+        cli(*lost, *more, code=2)
+    assert (suite_folder / "suite.yaml").read_text(encoding="utf-8") == before, "that of the runs which are there"
     with FileLock(suite_folder / ".lock"):  # two schedulers would train every run twice
         assert "another process" in cli("suite", file, "--out", suite_folder, code=2).err

@@ -54,7 +54,7 @@ def suite(
     if dry_run:
         overview = look_at_suite(wanted, out)
         print_json(overview) if as_json else _print_overview(overview)
-        return
+        raise Exit(2 if overview["obstacle"] else 0)
     with draw_bars() as show:
         result = run_suite(wanted, out, on=on, listen=lambda event: _show_suite(event, show))
     print_json(result.to_dict()) if as_json else _print_suite(result)

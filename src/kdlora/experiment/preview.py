@@ -36,6 +36,7 @@ from kdlora.experiment.settle import (
 )
 from kdlora.report.wording import metric_title, of_label, tell_unknown
 from kdlora.system.children import run_in_child
+from kdlora.system.ownership import read_manifest
 
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
@@ -165,7 +166,8 @@ def make_plan(
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows = count_rows(splits)
     if looks:
-        config = Chosen(looks, rows, splits.task, processes).fill_in(config)
+        is_open = (read_manifest(layout.root) or {}).get("open", {}).get("student.train.learning_rate", False) is None
+        config = Chosen(looks, rows, splits.task, processes).fill_in(config, follows=False if is_open else None)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
 import statistics
@@ -17,13 +17,13 @@ from filelock import FileLock
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_target, save_config
-from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ConfigError, KdLoraError, counted, harmless
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, counted, harmless
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import identity_over, reset_unused
 from kdlora.experiment.study import (
+    Reporter,
     ask,
     check_space,
     counted_trials,
@@ -36,12 +36,13 @@ from kdlora.experiment.study import (
     with_settings,
 )
 from kdlora.extras import check_installed
+from kdlora.foreign import read_json
 from kdlora.report.page import Cell, Figure, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
 from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
-from kdlora.searchconfig import SearchConfig
+from kdlora.searchconfig import Choices, SearchConfig
 from kdlora.system.children import ChildDiedError, run_in_child
-from kdlora.system.integrity import hash_json
+from kdlora.system.integrity import hash_json, is_sealed_or_old, seal
 from kdlora.system.ownership import check_folder, remove
 from kdlora.system.storage import claim_folder, write_json_atomic, write_text_atomic
 
@@ -77,7 +78,7 @@ class Search:
     def hold(self, kind: str, config: Config, arm: Arm) -> Iterator[ExperimentLayout]:
         """Give the folder of a training, named by what decides its figures; another process that needs it waits."""
         values = identity_over(self.settings.space, config) | {"arm": arm, "rows": self.rows}
-        values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
+        values["seed"] = config.teacher_seed if kind == "teachers" else config.run.seeds[0]
         layout = ExperimentLayout(self.folder / kind / hash_json(values)[:12], shared_folder=self.folder)
         layout.root.mkdir(parents=True, exist_ok=True)
         with FileLock(layout.root / ".lock"):
@@ -151,8 +152,11 @@ def run_search(
     """
     search = begin_search(config, settings, out)
     retry_failed(search.study(), search.folder / "trials")
-    _carry_out_trials(search, on, listen)
-    return _end(search)
+    try:
+        _carry_out_trials(search, on, listen)
+    finally:  # also after Ctrl-C: what there is can be read
+        result = _end(search)
+    return result
 
 
 def begin_search(config: Config, settings: SearchConfig, out: str | Path | None) -> Search:
@@ -172,10 +176,13 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
     if not settings.names_models:
-        given, config = chosen.fill_in(given), chosen.fill_in(config)
+        follows = True if arm == "lora" and "student.train.learning_rate" in settings.space else None
+        given, config = (chosen.fill_in(one, follows=follows) for one in (given, config))
     search = Search(given, config, settings, arm, folder, rows)
     claim_folder(folder, "search")
-    search.study()
+    was_begun = (folder / "journal.log").exists()
+    if not search.study().trials and was_begun:
+        logger.warning("%s has trials of other settings, space or rows; this search begins anew beside them", folder)
     write_text_atomic(folder / "search.yaml", save_config(config))
     return search
 
@@ -194,6 +201,9 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
             listen(SearchEvent(ended, search.settings.trials, best, number, detail))
 
     paths = [str(search.folder / "search.yaml"), *local_paths(search.config)]
+    for key, one in search.settings.space.items():
+        chosen = one.values if isinstance(one, Choices) else ()
+        paths += [path for value in chosen for path in local_paths(with_settings(search.config, {key: value}))]
     with open_engine(on, search.settings.resources, paths) as engine:
         trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
         for _, ended in trials:
@@ -249,47 +259,39 @@ def _train(search: Search, trial: Trial, hear: Callable[[Any], None]) -> float |
         stop, known = layout.root / "stop", layout.root / "trial.json"
         trial.set_user_attr("folder", f"trials/{layout.root.name}")
         reporter = Reporter(trial, stop, hear)
-        if known.exists():
-            content = json.loads(known.read_text(encoding="utf-8"))
+        if content := _read_trial(known):
             score, history = content["score"], content["history"]
         else:
             taught = arm in DISTILLED_ARMS and not config.teacher.is_table
             place = replace(layout, shared_teacher=_make_teacher(search, config, hear) if taught else None)
             remove(stop)
             arguments = (config, search.settings, place, arm, stop)
-            score, history = train_afresh(
-                lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs
-            )
+            try:
+                score, history = train_afresh(
+                    lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs
+                )
+            except ArtifactError:
+                if taught:  # the next trial looks at what the teacher said, and computes what is damaged
+                    remove(place.teacher.parent / "done")
+                raise
             remove(layout.runs)
             remove(stop)
             if score is not None:
-                write_json_atomic(known, {"settings": settings, "score": score, "history": history})
+                write_json_atomic(known, seal({"settings": settings, "score": score, "history": history}))
         for entry in history:  # those before an interruption among them
             reporter.report(math.ceil(entry["epoch"]), float(entry["score"]))
     return score
 
 
-class Reporter:
-    """Passes the score after each epoch to Optuna, and asks the training to stop where Optuna prunes it."""
-
-    def __init__(self, trial: Trial, stop: Path, tell: Callable[[Any], None]) -> None:
-        self._trial, self._stop, self._tell = trial, stop, tell
-        self._reported: set[int] = set()
-
-    def hear(self, event: ProgressEvent) -> None:
-        """Take an event of the training; within an epoch it has the score of the one before."""
-        self._tell(event)
-        epoch = math.ceil(event.scored)
-        if event.score is not None and event.epoch > epoch + 1e-6 and epoch not in self._reported:
-            self.report(epoch, event.score)
-            if self._trial.should_prune():
-                self._stop.touch()
-
-    def report(self, epoch: int, score: float) -> None:
-        """Pass a score on, once."""
-        if epoch not in self._reported:
-            self._reported.add(epoch)
-            self._trial.report(score, epoch)
+def _read_trial(path: Path) -> dict[str, Any] | None:
+    """Read what a training of these settings scored, if there was one and its file is as it was written."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(ArtifactError):
+        if is_sealed_or_old(content := read_json(path)):
+            return content
+    logger.warning("%s is damaged; it is trained again", path)
+    return None
 
 
 def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:

@@ -302,13 +302,15 @@ class Chosen:
     task: Task
     processes: int = 1  # that share a step, each with `batch_size` rows
 
-    def fill_in(self, config: Config) -> Config:
-        """Settle what is null or `auto`; teacher and student cut texts alike, in windows each reads what it can."""
+    def fill_in(self, config: Config, *, follows: bool | None = None) -> Config:
+        """Settle what is null or `auto`; teacher and student cut texts alike, in windows each reads what it can.
+
+        `follows` says whether a teacher's adapters have the student's rate; by default where that was set.
+        """
         wide, narrow = (self.looks[role].width if role in self.looks else None for role in ROLES)
         longest = choose_max_length([one.lengths for one in self.looks.values()], []) if self.looks else LEAST
         values: dict[str, Any] = {"student.full_learning_rate": narrow and full_rate(narrow)}
-        # Another rate was set, and holds for the adapters of every model.
-        if config.student.train.learning_rate in (None, narrow and adapter_rate(narrow)):
+        if not (config.student.train.learning_rate is not None if follows is None else follows):
             values["teacher.adapter_learning_rate"] = wide and adapter_rate(wide)
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         alike = config.data.long_texts == "cut"
@@ -318,7 +320,7 @@ class Chosen:
             of_step = train.batch_size * self.processes
             limits = [one.limit for name, one in self.looks.items() if alike or name == role]
             values |= {
-                f"{role}.train.max_length": min([longest, *limits]) if alike or limits else None,
+                f"{role}.train.max_length": min([longest, *limits]) if role in self.looks else None,
                 f"{role}.train.epochs": epochs_for(role, rows, steps_for_labels(self.task), of_step),
                 f"{role}.train.learning_rate": rates[role],
                 f"{role}.train.class_weights": self.task.auto_weights,

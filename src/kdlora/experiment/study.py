@@ -208,14 +208,16 @@ def check_space(config: Config, search: SearchConfig, arm: Arm) -> None:
                 "data.window_stride; the rest is the same"
             )
             continue
-        made = []
-        for value in one.values:
+        made, values = [], [*one.values]
+        if isinstance(one, Range) and not one.whole and one.low < one.high:  # a key of whole numbers takes its ends
+            values.append(min(one.high, one.low + (one.step or 0.382 * (one.high - one.low))))
+        for value in values:
             try:
                 made.append(trained(key, value))
             except ConfigError as fault:
                 faults.append(str(fault).split("\n  - ", 1)[-1])
-        differ = any(value != one.values[0] for value in one.values)
-        if differ and len(made) == len(one.values) and all(each == made[0] for each in made):
+        differ = any(value != values[0] for value in values)
+        if differ and len(made) == len(values) and all(each == made[0] for each in made):
             faults.append(f"{key} changes nothing of the arm {arm}; leave it out, or set search.arm")
     if faults:
         raise ConfigError("\n".join(["search.space:", *(f"  - {fault}" for fault in dict.fromkeys(faults))]))
@@ -263,6 +265,29 @@ def _label(value: Any) -> Any:
 
 class TrialStoppedError(Exception):
     """A trial was asked to stop: it is pruned."""
+
+
+class Reporter:
+    """Passes the score after each epoch to Optuna, and asks the training to stop where Optuna prunes it."""
+
+    def __init__(self, trial: Trial, stop: Path, tell: Callable[[Any], None]) -> None:
+        self._trial, self._stop, self._tell = trial, stop, tell
+        self._reported: set[int] = set()
+
+    def hear(self, event: ProgressEvent) -> None:
+        """Take an event of the training; within an epoch it has the score of the one before."""
+        self._tell(event)
+        epoch = math.ceil(event.scored)
+        if event.score is not None and event.epoch > epoch + 1e-6 and epoch not in self._reported:
+            self.report(epoch, event.score)
+            if self._trial.should_prune():
+                self._stop.touch()
+
+    def report(self, epoch: int, score: float) -> None:
+        """Pass a score on, once."""
+        if epoch not in self._reported:
+            self._reported.add(epoch)
+            self._trial.report(score, epoch)
 
 
 def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None = None) -> Splits:

@@ -107,11 +107,11 @@ def run_suite(
     doing = f"carries out the suite in {root}"
     with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as check:
         claim_folder(root, "suite")
-        write_text_atomic(root / "suite.yaml", save_suite(suite))
-        configs = [runs[0].config for runs in plan.cells.values()]
+        configs = [run.config for run in plan.runs()]
         paths, gpus = [path for config in configs for path in local_paths(config)], gpus_for(configs[0])
-        with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths], gpus) as engine:
+        with open_engine(on, suite.resources, [str(root), *paths], gpus) as engine:
             plan, facts, _ = settle_plan(plan, engine, root / "copies")
+            write_text_atomic(root / "suite.yaml", save_suite(suite))
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
             if not queue.reused and (others := list(root.glob("runs/*/*/runs/*/run.json"))):

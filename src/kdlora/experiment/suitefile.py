@@ -137,9 +137,12 @@ class SuiteConfig(Section):
                         "runs, ships nothing, and has the paper's figures as they are. Delete the key"
                     )
         taught = [arm for arm in self.arms if arm in DISTILLED_ARMS]
-        for key in (key for arm in taught for axis in self.grids.of(arm) for settings in axis for key in settings):
-            if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
-                raise ValueError(f"grids: {key} is of rows that one teacher labels for all; make it two tasks")
+        for arm in (*taught, *(("fft", "lora") if taught else ())):
+            for key in (key for axis in self.grids.of(arm) for settings in axis for key in settings):
+                if key.startswith("data.") and key not in _TEXTS_OF_STUDENTS:
+                    raise ValueError(f"grids: {key} is of rows that one teacher labels for all; make it two tasks")
+                if arm in taught and key.startswith("teacher.") and key != "teacher.train.head_learning_rate":
+                    raise ValueError(f"grids: {key} is of the one teacher of all {arm} runs; make it two families")
         return self
 
 

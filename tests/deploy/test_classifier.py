@@ -81,6 +81,8 @@ def test_threads_share_a_classifier(exported):
 
     # A second text that is dropped, or segments that are all 0.
     model = Classifier.load(exported(), precision="fp32")
+    with pytest.raises(ModelError, match="is not int8: leave precision out"):  # it was passed over
+        Classifier.load(exported() / "model.onnx", precision="int8")
     swapped = [(second, first) for first, second in PAIRS]
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits(swapped)).max() > 1e-2
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits([a for a, _ in PAIRS])).max() > 1e-2
@@ -185,6 +187,9 @@ def test_long_texts_are_truncated_at_once(exported, classifier_folder, tmp_path)
     limit = 66 - padding - 1
     assert [read_model_folder(folder, max_length=most).max_length for most in (None, 1000, 16)] == [limit, limit, 16]
     assert np.isfinite(Classifier.load(folder).predict_logits([LONG * 10])).all()
+    for family in ("ibert", "longformer", "roberta-prelayernorm", "xmod"):
+        edit_json(folder / "config.json", model_type=family)
+        assert read_model_folder(folder).max_length == limit, family
 
 
 def test_incomplete_and_changed_folders_are_named(exported, classifier_folder, tmp_path):

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
+from experiments import edit_json
 from kdlora.data.tags import Words, tag_names
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
 from kdlora.deploy import graph
-from kdlora.deploy.export import ParityError, export_onnx
+from kdlora.deploy.export import ParityError, export_onnx, start_package
+from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts, measure_agreement
 from kdlora.deploy.onnx_backend import OnnxBackend, open_session
 from kdlora.deploy.predict import Classifier
@@ -199,6 +201,31 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
     with pytest.raises(ModelError, match=r"GB of weights, and models above .* not exported"):
         export_onnx(classifier_folder(), out, texts=TEXTS)
     assert not out.exists()
+
+
+def test_a_package_names_no_path_of_this_machine(classifier_folder, tmp_path):
+    """A push left them out after they had been hashed, and nobody could load what was pushed."""
+    folder = shutil.copytree(classifier_folder(), tmp_path / "student")
+    edit_json(folder / "config.json", base_model_name_or_path="/data/models/bert")
+    (tmp_path / "work").mkdir()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    start_package(tmp_path / "work", read_model_folder(folder), tokenizer)
+    assert json.loads((tmp_path / "work" / "config.json").read_text())["base_model_name_or_path"] == "bert"
+
+
+def test_a_stage_without_finite_outputs_is_a_failed_attempt(exported, monkeypatch):
+    """One recipe that gave NaN ended the whole export, fp32 and all, and named a folder that was gone."""
+    file, attempts = exported() / "model.onnx", []
+
+    def predict_logits(texts):
+        raise ModelError(f"{file.parent}: the model's output for text 0 is not a finite number.")
+
+    model = SimpleNamespace(open=lambda *_, **__: SimpleNamespace(predict_logits=predict_logits))
+    monkeypatch.setattr("kdlora.deploy.gates.model_type", lambda _: model)
+    checks = SimpleNamespace(folder=read_model_folder(exported()), texts=TEXTS, stage="onnx", attempts=attempts)
+    found = Checks.judge(checks, "onnx-int8", file, Gate())
+    assert attempts == [found]
+    assert (found.passed, found.reason) == (False, "the model's output for text 0 is not a finite number")
 
 
 def compare(given, before, after, **limits):

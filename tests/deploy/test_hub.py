@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 import hub_standin
 from fabricate import make_record
@@ -85,6 +87,25 @@ def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, t
         stranger = call(hub, tmp_path / "other", *command, token=False)
         assert (stranger.returncode, told in stranger.stderr) == (2, True), stranger
         assert "Traceback" not in stranger.stderr
+    gone = call(SimpleNamespace(url="http://127.0.0.1:9"), tmp_path, *push)  # nobody listens there
+    assert (gone.returncode, sent in gone.stderr, "Traceback" in gone.stderr) == (1, True, False), gone
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(500, "the Hub answered 500 for a/b"), (403, "accept the model's terms"), (None, "no answer")]
+)
+def test_a_failure_of_the_hub_is_not_the_users_mistake(monkeypatch, status, told):
+    """An error 500 was "no Hub model of this name", and a connection that broke a traceback."""
+
+    def snapshot_download(*_, **__):
+        if status is None:
+            raise HfHubHTTPError.__mro__[1]("no answer")
+        answer = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise LocalEntryNotFoundError("not in the cache") from HfHubHTTPError("failed", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError if status is None else OSError, match=told):
+        locate_model("a/b")
 
 
 def test_a_public_repository_is_not_pushed_to_by_accident(hub, finished, tmp_path):

@@ -26,6 +26,7 @@ from kdlora.models.encoders import (
     save_encoder,
     student_from_layers,
 )
+from kdlora.models.loading import Source, load_config
 
 FRESH = {
     "bert": ("classifier",),
@@ -254,6 +255,8 @@ def test_decoders_that_cannot_answer_are_refused(tmp_path, tiny_model_folder):
     (tmp_path / "fnet" / "model.safetensors").touch()
     with pytest.raises(ModelError, match="reads padding as text"):
         load_encoder(str(tmp_path / "fnet"), THREE_WAY, seed=0)
+    with pytest.raises(ModelError, match="reads padding as text"):  # what is only predicted with
+        load_config(Source(str(tmp_path / "fnet"), local=True))
 
     # A model of texts and images has no width of its own: a traceback after gigabytes of its weights.
     (tmp_path / "both").mkdir()

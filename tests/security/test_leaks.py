@@ -17,6 +17,7 @@ from fabricate import make_record
 from kdlora.cli.app import print_table
 from kdlora.configfile import save_config
 from kdlora.data.load import load_splits
+from kdlora.deploy.folder import without_places
 from kdlora.deploy.hub import _contents, plan_push
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, ToStderr, harmless
@@ -27,8 +28,10 @@ from kdlora.experiment.jobs import Job, carry_out
 from kdlora.experiment.recording import look_at
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.team import Team, _meet
+from kdlora.foreign import read_json
 from kdlora.system.environment import git_state
 from kdlora.system.launch import Launch
+from kdlora.system.storage import write_json_atomic
 
 
 def test_a_module_in_the_current_folder_is_not_run(tmp_path):
@@ -134,7 +137,7 @@ def finished(tmp_path, classifier):
     layout.onnx.mkdir()
     for name in ("kdlora_export.json", "model.onnx", "debug.txt"):
         (layout.onnx / name).write_text("{}")
-    shutil.copy(layout.student / "config.json", layout.onnx)
+    write_json_atomic(layout.onnx / "config.json", without_places(read_json(layout.student / "config.json")))
     layout.config.write_text("{}")
     text = f"<p>{layout.root}/runs, /home/jane/data.csv:3, '/tmp/a/b.csv', https://example.org/a/b, /b/c, 1/2</p>"
     layout.report_md.write_text(text)
@@ -171,12 +174,16 @@ def test_paths_of_this_machine_are_not_published(finished, tmp_path):
     contents = _contents(finished, True, "someone/student")
     expected = "<p>runs, data.csv:3, 'b.csv', https://example.org/a/b, /b/c, 1/2</p>"
     assert contents["report.md"] == contents["report.html"] == expected.encode()
-    for name in ("config.json", "onnx/config.json"):
-        settings = json.loads(contents[name])
+    for one in (contents["config.json"], contents["onnx/config.json"].read_bytes()):
+        settings = json.loads(one)
         assert settings["_name_or_path"] == settings["text_config"]["_name_or_path"] == "bert"
         assert settings["id2label"]["0"] == "/tmp/x", "a label is no path"
     sent = b"".join(one if isinstance(one, bytes) else one.read_bytes() for one in contents.values())
     assert str(tmp_path).encode() not in sent
+    edit_json(layout_config := finished.onnx / "config.json", tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ArtifactError, match="names a path of this machine; export the student again"):
+        plan_push(finished.root, "someone/student")  # its record has the hash of the file as it is
+    layout_config.unlink()
 
     # A model without its weights on the Hub helps nobody, and what a link names may be anything.
     (finished.student / "model.safetensors").rename(finished.student / "elsewhere")

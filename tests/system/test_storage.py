@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kdlora.errors import ArtifactError
 from kdlora.system.ownership import MANIFEST, _start_of, owned_name, remove, remove_abandoned
@@ -136,3 +138,13 @@ def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
 def _write_and_stop(path: Path) -> None:
     path.write_text("half")
     raise RuntimeError("stop")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_weights_can_be_read_by_whoever_reads_their_config(tmp_path):
+    """Safetensors writes files for their owner alone, so a service of another user found a model without weights."""
+    with atomic_folder(tmp_path / "model") as folder:
+        save_file({"w": np.ones(2)}, folder / "model.safetensors")
+        (folder / "config.json").touch()
+    weights, config = (tmp_path / "model" / name for name in ("model.safetensors", "config.json"))
+    assert stat.S_IMODE(weights.stat().st_mode) == stat.S_IMODE(config.stat().st_mode)

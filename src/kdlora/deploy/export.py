@@ -22,6 +22,7 @@ from kdlora.deploy.folder import (
     ModelFolder,
     is_model_file,
     read_model_folder,
+    without_places,
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Text
@@ -294,10 +295,11 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
 
 
 def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:
-    """Write tokenizer and config, so that every stage is judged with the files that are shipped."""
+    """Write tokenizer and config, without paths, so that every stage is judged with the files that are shipped."""
     tokenizer.model_max_length = folder.max_length
     tokenizer.save_pretrained(work)
-    write_json_atomic(work / CONFIG_FILE, read_json(folder.path / CONFIG_FILE))
+    for source, name in ((folder.path, CONFIG_FILE), (work, TOKENIZER_CONFIG)):
+        write_json_atomic(work / name, without_places(read_json(source / name)))
 
 
 def finish_package(work: Path, folder: ModelFolder, task: Task, keep: Sequence[str], record: Mapping[str, Any]) -> None:

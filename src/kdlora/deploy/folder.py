@@ -45,11 +45,16 @@ _KINDS: dict[str, FolderKind] = {
 }
 _OF_TEXTS, _OF_TOKENS = "ForSequenceClassification", "ForTokenClassification"
 """Ends of the names of transformers' classes; a config of the second kind has no problem type."""
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text")
+_OFFSET_POSITIONS = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet"),
+    *("data2vec-text", "ibert", "longformer"),
+)
 """Families whose position table starts at `pad_token_id + 1`, so that it holds that many tokens fewer."""
 _ENDLESS = 1_000_000
 """transformers writes 1e30 for a tokenizer without a limit."""
 _DEFAULT_MAX_LENGTH = 512
+_PLACES = ("name_or_path", "_file")
+"""Ends of the keys under which transformers may note down where a model came from."""
 _SHORTEST = 3
 """Tokens of the shortest input: two special ones and one of text."""
 
@@ -146,6 +151,8 @@ def read_model_folder(model: str | Path | Way, *, max_length: int | None = None)
     named = place if place.suffix in (".onnx", ".xml") else None
     if named is not None and not named.is_file():
         raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
+    if named is not None and precision == ("fp32" if "quantized" in named.name else "int8"):
+        raise ModelError(f"{named} is not {precision}: leave precision out, or name the folder.")
     runtime = "openvino" if place.suffix == ".xml" else runtime
     folder = _with_config(place if named is None else place.parent)
     refuse_links_out(folder)
@@ -289,3 +296,13 @@ def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     if positions < _SHORTEST:
         raise ModelError(f"{folder / CONFIG_FILE}: max_position_embeddings leaves room for {positions} tokens.")
     return positions
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the last name of each path that a model's settings name, in parts of them, too."""
+    bare: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_place = key.endswith(_PLACES) and Path(str(value)).is_absolute()
+        inner = without_places(value) if isinstance(value, dict) else value
+        bare[key] = Path(str(value)).name if is_place else inner
+    return bare

@@ -126,7 +126,12 @@ class Checks:
         record: dict[str, Any] | None = {} if optimised else None
         described = replace(self.folder, path=file.parent, file=file, record=record, runtime=runtime, half=half)
         model = model_type(described).open(described, verify=False, decisions="none")
-        after = model.predict_logits(self.texts)
+        try:
+            after = model.predict_logits(self.texts)
+        except ModelError as fault:  # such as values that are not finite
+            reason = str(fault).removeprefix(f"{described.path}: ").rstrip(".")
+            self.attempts.append(failed := Parity(stage, self.stage, len(self.texts), 0.0, reason=reason))
+            return failed
         parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
         parity = replace(parity, reason="; ".join(filter(None, (parity.reason, *faults))), recall=recall)
         (self.stages if parity.passed else self.attempts).append(parity)

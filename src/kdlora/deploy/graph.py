@@ -61,9 +61,10 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
                 ),
             )
         except Exception as error:
+            reason = first_line(error.__cause__ or error)
             raise ModelError(
-                f"{type(model).__name__} cannot be exported to ONNX with opset {OPSET}: {first_line(error)} "
-                f"(torch {torch.__version__})."
+                f"{type(model).__name__} cannot be exported to ONNX with opset {OPSET}: {reason} (torch "
+                f"{torch.__version__})."
             ) from error
     # The exporter notes a stack trace at every node: paths of this machine, which differ elsewhere.
     ClearMetadataAndDocStringPass()(program.model)

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kdlora.deploy.folder import MODEL_FILES, ModelFolder, is_model_file, read_model_folder
+from kdlora.deploy.folder import MODEL_FILES, ModelFolder, is_model_file, read_model_folder, without_places
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json
@@ -19,8 +18,6 @@ _ONNX = "onnx/"
 
 _MESSAGE = "Student distilled with kdlora"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
-_PLACES = ("name_or_path", "_file")
-"""Ends of the keys under which transformers may note down where a model came from."""
 _ABSOLUTE = re.compile(
     r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
 )
@@ -85,13 +82,32 @@ def _download(repo: str, revision: str | None, inner: str) -> Path:
         raise ModelError(f"{repo}: no such folder, and no name of a Hub model. {_OF_A_FOLDER}") from None
     except RevisionNotFoundError:
         raise ModelError(f"{repo} has no revision {revision!r} on the Hub") from None
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError, _http_error()) as error:
+        if not isinstance(error, RepositoryNotFoundError) and (status := _status(error)) is not None:
+            asked = " Log in with `hf auth login`, and accept the model's terms there." if status in (401, 403) else ""
+            raise OSError(f"the Hub answered {status} for {repo}.{asked}") from None
         where = f"in the cache, and the Hub was not asked or does not answer ({first_line(error)})"
         where = "that you may see" if isinstance(error, RepositoryNotFoundError) else where
         raise ModelError(
             f"{repo}: no such folder, no Hub model of this name {where}. {_OF_A_FOLDER}; for a private model log in "
             "with `hf auth login`"
         ) from None
+
+
+def _http_error() -> type[Exception]:
+    """Give what the Hub's client raises where no answer came: the error of its HTTP library, which has changed."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Give the status with which a server refused, if one did."""
+    while error is not None:
+        if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
+            return int(status)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def push_experiment(
@@ -130,7 +146,7 @@ def push_experiment(
         >>> pushed = push_experiment("runs/reviews", "me/reviews")
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     contents = _contents(ExperimentLayout(Path(experiment)), report, repo)
     try:
@@ -149,7 +165,7 @@ def push_experiment(
         commit = api.create_commit(repo, changes, commit_message=_MESSAGE, revision=revision, num_threads=2)
     except OfflineModeIsEnabled:
         raise KdLoraError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
-    except (HfHubHTTPError, LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
+    except (_http_error(), LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
         raise _explanation(repo, error) from None
     return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)), tuple(stale))
 
@@ -218,19 +234,12 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
     own = {f"{at}{name}" for at in ("", _ONNX) for name in ("config.json", "tokenizer_config.json")}
     for name in own & contents.keys():
         settings = read_json(Path(str(contents[name])))
-        if (bare := _without_places(settings)) != settings:
-            contents[name] = json.dumps(bare, indent=2).encode()
+        if (bare := without_places(settings)) == settings:
+            continue
+        if name.startswith(_ONNX):  # its record has the hash of the file as it is
+            raise ArtifactError(f"{layout.root / name} names a path of this machine; export the student again")
+        contents[name] = json.dumps(bare, indent=2).encode()
     return contents
-
-
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave the last name of each path that a model's settings name, in parts of them, too."""
-    bare: dict[str, Any] = {}
-    for key, value in settings.items():
-        is_place = key.endswith(_PLACES) and Path(str(value)).is_absolute()
-        inner = _without_places(value) if isinstance(value, dict) else value
-        bare[key] = Path(str(value)).name if is_place else inner
-    return bare
 
 
 def shorten_paths(text: str, root: Path) -> str:

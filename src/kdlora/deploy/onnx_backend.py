@@ -23,7 +23,7 @@ from kdlora.system.integrity import is_sealed_or_old
 class OnnxBackend:
     """ONNX Runtime on the CPU."""
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None, verify: bool = False) -> None:
+    def __init__(self, folder: ModelFolder, *, threads: int | None, verify: bool) -> None:
         """Open a session, and compare every file that decides an answer with the hash that the export recorded."""
         self.tokenizer_json, graph, _ = read_export(folder, verify=verify)
         optimised = folder.record is not None

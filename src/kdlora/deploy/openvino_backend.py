@@ -30,7 +30,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 class OpenvinoBackend:
     """OpenVINO on the CPU."""
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None, verify: bool = False) -> None:
+    def __init__(self, folder: ModelFolder, *, threads: int | None, verify: bool) -> None:
         """Compile a file, after comparing what decides an answer with the hashes that the export recorded."""
         if folder.precision == "bf16" and not has_bf16():
             raise ModelError("precision bf16 needs a processor with products in bf16; take fp32 or int8 here.")

@@ -211,10 +211,10 @@ class RowReader:
         if len(others) == 1 and not self._columns.keep:  # what is read as a header may be a text, and is passed on
             _tell_guess(self.name, others[0])
             return (others[0],)
+        more = f" or {', '.join(map(repr, recorded))}" if recorded and recorded[0] != "text" else ""
         raise DataError(
-            f"{self.name}: expected a column 'text' (and 'text_pair' for pairs)"
-            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {listed}. Name the text column "
-            "or columns."
+            f"{self.name}: expected a column 'text' (and 'text_pair' for pairs){more}; there are {listed}. Name the "
+            "text column or columns."
         )
 
 

@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 _TOGETHER = 64
 """Most texts that are computed at once; they are batched by length."""
-_SECONDS_TO_END = 30
 _MOST_HEAD_BYTES = 1 << 16
-"""How long requests that have begun may take after the server was asked to end."""
+_SECONDS_TO_END = 25
+"""How long requests that have begun may take after the server was asked to end; the batch that runs ends after it."""
 _SECONDS_KEPT = 620
 """How long an idle connection stays open: a load balancer, which may keep it 600 s, must be the first to close it."""
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,6 @@ def read_config(source: Source) -> PretrainedConfig:
     config = load_config(source)
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
-    if config.model_type == "fnet":
-        raise ModelError(
-            f"{source.name} is a 'fnet' model, which reads padding as text: its answer would depend on the texts "
-            "beside it. Choose another encoder"
-        )
     words = classifies_words(source, config)
     wanted, known = _CLASSES[words]
     if source.trust_remote_code and wanted.__name__ in (getattr(config, "auto_map", None) or {}):
@@ -210,6 +205,11 @@ def load_config(source: Source) -> PretrainedConfig:
         if (path := _find(source, INDEX)) is not None:
             check_index(path)
         config = AutoConfig.from_pretrained(source.name, **_options(source))
+    if config.model_type == "fnet":
+        raise ModelError(
+            f"{source.name} is a 'fnet' model, which reads padding as text: its answer would depend on the texts "
+            "beside it. Choose another encoder"
+        )
     if config.model_type == "big_bird":  # else it changes for good at the first short batch, and its config does not
         config.attention_type = "original_full"
     if not source.trust_remote_code and hasattr(config, "auto_map"):

@@ -60,6 +60,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     with _sibling_of(target) as temporary:
         temporary.mkdir()
         yield temporary
+        for weights in temporary.rglob("*.safetensors"):  # which safetensors keeps to their owner, whatever the umask
+            weights.chmod(temporary.stat().st_mode & 0o666)
         _replace_folder(temporary, target)
 
 

@@ -19,7 +19,7 @@ from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import expand_target, save_config
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, counted, harmless
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.engines import LostError, local_paths, open_engine
+from kdlora.experiment.engines import Engine, LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import identity_over, reset_unused
 from kdlora.experiment.study import (
@@ -152,10 +152,11 @@ def run_search(
     """
     search = begin_search(config, settings, out)
     retry_failed(search.study(), search.folder / "trials")
-    try:
-        _carry_out_trials(search, on, listen)
-    finally:  # also after Ctrl-C: what there is can be read
-        result = _end(search)
+    with open_engine(on, search.settings.resources, _paths(search)) as engine:
+        try:
+            _carry_out_trials(search, engine, listen)
+        finally:  # also after Ctrl-C: what there is can be read
+            result = _end(search)
     return result
 
 
@@ -187,7 +188,16 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     return search
 
 
-def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEvent], None] | None) -> None:
+def _paths(search: Search) -> list[str]:
+    """List what every node must have: the folder, and all data and models that a trial may name."""
+    paths = [str(search.folder / "search.yaml"), *local_paths(search.config)]
+    for key, one in search.settings.space.items():
+        chosen = one.values if isinstance(one, Choices) else ()
+        paths += [path for value in chosen for path in local_paths(with_settings(search.config, {key: value}))]
+    return paths
+
+
+def _carry_out_trials(search: Search, engine: Engine, listen: Callable[[SearchEvent], None] | None) -> None:
     """Carry out trials until all are done or under way elsewhere; the journal counts them, so none is done twice."""
     study = search.study()
     is_over, lost = False, 0
@@ -200,22 +210,17 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
             ended = sum(one.state.is_finished() for one in trials)
             listen(SearchEvent(ended, search.settings.trials, best, number, detail))
 
-    paths = [str(search.folder / "search.yaml"), *local_paths(search.config)]
-    for key, one in search.settings.space.items():
-        chosen = one.values if isinstance(one, Choices) else ()
-        paths += [path for value in chosen for path in local_paths(with_settings(search.config, {key: value}))]
-    with open_engine(on, search.settings.resources, paths) as engine:
-        trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
-        for _, ended in trials:
-            if isinstance(ended, LostError) and lost < search.settings.trials:
-                logger.error("a trial was lost: %s", ended)
-                lost += 1
-            elif isinstance(ended, Exception):
-                raise ended
-            elif ended is None:
-                is_over = True
-            else:
-                tell(*ended)
+    trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
+    for _, ended in trials:
+        if isinstance(ended, LostError) and lost < search.settings.trials:
+            logger.error("a trial was lost: %s", ended)
+            lost += 1
+        elif isinstance(ended, Exception):
+            raise ended
+        elif ended is None:
+            is_over = True
+        else:
+            tell(*ended)
 
 
 def carry_out_trial(search: Search, hear: Callable[[tuple[int, Any]], None] | None = None) -> tuple[int, str] | None:

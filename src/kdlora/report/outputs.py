@@ -19,7 +19,7 @@ from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Pieces, Quotation, Row, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter, shorten
-from kdlora.report.wording import arm_title, of_seeds, plus_minus
+from kdlora.report.wording import MINUS, arm_title, of_seeds, plus_minus
 
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
 _MOST_QUOTATIONS, _LONGEST = 8, 600
@@ -161,7 +161,8 @@ def _residual_plot(outputs: Outputs) -> Figure:
         axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
 
     said = (
-        f"Mean error {residuals.mean():+.3g}, mean absolute error {size.mean():.3g}, "
+        f"Mean error {MINUS if residuals.mean() < 0 else '+'}{abs(residuals.mean()):.3g}, "
+        f"mean absolute error {size.mean():.3g}, "
         f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."

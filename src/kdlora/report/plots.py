@@ -216,8 +216,8 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
 def _aside(series: Sequence[Series], *, is_log: bool) -> list[float]:
     """Say by how many points each mark is moved, so that those of the same cost do not hide each other."""
     middles = np.array([one.middle[0] for one in series])
-    middles = np.log(middles) if is_log else middles / middles.max()
-    same = np.abs(middles[:, None] - middles) <= 0.02
+    middles, near = (np.log(middles), 0.02) if is_log else (middles, 0.02 * middles.max())
+    same = np.abs(middles[:, None] - middles) <= near
     return [11 * (row[:number].sum() - (row.sum() - 1) / 2) for number, row in enumerate(same)]
 
 

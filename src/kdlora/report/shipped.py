@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from kdlora.errors import counted
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.page import Block, Cell, Link, Paragraph, Prose, Table, Tile, html_table, strong
-from kdlora.report.wording import milliseconds, points, signed, size, times
+from kdlora.report.wording import cores_of, milliseconds, points, signed, size, times
 
 if TYPE_CHECKING:
     from kdlora.report.collect import Experiment
@@ -88,9 +89,10 @@ class BenchmarkResult:
     def conditions(self) -> str:
         of = f" of the {self.split} split" if self.split else ""
         counts = ((self.texts, "text", of), (self.rounds, "round", ""), (self.threads, "thread", " for each model"))
-        known = [f"{value:,} {what}{'' if value == 1 else 's'}{more}" for value, what, more in counts if value]
-        cores = f"{self.machine['cores']} core{'s' * (self.machine['cores'] != '1')}" if "cores" in self.machine else ""
-        return ", ".join(filter(None, [*known, self.machine.get("cpu"), cores, self.machine.get("memory")]))
+        known = [f"{counted(value, what)}{more}" for value, what, more in counts if value]
+        return ", ".join(
+            filter(None, [*known, self.machine.get("cpu"), cores_of(self.machine), self.machine.get("memory")])
+        )
 
     def table(self, links: tuple[Link, ...] = ()) -> Table:
         """Put the models side by side, speeds as ratios to the teacher's, or to the first model's."""

@@ -22,6 +22,7 @@ from kdlora.report.plots import Series, Style, arm_style, differences, score_aga
 from kdlora.report.shipped import TEACHER
 from kdlora.report.wording import (
     arm_title,
+    cores_of,
     count,
     duration,
     interval_cell,
@@ -255,10 +256,9 @@ def _a_million(name: str, score: MeanSd | None, per_second: float | None, price:
 
 def _hardware(experiment: Experiment) -> str:
     def told(record: RunRecord) -> str:
-        number = record.machine.get("cores")
-        cores = f"{number} core{'s' * (number != '1')}" if number else ""
         format_ = f"trained in {record.precision}" if record.precision else ""
-        parts = [record.device or "unknown device", record.machine.get("cpu", ""), cores, format_]
+        machine = record.machine
+        parts = [record.device or "unknown device", machine.get("cpu", ""), cores_of(machine), format_]
         return ", ".join(part for part in parts if part)
 
     runs = [run for run in experiment.runs if run.record.arm != "words"] or experiment.runs

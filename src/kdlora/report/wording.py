@@ -122,6 +122,11 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.4g}"
 
 
+def cores_of(machine: Mapping[str, str]) -> str:
+    number = machine.get("cores", "")
+    return number and f"{number} core{'s' * (number != '1')}"
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 

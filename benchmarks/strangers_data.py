@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,15 @@ def _with_case(sentence: str) -> str:
 
 def _cut(own: DataSet, rows: list[Row], seed: int) -> list[Row]:
     """Draw as many rows of a class as the set declares; their order stays."""
-    draw, left = np.random.default_rng(seed), set(range(len(rows)))
-    for label, count in own.cut.items():
+    draw, left, counts = np.random.default_rng(seed), set(range(len(rows))), own.cut
+    if own.tail is not None:
+        had = Counter(row[own.label] for row in rows)
+        wanted = np.geomspace(max(had.values()), own.tail, len(had)).round()
+        counts = {
+            label: min(had[label], int(count))
+            for label, count in zip(draw.permutation(sorted(had)), wanted, strict=True)
+        }
+    for label, count in counts.items():
         places = [place for place, row in enumerate(rows) if row[own.label] == label]
         if len(places) < count:
             raise SystemExit(f"{own.train} has {len(places)} rows of {label!r}, fewer than the {count} of the plan")

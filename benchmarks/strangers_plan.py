@@ -49,6 +49,8 @@ class DataSet(_Part):
     """The labels that mixed texts may have; a text with none of them has no label. Default: all."""
     cut: dict[str, int] = {}
     """Training rows that are drawn of a class, before all else; of a class that is not named, all."""
+    tail: int | None = None
+    """Training rows of the last class, in a drawn order; the others rise to the largest, each by one factor."""
     rows: int | None = None
     """Training rows that are drawn; default: all."""
     format: Literal["csv", "jsonl", "conll"] = "csv"

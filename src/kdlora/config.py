@@ -115,7 +115,7 @@ class TrainConfig(Section):
     class_weights: OpenClassWeights | None = None
     """Factors of the hard loss by label: `{spam: 5}`, others 1, or `balanced`, inverse to a class's rows, with mean 1
     over all; for multi-label, of rows that have the label. `auto`: `balanced` where the task's metric is `macro_f1` or
-    `balanced_accuracy` of one label a text, else none. The teacher's term has none."""
+    `balanced_accuracy` of one label a text, in a teacher of more than two, else none. The soft loss has none."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation score. Needs `select: best`."""
 

@@ -18,7 +18,15 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": None},
-        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3, "select": "auto"}},
+        "teacher": {
+            "train": {
+                "epochs": None,
+                "learning_rate": None,
+                "head_learning_rate": 1e-3,
+                "select": "auto",
+                "class_weights": "auto",
+            }
+        },
         "student": {
             "full_learning_rate": None,
             "train": {
@@ -45,7 +53,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 STEPS: dict[str, tuple[int, int, int, int]] = {"teacher": (6, 300, 4000, 120), "student": (15, 600, 8000, 20)}
 """Where `epochs` is null: passes over the rows, the least and the most optimiser steps, the passes for many labels."""
 STEPS_A_LABEL, STEPS_A_TYPE = 10, 100
-"""The steps that labels, or types of entities, take at least."""
+"""The steps that labels, or types of entities, take at least; a teacher that weighs rare labels takes twice as many."""
 
 
 def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> float:

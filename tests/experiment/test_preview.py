@@ -294,6 +294,10 @@ def test_weights_follow_the_metric_where_they_are_auto(uneven, workshop, tmp_pat
         config = uneven(student={"train": train | {"class_weights": given}})
         chosen = Chosen({}, {"train": 44}, replace(BINARY, metrics=(metric,)))
         assert chosen.fill_in(config).student.train.class_weights == expected
+        assert chosen.fill_in(config).teacher.train.class_weights is None, "they cost a teacher of two classes more"
+    many = replace(BINARY, label_names=("a", "b", "c"), metrics=("macro_f1",))
+    config = uneven(teacher=workshop.values()["teacher"] | {"train": train | {"class_weights": "auto"}})
+    assert Chosen({}, {"train": 44}, many).fill_in(config).teacher.train.class_weights == "balanced"
     config, plans = uneven(student={"train": train | {"class_weights": "auto"}}), []
     layout = run_experiment(config, tmp_path / "out", before=plans.append).layout
     told = dict(plans[0].lines())

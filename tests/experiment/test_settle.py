@@ -60,9 +60,13 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert epochs_for("student", 405, 1_500, 32) == 46, "though their student gains nothing by more than 600"
     assert epochs_for("teacher", 300, 10_000, 32) == 120, "1,000 classes take no thousand passes"
     names = Task("tokens", ("words",), ("tags",), tag_names(tuple("abcdef")), ("entity_f1",))
-    assert epochs_for("teacher", 1_500, steps_for_labels(names), 32) == 13, (
+    assert epochs_for("teacher", 1_500, steps_for_labels(names, "teacher"), 32) == 13, (
         "nor are six types, where most words are none"
     )
+    for metric, labels, expected in (("macro_f1", 77, 1540), ("accuracy", 77, 770), ("macro_f1", 2, 20)):
+        many = Task("single-label", ("text",), ("label",), tuple(map(str, range(labels))), (metric,))
+        assert steps_for_labels(many, "teacher") == expected, "rare classes of many take a teacher longer"
+        assert steps_for_labels(many, "student") == 10 * labels
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 

@@ -62,7 +62,7 @@ def row_classes(task: Task, rows: Dataset) -> Integers | None:
 
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
     """Give rows of rare labels more copies, by the roots of their classes' rows, where labels count alike."""
-    if task.kind != "multi-label" and task.auto_weights is None:
+    if task.kind != "multi-label" and task.auto_weights() is None:
         return copies
     classes = row_classes(task, rows)
     assert classes is not None  # both have classes

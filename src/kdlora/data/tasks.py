@@ -97,11 +97,13 @@ class Task:
         """Whether an example is a pair of texts."""
         return len(self.text) == 2
 
-    @property
-    def auto_weights(self) -> Literal["balanced"] | None:
-        """What `class_weights: auto` is: where all classes count alike in the score, they do in training, too."""
+    def auto_weights(self, role: Literal["teacher", "student"] = "student") -> Literal["balanced"] | None:
+        """What `class_weights: auto` is: where all classes count alike in the score, they do in training, too.
+
+        Not in a teacher of two classes, whose score fell.
+        """
         alike = self.kind == "single-label" and self.metrics[0] in ("macro_f1", "balanced_accuracy")
-        return "balanced" if alike else None
+        return "balanced" if alike and (role == "student" or self.num_labels > 2) else None
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -150,7 +150,7 @@ def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device
 
 def class_weights(task: Task, given: OpenClassWeights | None, labels: np.ndarray) -> torch.Tensor | None:
     """Give the factors of the hard loss; `balanced` ones have mean 1 over the rows, so the teacher's share stays."""
-    given = task.auto_weights if given == "auto" else given
+    given = task.auto_weights() if given == "auto" else given
     if given is None:
         return None
     named, weights = named_weights(task, given), np.ones(task.num_labels)

@@ -92,7 +92,7 @@ def _fit(
     if task.kind == "regression":
         return (Ridge(alpha=10 / strength).fit(features, labels),)
     columns = labels.T if task.kind == "multi-label" else labels[None]
-    start = LogisticRegression(tol=3e-4, warm_start=True, class_weight=task.auto_weights)
+    start = LogisticRegression(tol=3e-4, warm_start=True, class_weight=task.auto_weights())
     starts = weaker or (start,) * len(columns)
     return tuple(_classifier(features, *one, strength) for one in zip(columns, starts, strict=True))
 

@@ -321,17 +321,19 @@ class Chosen:
             limits = [one.limit for name, one in self.looks.items() if alike or name == role]
             values |= {
                 f"{role}.train.max_length": min([longest, *limits]) if role in self.looks else None,
-                f"{role}.train.epochs": epochs_for(role, rows, steps_for_labels(self.task), of_step),
+                f"{role}.train.epochs": epochs_for(role, rows, steps_for_labels(self.task, role), of_step),
                 f"{role}.train.learning_rate": rates[role],
-                f"{role}.train.class_weights": self.task.auto_weights,
+                f"{role}.train.class_weights": self.task.auto_weights(role),
                 f"{role}.train.select": train.selection(self.task.kind),
             }
         return _fill(config, values)
 
 
-def steps_for_labels(task: Task) -> int:
+def steps_for_labels(task: Task, role: Role) -> int:
     """Count the steps that the labels take; a type of entity takes more than a class, since few words are of it."""
-    return STEPS_A_TYPE * len(task.label_types) if task.kind == "tokens" else STEPS_A_LABEL * task.num_labels
+    if task.kind == "tokens":
+        return STEPS_A_TYPE * len(task.label_types)
+    return STEPS_A_LABEL * task.num_labels * (2 if role == "teacher" and task.auto_weights(role) else 1)
 
 
 def rows_per_epoch(splits: Splits, *, unlabelled: bool = True) -> int:
@@ -352,9 +354,10 @@ def settled(
         lengths, _ = count_tokens(sample_texts(splits.train), encoder.tokenizer)
         length = choose_max_length([lengths], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
-    role, rows = ("teacher", len(splits.train)) if rows is None else ("student", rows)
-    epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size * current_processes().count)
-    return closed(_fill(settings, {"max_length": length, "epochs": epochs, "learning_rate": rate}))
+    role: Role = "teacher" if rows is None else "student"
+    steps, of_step = steps_for_labels(splits.task, role), settings.batch_size * current_processes().count
+    values = {"max_length": length, "epochs": epochs_for(role, rows or len(splits.train), steps, of_step)}
+    return closed(_fill(settings, values | {"learning_rate": rate, "class_weights": splits.task.auto_weights(role)}))
 
 
 def closed(settings: TrainConfig) -> SettledTraining:

@@ -85,7 +85,15 @@ def test_a_folder_names_what_decides_the_figures():
 
 def test_families_share_what_is_the_same():
     """Copies, or a rate of adapters, would train one teacher twice, and compare students of two; so would a head."""
-    train = {"train": {"epochs": 3, "learning_rate": 2e-5, "head_learning_rate": None, "select": "last"}}
+    train = {
+        "train": {
+            "epochs": 3,
+            "learning_rate": 2e-5,
+            "head_learning_rate": None,
+            "select": "last",
+            "class_weights": None,
+        }
+    }
     families = {
         recipe: {"recipe": recipe, "teacher": {"model": "teacher"} | train, "student": {"model": "small"}}
         for recipe in ("default", "paper")

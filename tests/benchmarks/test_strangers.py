@@ -48,10 +48,11 @@ sets:
   mixed: &mixed
     {half: guard, train: mood.csv, test: mood.csv, columns: {text: review, moods: mood}, format: jsonl, mixed: 3}
   few: {<<: *mixed, kept: [positive]}
+  tail: {half: guard, train: mood.csv, test: mood.csv, columns: {text: review, mood: mood}, tail: 3}
 pairs:
   small: {teacher: bert, student: distilbert, sets: [mood], settings: [default]}
   fewer: {teacher: bert, student: distilbert, sets: [mood], settings: [default], rows: 20}
-  drawn: {teacher: bert, layers: [1], sets: [pairs, rated, long, mixed, few], settings: []}
+  drawn: {teacher: bert, layers: [1], sets: [pairs, rated, long, mixed, few, tail], settings: []}
 settings:
   default: {arms: [kd-lora, student-lora]}
 contrasts:
@@ -123,6 +124,8 @@ def test_prepare_writes_what_a_stranger_has(tmp_path):
     assert len(rated["test"]) == 20
     assert {type(row["rating"]) for row in rated["train-40"]} == {float}
     assert not reviews["train-40"] & reviews["test"]
+    tail = [row["mood"] for row in read_rows(prepared / "data/tail/train.csv")]
+    assert sorted(map(tail.count, ("negative", "positive"))) == [3, 40], "one class in full, the other as declared"
     long = read_rows(prepared / "data/long/train.csv")
     assert [row["mood"] for row in long].count("positive") == 4
     assert all(row["text"].count(",\n") == 10 for row in long)

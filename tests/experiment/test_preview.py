@@ -89,6 +89,16 @@ def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
     assert load_config(layout.config).student.train.max_length == 48
 
 
+def test_the_teachers_size_with_adapters_needs_no_student_beside_it(workshop, tmp_path):
+    """`arms: [fft, lora]` ended with "train.max_length is null", as the length was looked for in a student alone."""
+    plans, arms = [], ["fft", "lora"]
+    for more in ([], ["student-lora"]):
+        values = {"teacher": {"train": OPEN}, "student": {"train": OPEN}, "run": {"arms": [*arms, *more]}}
+        run_experiment(workshop.config(values), tmp_path / "out", before=plans.append)
+    assert [[one.arm for one in plan.trainings] for plan in plans] == [arms, ["student-lora"]]
+    assert plans[0].trainings[1].steps > 0
+
+
 def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
     """A test text that was trained on is no test; nothing learns a text that has two labels.
 

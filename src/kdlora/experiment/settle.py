@@ -80,10 +80,7 @@ Looks = Mapping[Role, ModelLook]
 
 
 def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> Looks:
-    """Load each model that the experiment names, count the tokens of its texts, and time it; for a child.
-
-    Its adapters are checked, and weights of labels and trackers.
-    """
+    """Load each model that the experiment names, count tokens and time it, in a child; check adapters and weights."""
     check_trackers(config.run.report_to)
     for train in (config.teacher.train, config.student.train):
         named_weights(task, train.class_weights)
@@ -243,9 +240,10 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
         return config.teacher.train
     train = config.student.train
     if arm == "lora":
-        rate = config.teacher.adapter_learning_rate or train.learning_rate
         settings = config.teacher.train if config.teacher_arm == "lora" else train
-        return settings.model_copy(update={"learning_rate": rate})
+        longest = settings.max_length or config.teacher.train.max_length  # no student was looked at
+        rate = config.teacher.adapter_learning_rate or train.learning_rate
+        return settings.model_copy(update={"learning_rate": rate, "max_length": longest})
     if arm in LORA_ARMS:
         return train
     head = config.teacher.train.head_learning_rate

@@ -103,6 +103,7 @@ def test_only_what_is_null_is_settled():
     one = Chosen({"teacher": ModelLook(np.array([2000]), 512, 768)}, {"train": 90}, BINARY)
     lengths = [part.train.max_length for part in (one.fill_in(windows).teacher, one.fill_in(windows).student)]
     assert lengths == [512, None], "a student that is looked at by a later call reads what it can"
+    assert settings_for(one.fill_in(windows), "lora").max_length == 512, "it is the teacher's model"
     settled = build_config(CONFIG | {"student": {"model": "s", "train": {"learning_rate": 1e-3}}})
     again = chosen.fill_in(settled, follows=False)
     assert settings_for(again, "lora").learning_rate == 5e-4, "a later call with another arm"

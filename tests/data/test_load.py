@@ -34,7 +34,7 @@ def test_what_is_inferred_is_said(csv_file) -> None:
         "single-label, was inferred",
         "bad, good",
         "2 of 20 training rows became the validation split, drawn stratified by label",
-        "data.split_seed 0",
+        "data.split_seed 0).",
     ):
         assert part in said
 
@@ -56,6 +56,8 @@ def test_the_only_column_left_is_inferred_and_never_a_row_number(csv_file) -> No
     for name in ("", "idx", "split"):
         assert "which column is the label" in refused(train=csv_file("b.csv", **{name: range(20), "text": TEXTS}))
     assert "which column is the text" in refused(train=csv_file("c.csv", label=WORDS, idx=range(20)))
+    flags = {"text": TEXTS, "rude": [0, 1] * 10, "a threat": [1, 0] * 10}
+    assert "name each: --label 'rude' --label 'a threat'" in refused(train=csv_file("d.csv", id=range(20), **flags))
 
 
 def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
@@ -497,6 +499,7 @@ def test_a_validation_split_has_labels_where_few_rows_have_any(tmp_path: Path) -
     for seed in range(20):
         splits = load(train=train, split_seed=seed)
         assert len(splits.validation) == 21
+        assert f"data.split_seed {seed}); that is more than the share, so" in " ".join(splits.notes)
         assert np.sum(labels(splits.validation), axis=0).tolist() == [2, 1]
     assert "the validation split holds no rows with labels" in refused(train=train, validation=none)
     every = [{"text": f"new text {row}", "labels": ["a", "b", "c"]} for row in range(20)]

@@ -265,9 +265,15 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exported, monkeypatc
         serve(["."], threads=-1)
     with pytest.raises(ConfigError, match="the host is empty"):  # for the system it is all addresses
         serve(["."], host="")
-    monkeypatch.setattr("kdlora.deploy.serving.load_model", None)  # a mistyped host was told after minutes of loading
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror(-2, "not known")))
-    with pytest.raises(ConfigError, match="no address of the host 'no such host' is known"):
-        serve(["."], host="no such host")
+    monkeypatch.setattr(
+        "kdlora.deploy.serving.load_model", None
+    )  # a mistyped host, or a port in use, was told after minutes of loading
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(ConfigError, match=r"cannot listen.*a free port"),
+    ):
+        serve(["."], port=other.getsockname()[1])
+    with pytest.raises(ConfigError, match=r"of '203\.0\.113\.1' \(.*give an address of this machine"):
+        serve(["."], host="203.0.113.1")
     with pytest.raises(ConfigError, match="could never wait"):
         Limits(waiting=2, texts=3)

@@ -238,9 +238,11 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     if not len(drawn):
         raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
     how = {"regression": "at random", "tokens": "stratified by type"}.get(reading.task.kind, "stratified by label")
+    is_more = len(drawn) > max(1, round(len(train) * data.validation_fraction))
+    why = "; that is more than the share, so that more of the labels have a row there" if is_more else ""
     reading.notes.append(
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
-        f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
+        f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed}){why}."
     )
     reading.notes += shared_texts(reading.task, train, kept, drawn)
     return train.select(kept), train.select(drawn)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from kdlora.config import DataConfig
 from kdlora.data.logit_table import is_collection, match_collection, open_collection
 from kdlora.data.parquet import UNREADABLE
-from kdlora.data.read import RawTable, Source, open_dataset, open_file
+from kdlora.data.read import RawTable, Source, is_text, open_dataset, open_file
 from kdlora.data.spool import TEXTS, make_dataset, spool
 from kdlora.data.tags import parse_tags
 from kdlora.data.tasks import GlueTask, Task
@@ -298,6 +300,14 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
     return make_dataset(spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder)))
 
 
+def _are_flags(raw: RawTable) -> bool:
+    kinds = [column.type for column in raw.table.columns]
+    if not all(pa.types.is_primitive(kind) or is_text(kind) for kind in kinds):
+        return False
+    flags = pa.array(["0", "1", "0.0", "1.0", "false", "true"])
+    return all(pc.all(pc.is_in(pc.utf8_lower(one.cast(pa.string())), flags)).as_py() for one in raw.table.columns)
+
+
 def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
     """Choose the columns of the one spelling that a source has, a pair before its names, or the one left by `known`."""
     folded = {column.casefold(): column for column in source.columns}
@@ -314,6 +324,8 @@ def infer_columns(source: Source, what: Literal["text", "label"], known: Contain
     if not found:
         tagged = source.columns[-1] in parse_tags(source.columns[-1:])
         hint = ". A file with a word and its tag on each line needs the extension .conll" if tagged else ""
+        if what == "label" and len(left) > 1 and _are_flags(source.read(tuple(left))):
+            hint = f". Where a text may have several labels, name each: {' '.join(f'--label {one!r}' for one in left)}"
         raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}{hint}")
     candidates = " or ".join("+".join(names) for names in found)
     raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")

@@ -284,6 +284,20 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"serve: cannot listen on port {port} of {host!r} ({error.strerror}); give an address of this machine "
+            "(--host) and a free port (--port)"
+        ) from None
+    return listener
+
+
 def serve(
     models: Sequence[str],
     *,
@@ -299,27 +313,23 @@ def serve(
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
     if not host.strip():  # which the system takes for all addresses
         raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
-    try:
-        socket.getaddrinfo(host, port)
-    except OSError as error:
-        raise ConfigError(f"serve: no address of the host {host!r} is known ({error.strerror})") from None
     ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
     many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
     at_once = {name: 1 if read_model_folder(way).backend == "openvino" else many for name, way in ways.items()}
-    loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
-    settings = uvicorn.Config(
-        make_app(loaded, limits, at_once),
-        http=_Protocol,
-        log_level="warning",
-        access_log=False,
-        ws="none",
-        timeout_keep_alive=_SECONDS_KEPT,
-        timeout_graceful_shutdown=_SECONDS_TO_END,
-    )
-    server = uvicorn.Server(settings)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as listener:
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
+    with _bind(host, port) as listener:  # before the models are loaded, which may be minutes
+        loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
+        settings = uvicorn.Config(
+            make_app(loaded, limits, at_once),
+            http=_Protocol,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            timeout_keep_alive=_SECONDS_KEPT,
+            timeout_graceful_shutdown=_SECONDS_TO_END,
+        )
+        server = uvicorn.Server(settings)
+        listener.listen(2048)
+        shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listener.getsockname()[1]}", loaded)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on when all is answered
             server.run(sockets=[listener])

@@ -109,6 +109,8 @@ def test_run_prints_table_and_places(cli, small, tmp_path):
         assert part in row
     for place in ("student", "report.html"):
         assert str(out / place) in first.out
+    begun = re.findall(r"^\d\d:\d\d:\d\d    student-lora, seed 0$", first.err, re.MULTILINE)
+    assert len(begun) == 1, "a log of hours said nothing"
     again = cli("run", small, "--out", out, "--json")
     printed = json.loads(again.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert printed["folder"] == str(out)

@@ -97,24 +97,26 @@ class NotebookBars:
 
 
 @contextlib.contextmanager
-def live_progress() -> Iterator[Listener | None]:
+def live_progress() -> Iterator[Listener]:
     """Give a listener for `run_experiment` that draws a bar per stage, in a terminal or below a notebook's cell.
 
     Yields:
-        The listener; None where standard error is neither, so that no log fills with bars.
+        The listener; where standard error is neither, it prints a line when a stage begins, so that no log fills.
 
     Examples:
         >>> with live_progress() as listen:
         ...     result = run_experiment(config, "runs/reviews", listen=listen)
     """
     titles = {"label": "the teacher reads the training rows", "deploy": "the student is exported and measured"}
-    console = SafeConsole(stderr=True)
+    begun: set[str] = set()
     with draw_bars() as show:
 
         def listen(stage: Stage, event: Any) -> None:
-            show(titles.get(stage.name, f"{stage.arm}, seed {stage.seed}"), *_state(event))
+            title = titles.get(stage.name, f"{stage.arm}, seed {stage.seed}")
+            show(title, *_state(event), "" if title in begun else f"{time.strftime('%H:%M:%S')}    {title}")
+            begun.add(title)
 
-        yield listen if console.is_terminal or console.is_jupyter else None
+        yield listen
 
 
 def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, int | None, str]:

@@ -19,7 +19,7 @@ def suite_values(workshop: Workshop) -> Callable[..., dict[str, Any]]:
         values["teacher"]["train"] = values["student"]["train"] = {"epochs": 1, "batch_size": 8}
         return {
             "name": "small",
-            "tasks": {"reviews": {"task": {}, "data": values["data"]}},
+            "tasks": {"reviews": {"data": values["data"]}},
             "families": {"tiny": {"teacher": values["teacher"], "student": values["student"]}},
             "config": {"run": {"precision": "fp32", "threads": 1}},
             "arms": ["fft", "lora", "kd-lora", "student-lora"],

@@ -263,7 +263,7 @@ def test_paths_resolve_where_they_were_written(tmp_path, monkeypatch):
     # Names of splits stay names where another part has the data set.
     name, source = {"validation": "validation_matched"}, {"path": "nyu-mll/glue"}
     for common, own in ((source, name), (name, source)):
-        found = build_suite(SUITE | {"config": {"data": common}, "tasks": {"m": {"task": {}, "data": own}}})
+        found = build_suite(SUITE | {"config": {"data": common}, "tasks": {"m": {"data": own}}})
         assert {**found.config["data"], **found.tasks["m"]["data"]} == name | source
     again = build_suite(yaml.safe_load(save_suite(loaded)), base=tmp_path / "other")
     assert again == loaded

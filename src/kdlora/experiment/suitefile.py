@@ -37,15 +37,17 @@ def _parse_axes(value: object) -> object:
 
 
 def _parse_tasks(value: Any) -> Any:
-    """Read a list of GLUE tasks, or a mapping from names to partial configs; a name without `task` is a GLUE task."""
+    """Read a list of GLUE tasks, or a mapping from names to partial configs: a name with no task or file is GLUE's."""
     if isinstance(value, str | list | tuple):
         value = {_folded(name): None for name in ([value] if isinstance(value, str) else value)}
     if not isinstance(value, Mapping):
         return value
-    return {
-        str(name): {"task": {"name": _folded(name)}} | dict(part or {}) if isinstance(part, Mapping | None) else part
-        for name, part in value.items()
-    }
+    found = {}
+    for name, part in value.items():
+        data = part.get("data") if isinstance(part, Mapping) else None
+        is_glue = isinstance(part, Mapping | None) and not (isinstance(data, Mapping) and "train" in data)
+        found[str(name)] = {"task": {"name": _folded(name)}} | dict(part or {}) if is_glue else part
+    return found
 
 
 def _folded(name: object) -> str:

@@ -47,7 +47,7 @@ def encode_labels(
     if task.kind == "regression":
         return _numbers(raw, columns[0])
     if len(columns) > 1:
-        values = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
+        values = [zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
         return _as_lists(np.stack(values, axis=1))
     return _as_lists(_list_matrix(raw, columns[0], task.label_names, notes, ordered))
 
@@ -187,7 +187,7 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
     return pa.array(narrow)
 
 
-def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
+def zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     values = raw.table[column]
     if pa.types.is_nested(values.type):
         _refuse_value(raw.where(0), column, values[0])

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from kdlora.config import DataConfig
+from kdlora.data.labels import zeros_and_ones
 from kdlora.data.logit_table import is_collection, match_collection, open_collection
 from kdlora.data.parquet import UNREADABLE
-from kdlora.data.read import RawTable, Source, is_text, open_dataset, open_file
+from kdlora.data.read import RawTable, Source, open_dataset, open_file
 from kdlora.data.spool import TEXTS, make_dataset, spool
 from kdlora.data.tags import parse_tags
 from kdlora.data.tasks import GlueTask, Task
@@ -301,11 +300,12 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
 
 
 def _are_flags(raw: RawTable) -> bool:
-    kinds = [column.type for column in raw.table.columns]
-    if not all(pa.types.is_primitive(kind) or is_text(kind) for kind in kinds):
+    try:
+        for column in raw.table.column_names:
+            zeros_and_ones(raw, column)
+    except DataError:
         return False
-    flags = pa.array(["0", "1", "0.0", "1.0", "false", "true"])
-    return all(pc.all(pc.is_in(pc.utf8_lower(one.cast(pa.string())), flags)).as_py() for one in raw.table.columns)
+    return True
 
 
 def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:

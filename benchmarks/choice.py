@@ -27,7 +27,7 @@ def judge(task: Task, run: Run, rows: np.ndarray) -> Run:
     """The run as if these of its test rows were its validation split."""
     assert run.predictions is not None
     one = replace(run.predictions.only("test").take(rows), split=("validation",) * len(rows))
-    found = score(task, compute_metrics(task, one.logits, one.labels, one.groups, one.offsets))
+    found = score(task, compute_metrics(task, one.decided, one.labels, one.groups, one.offsets))
     return replace(run, predictions=one, record=run.record.model_copy(update={"score": found}))
 
 

@@ -54,5 +54,5 @@ def pair_up(task: Task, first: Mapping[int, Predictions], second: Mapping[int, P
     aligned = align([side[seed] for side in (first, second) for seed in seeds])
     if aligned is None or aligned[0].labels is None:
         raise SystemExit("two sides of a contrast have other rows")
-    logits = [one.logits for one in aligned]
+    logits = [one.decided for one in aligned]
     return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :], offsets=aligned[0].offsets)

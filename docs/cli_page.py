@@ -26,8 +26,8 @@ def cli_page() -> str:
         "| 0 | done |",
         "| 1 | a run failed, or the machine did: disk full, out of memory, network gone |",
         "| 2 | a mistake in the command, the config or the data; the message says what to change |",
-        "| 130 | interrupted with Ctrl-C; the same command continues |",
-        "| 143, 129 | ended by SIGTERM, or by a closed terminal (SIGHUP); the same command continues |",
+        "| 130 | interrupted with Ctrl-C; the same command continues, or begins again, as it says |",
+        "| 143, 129 | ended by SIGTERM, or by a closed terminal (SIGHUP); likewise |",
     ]
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         parts += _verb(name, command)

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     )
     from kdlora.experiment.stages import train_student as train_student, train_teacher as train_teacher
     from kdlora.extras import MissingExtraError as MissingExtraError
-    from kdlora.experiment.deferral import defer_experiment as defer_experiment, fit_thresholds as fit_thresholds
+    from kdlora.experiment.deferral import defer_experiment as defer_experiment
+    from kdlora.experiment.fitting import fit_thresholds as fit_thresholds
     from kdlora.experiment.labelling import (
         LabelSettings as LabelSettings,
         LabelSummary as LabelSummary,
@@ -104,7 +105,8 @@ _NAMES = {
     "kdlora.distil.train": "Trained",
     "kdlora.errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
     "kdlora.experiment.stages": "train_student train_teacher",
-    "kdlora.experiment.deferral": "defer_experiment fit_thresholds",
+    "kdlora.experiment.deferral": "defer_experiment",
+    "kdlora.experiment.fitting": "fit_thresholds",
     "kdlora.experiment.labelling": "LabelSettings LabelSummary label_collection",
     "kdlora.experiment.run": "ExperimentResult run_experiment",
     "kdlora.experiment.scoring": "evaluate",

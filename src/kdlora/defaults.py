@@ -53,7 +53,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 STEPS: dict[str, tuple[int, int, int, int]] = {"teacher": (6, 300, 4000, 120), "student": (15, 600, 8000, 20)}
 """Where `epochs` is null: passes over the rows, the least and the most optimiser steps, the passes for many labels."""
 STEPS_A_LABEL, STEPS_A_TYPE = 10, 100
-"""The least steps for a label, or type of entities; a teacher takes twice as many where rare labels have weights."""
+"""The least steps for a label, or type of entities; a teacher of weighed labels takes 2 times, of several 4 times."""
 
 
 def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> float:

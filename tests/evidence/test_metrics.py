@@ -15,7 +15,7 @@ from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels
 from kdlora.data.tags import decode, tag_names
 from kdlora.data.tasks import Task, full_metric
 from kdlora.errors import ArtifactError, ConfigError
-from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
+from kdlora.evidence.metrics import compute_metrics, fit_shift, metric_names, predict_labels, probabilities, score
 from kdlora.evidence.ranking import counts_from_logits, weighted_entities
 from kdlora.evidence.stats import PairedArms, contrast
 
@@ -40,6 +40,21 @@ def test_scores_ties_and_groups():
     found = compute_metrics(MNLI, np.eye(3)[[0] * 4], np.array([0, 0, 0, 1]), ["matched"] * 3 + ["mismatched"])
     assert (found["accuracy_matched"], found["accuracy_mismatched"]) == (1.0, 0.0)
     assert score(MNLI, found) == pytest.approx(50.0)
+
+
+def test_one_threshold_for_all_labels_is_the_best_on_these_rows():
+    """At 0.5 a model that is never sure says nothing, and a bag of words looked far worse than it is."""
+    labels = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
+    logits = np.where(labels == 1, -0.9, -2.0)
+    task = Task("multi-label", ("text",), ("label",), ("a", "b"), ("micro_f1",))
+    assert compute_metrics(task, logits, labels)["micro_f1"] == 0
+    assert fit_shift(task, logits, labels) == (-0.95, 100.0)  # of all that are as good the nearest to 0
+    assert fit_shift(task, logits + 3, labels)[0] == 1.0
+    assert fit_shift(task, logits + 1.5, labels) == (0.0, 100.0)
+    ranked = replace(task, metrics=("average_precision",))
+    assert fit_shift(ranked, logits, labels)[0] == 0, "a ranking has no threshold"
+    classes = Task("single-label", ("text",), ("label",), ("a", "b"), ("accuracy",))
+    assert fit_shift(classes, logits, labels[:, 0].astype(int)) == (0.0, 25.0)
 
 
 def test_regression_metrics_are_those_of_scipy():

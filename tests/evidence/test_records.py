@@ -3,6 +3,7 @@ import socket
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from experiments import edit_json
@@ -91,7 +92,7 @@ SPAM = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))  # a 
 @pytest.mark.parametrize("task", [BINARY, SIMILARITY, TAGS, SPAM], ids=lambda task: "-".join(task.label_names))
 def test_predictions_come_back_as_they_went(tmp_path, task):
     """Columns in another order, or labels in another type, would give other metrics from the same file."""
-    before = replace(make_predictions(task, 6), split=("validation",) * 4 + ("test",) * 2)
+    before = replace(make_predictions(task, 6), split=("validation",) * 4 + ("test",) * 2, shift=-0.85)
     write_predictions(tmp_path / "p.parquet", before)
     after = read_predictions(tmp_path / "p.parquet")
     for ours, theirs in ((after.logits, before.logits), (after.labels, before.labels)):
@@ -101,6 +102,11 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
     assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
     assert after.only("test").ids == ("4", "5")
     assert np.array_equal(after.only("test").logits, before.logits[4:])
+    assert np.array_equal(after.only("test").decided, before.logits[4:] + np.float32(0.85))
+    table = pq.read_table(tmp_path / "p.parquet").replace_schema_metadata({"kdlora_shift": "none"})
+    pq.write_table(table, tmp_path / "q.parquet")
+    with pytest.raises(ArtifactError, match=r"q\.parquet: its threshold is no number"):
+        read_predictions(tmp_path / "q.parquet")
 
 
 def test_predictions_and_examples_on_disk(tmp_path):

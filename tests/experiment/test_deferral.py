@@ -23,8 +23,9 @@ from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, recording
-from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds, is_decided
+from kdlora.experiment.deferral import decide_student, defer_experiment, is_decided
 from kdlora.experiment.deployment import benchmark_cascade, export_model, is_deployed, load_without_copies, unseen_rows
+from kdlora.experiment.fitting import fit_thresholds
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_values
 from kdlora.report.report import make_report

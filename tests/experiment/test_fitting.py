@@ -14,8 +14,12 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
 from kdlora.evidence.defer import settle_goals
-from kdlora.experiment.deferral import fit_thresholds
+from kdlora.evidence.metrics import compute_metrics
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import read_record
 from kdlora.experiment.deployment import benchmark_models, load_without_copies
+from kdlora.experiment.fitting import fit_thresholds
+from kdlora.experiment.recording import shipped_record
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -75,6 +79,39 @@ def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, 
     assert said == ["|".join(one.label) for one in Classifier.load(fitted / "student-onnx").predict(texts)]
 
 
+def test_one_threshold_decides_for_all_labels(workshop, tmp_path: Path, cli) -> None:
+    """Rare labels were hardly ever said: above 0.5 a model that doubts has fewer of them right than it could."""
+    rows = {"train": flags(numbered(64, 1)), "validation": flags(numbered(60, 2)), "test": flags(numbered(40, 3))}
+    files = {name: str(tiny.write_csv(tmp_path / f"{name}.csv", table)) for name, table in rows.items()}
+    task, arms = {"label": NAMES, "metric": "macro_f1"}, ["fft", "student-lora"]
+    sections = {"data": files, "task": task, "export": EXPORT, "run": {"arms": arms}}
+    layout = run_experiment(workshop.config(sections), tmp_path / "experiment").layout
+    student, teacher = shipped_record(layout), read_record(layout.run("fft", 0).record)
+    assert student.threshold != 0.5
+    for file in ("safetensors", "model.onnx", "model_quantized.onnx"):
+        assert read(layout.root, file) == pytest.approx(dict.fromkeys(NAMES, student.threshold))
+    kept = read_predictions(layout.run(student.arm, student.seed).predictions)
+    said = Classifier.load(layout.student).predict([row["text"] for row in rows["test"]])
+    assert [[name in one.label for name in NAMES] for one in said] == (kept.only("test").decided > 0).tolist()
+    for split, score in (("validation", student.score), ("test", student.test_score)):
+        part = kept.only(split)
+        by, plain = (
+            compute_metrics(Task.from_dict(student.task), one, part.labels)["macro_f1"]
+            for one in (part.decided, part.logits)
+        )
+        assert 100 * by == pytest.approx(score)
+        assert by > plain or split == "test"
+    scored = {
+        one["model"]: one["score"] for one in json.loads(cli("evaluate", layout.root, files["test"], "--json").out)
+    }
+    assert scored == pytest.approx({"student": student.test_score, "teacher": teacher.test_score})
+    assert "By fitted thresholds, the student's:" in cli("evaluate", layout.root, files["test"]).out
+    assert "suits the score on validation best" in (layout.student / "README.md").read_text()
+    fit_thresholds(layout.root, {"film": "f1"})
+    assert [read(layout.root)[name] for name in NAMES[1:]] == pytest.approx([student.threshold] * 2)
+    assert [one["label"] for one in json.loads(layout.thresholds.read_text())["models"][0]["labels"]] == ["film"]
+
+
 def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) -> None:
     """Figures of the rows that the thresholds were fitted on are too good, and were told as if they were not.
 
@@ -104,7 +141,7 @@ def test_a_test_split_of_known_texts_judges_nothing_and_ends_nothing(fitted: Pat
         splits = load_without_copies(*given)
         return replace(splits, test=splits.validation)
 
-    monkeypatch.setattr("kdlora.experiment.deferral.load_without_copies", load)
+    monkeypatch.setattr("kdlora.experiment.fitting.load_without_copies", load)
     found = fit_thresholds(fitted)
     assert (found.source, found.judged) == ("validation", 200)
     assert "all 200 texts of the test split are training, validation or unlabelled texts" in " ".join(found.notes)
@@ -193,7 +230,7 @@ def test_a_threshold_that_costs_the_tasks_score_is_left_out(finished: Path, tmp_
         rows = splits.validation.remove_columns("label").add_column("label", labels.tolist())
         return replace(splits, validation=rows, test=None)
 
-    monkeypatch.setattr("kdlora.experiment.deferral.load_without_copies", load)
+    monkeypatch.setattr("kdlora.experiment.fitting.load_without_copies", load)
     told = f"{NAMES[rare]!r}: such a threshold in student lowers the task's own score on validation, and is"
     found = fit_thresholds(folder)
     assert f"{told} left out" in " ".join(found.notes)

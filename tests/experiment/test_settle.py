@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import tiny
 from fabricate import BINARY
-from kdlora.config import TrainConfig
+from kdlora.config import Kind, TrainConfig
 from kdlora.configfile import build_config
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
@@ -63,8 +63,14 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert epochs_for("teacher", 1_500, steps_for_labels(names, "teacher"), 32) == 13, (
         "nor are six types, where most words are none"
     )
-    for metric, labels, expected in (("macro_f1", 77, 1540), ("accuracy", 77, 770), ("macro_f1", 2, 20)):
-        many = Task("single-label", ("text",), ("label",), tuple(map(str, range(labels))), (metric,))
+    uneven: tuple[tuple[Kind, str, int, int], ...] = (
+        ("single-label", "macro_f1", 77, 1540),
+        ("single-label", "accuracy", 77, 770),
+        ("single-label", "macro_f1", 2, 20),
+        ("multi-label", "micro_f1", 28, 1120),
+    )
+    for kind, metric, labels, expected in uneven:
+        many = Task(kind, ("text",), ("label",), tuple(map(str, range(labels))), (metric,))
         assert steps_for_labels(many, "teacher") == expected, "rare classes of many take a teacher longer"
         assert steps_for_labels(many, "student") == 10 * labels
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate

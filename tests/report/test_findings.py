@@ -184,14 +184,15 @@ def test_f1_of_two_classes_is_told_with_its_label(tmp_path):
 def test_a_class_without_rows_is_no_row_of_zeros():
     """0% of a class that no row has reads as a class that the student never gets right."""
     task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
-    outputs = Outputs(task, "KD-LoRA", arm_style("kd-lora"), (np.eye(3)[[0, 1, 2]],), np.array([0, 1, 1]))
+    outputs = Outputs(task, "KD-LoRA", arm_style("kd-lora"), *((np.eye(3)[[0, 1, 2]],),) * 2, np.array([0, 1, 1]))
     assert _label_confusions(outputs)[0].rows[2] == ("c", "–", "–", "–")
 
 
 def test_the_figures_of_an_only_label_are_of_the_label():
     """Of one label scikit-learn gives the figures of its absence: 86 for a model that never says it."""
     task = Task("multi-label", ("text",), ("urgent",), ("urgent",), ("micro_f1",))
-    found = Outputs(task, "KD-LoRA", arm_style("kd-lora"), (np.full((4, 1), -1.0),), np.array([[1], [0], [0], [0]]))
+    never = (np.full((4, 1), -1.0),)
+    found = Outputs(task, "KD-LoRA", arm_style("kd-lora"), never, never, np.array([[1], [0], [0], [0]]))
     assert count_labels(found).tolist() == [[[0, 0, 1]]]
 
 

@@ -159,7 +159,7 @@ def evaluate(
 ) -> None:
     """Score the shipped student, and the teacher if its weights are there, on another labelled file.
 
-    The student decides by its fitted thresholds, where it has some (kdlora thresholds).
+    Both decide by their fitted thresholds, where they have some.
 
     Example: kdlora evaluate runs/mrpc new-examples.csv
     """
@@ -175,8 +175,9 @@ def evaluate(
     _, _, task = open_finished(experiment)
     figures = {of_label(name, task): name for name in scores[0]["metrics"]}
     rows += [(shown, *(figure(one["metrics"][name]) for one in scores)) for shown, name in figures.items()]
-    fitted = [f"{label} {told_apart(value)}" for label, value in scores[0]["thresholds"].items()]
-    note = f"By the student's fitted thresholds: {', '.join(fitted)}" if fitted else None
+    fitted = {label: told_apart(value) for label, value in scores[0]["thresholds"].items()}
+    told = [" ".join(one) for one in fitted.items()] if len(set(fitted.values())) > 1 else sorted(set(fitted.values()))
+    note = f"By fitted thresholds, the student's: {', '.join(told)}" if told else None
     print_table(("", *(one["model"] for one in scores)), rows, caption=note)
 
 

@@ -327,7 +327,7 @@ def thresholds(
 
     Example: kdlora thresholds runs/topics --precision 0.9 --label sport
     """
-    from kdlora.experiment.deferral import fit_thresholds
+    from kdlora.experiment.fitting import fit_thresholds
     from kdlora.report.deferred import threshold_table
     from kdlora.report.report import make_report
 

@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from kdlora.data.tasks import Task
-from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.evidence.metrics import fit_shift
 
 Texts = Mapping[str, list[str]]
 """`text`, and `text_pair` for pairs."""
@@ -64,8 +64,8 @@ def fit_words(task: Task, train: Texts, labels: np.ndarray, validation: Texts, e
     found: list[tuple[float, float, tuple[Any, ...]]] = []
     for strength in STRENGTHS:
         models = _fit(task, known, labels, strength, found[-1][2] if found else ())
-        metrics = compute_metrics(task, _predict(task, models, asked, len(labels)), expected)
-        found.append((score(task, metrics), strength, models))
+        _, value = fit_shift(task, _predict(task, models, asked, len(labels)), expected)
+        found.append((value, strength, models))
     _, strength, models = max(found, key=lambda one: one[0])  # of equals the weakest
     return BagOfWords(task, vectorizers, models, strength, len(labels))
 

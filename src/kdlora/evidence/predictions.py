@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdlora.data.logit_table import LOGIT, as_lists, as_offsets, logit_columns, read_logits, write_table
+from kdlora.data.logit_table import LOGIT, as_lists, as_offsets, logit_columns, read_logits, write_table, write_tables
 from kdlora.data.parquet import UNREADABLE
 from kdlora.errors import ArtifactError
 
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
 _WORD_COLUMNS = ["starts", "ends"]
+_SHIFT = "kdlora_shift"
 _REMEDY = "Delete the run's folder and run the same command again."
 
 
@@ -31,6 +32,12 @@ class Predictions:
     labels: np.ndarray  # int64 (rows,), float32 for regression, float32 (rows, labels) for multi-label
     groups: tuple[str, ...] | None = None  # of each row (MNLI: "matched", "mismatched"), where the task has them
     offsets: np.ndarray | None = None  # int64 (rows + 1,): where the words of each row begin, in a task of tokens
+    shift: float = 0.0  # the logit above which a label is said, in a multi-label task
+
+    @property
+    def decided(self) -> np.ndarray:
+        """The logits, moved so that a label is said above 0."""
+        return self.logits - self.shift if self.shift else self.logits
 
     def only(self, split: str, group: str = "") -> Predictions:
         groups = self.groups if group and self.groups is not None else (group,) * len(self.split)
@@ -47,7 +54,7 @@ class Predictions:
         ids, split = (tuple(values[row] for row in rows) for values in (self.ids, self.split))
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
         logits, labels = self.logits[chosen], self.labels[chosen]
-        return Predictions(ids, split, logits, self.label_names, labels, groups, offsets)
+        return Predictions(ids, split, logits, self.label_names, labels, groups, offsets, self.shift)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     labels = pa.array(given.tolist(), pa.list_(pa.float32()) if given.ndim == 2 else kind)
     columns["label"] = labels if offsets is None else as_lists(labels, offsets)
     logits = np.asarray(predictions.logits, dtype=np.float32)
-    write_table(Path(path), columns | logit_columns(predictions.label_names, logits, offsets))
+    table = pa.table(columns | logit_columns(predictions.label_names, logits, offsets))
+    told = {_SHIFT: repr(predictions.shift)} if predictions.shift else None
+    write_tables(Path(path), table.schema.with_metadata(told), [table])
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -84,6 +93,10 @@ def read_predictions(path: str | Path) -> Predictions:
         raise ArtifactError(f"{path}: expected columns named 'logit:<label>', found {table.column_names}. {_REMEDY}")
     kind = pa.list_(pa.float32()) if pa.types.is_list(table.schema.field(names[0]).type) else pa.float32()
     logits, lengths = read_logits([_cast(table, name, kind, path) for name in names])
+    try:
+        shift = float((table.schema.metadata or {}).get(_SHIFT.encode(), 0))
+    except ValueError as fault:
+        raise ArtifactError(f"{path}: its threshold is no number: {fault}. {_REMEDY}") from None
     return Predictions(
         ids=tuple(table.column("id").to_pylist()),
         split=tuple(table.column("split").to_pylist()),
@@ -92,6 +105,7 @@ def read_predictions(path: str | Path) -> Predictions:
         labels=_labels_of(table, path),
         groups=tuple(table.column("group").to_pylist()) if "group" in table.column_names else None,
         offsets=None if lengths is None else as_offsets(lengths),
+        shift=shift,
     )
 
 

@@ -85,6 +85,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, float | None] = Field(default_factory=dict, description="validation, fractions")
     test_score: float | None = Field(default=None, description="test, 0 to 100")
     test_metrics: dict[str, float | None] = Field(default_factory=dict, description="test, fractions")
+    threshold: float | None = Field(default=None, description="probability above which a label of several is said")
     history: list[dict[str, Any]] = Field(default_factory=list, description="one entry a validation")
     trainable_parameters: int | None = None
     adapter_parameters: int | None = None
@@ -124,6 +125,13 @@ class RunRecord(BaseModel):
     @property
     def teacher_arm(self) -> str:
         return "lora" if (self.config.get("teacher") or {}).get("tuning") == "lora" else "fft"
+
+    def thresholds(self, temperature: float = 1.0) -> dict[str, float]:
+        """Give each label the run's threshold, as a probability at a temperature; nothing where it is 0.5."""
+        if self.threshold is None:
+            return {}
+        odds = (self.threshold / (1 - self.threshold)) ** (1 / temperature)
+        return dict.fromkeys(self.task["label_names"], odds / (1 + odds))
 
 
 class _Inside:

@@ -1,10 +1,10 @@
-"""What becomes of the answers of what ships: the error rate that is promised, the thresholds of labels."""
+"""What becomes of the answers of what ships: the error rate that is promised; thresholds are in `fitting.py`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,44 +16,40 @@ from kdlora.data.augment import beginnings
 from kdlora.data.load import load_examples
 from kdlora.data.spool import label_array, text_columns
 from kdlora.data.tasks import Task
-from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.decisions import write_decisions
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError, listed
+from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.evidence.defer import (
     POINTS,
     SURENESS,
     Deferral,
     Deferring,
-    FittedModel,
-    Goal,
     NoPromiseError,
-    NoThresholdError,
     Promise,
     Sureness,
-    Thresholds,
     Unknown,
     area_under_risk,
     check_promise,
-    fit_threshold,
-    judge_threshold,
-    log_odds,
     measure_sureness,
     promise_error,
     risk_coverage,
-    settle_goals,
-    shift_logits,
 )
-from kdlora.evidence.metrics import weighted_metric
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
+from kdlora.experiment.deployment import (
+    decide_as_run,
+    holds,
+    load_without_copies,
+    texts_of,
+    unseen_rows,
+)
+from kdlora.experiment.fitting import fit_all, locked, shipped_models
 from kdlora.experiment.recording import forget_decisions, model_files, write_card
 from kdlora.experiment.scoring import load_labelled, open_finished
 from kdlora.report.deferred import tell_refusals
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
-from kdlora.system.ownership import refuse_links, remove
-from kdlora.system.storage import hold_lock, write_json_atomic, write_text_atomic
+from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -138,16 +134,8 @@ def defer_experiment(
         >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
     check_promise(error, confidence, sureness)
-    with _locked(experiment) as layout:
+    with locked(experiment) as layout:
         return _defer(layout, error, confidence, sureness, data, unknown)
-
-
-@contextmanager
-def _locked(experiment: str | Path) -> Iterator[ExperimentLayout]:
-    """Keep others from the experiment: a run may ship another student while this one is judged."""
-    layout, _, _ = open_finished(experiment)
-    with hold_lock(layout.lock, f"works on the experiment in {layout.root}"):
-        yield layout
 
 
 def _defer(
@@ -209,14 +197,6 @@ def rows_to_promise(task: Task, rows: Dataset | None) -> Dataset:
     return rows
 
 
-def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
-    """Load what ships, one file after another, to look at all of its answers; what is decided is written there."""
-    refuse_links(layout.root)
-    for name, file in ({"student": layout.student} | exported_files(layout)).items():
-        if file.exists():
-            yield name, Classifier.load(file, decisions="thresholds")
-
-
 def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[Deferring]:
     """Describe every arm, by the predictions of its runs on these rows of the test split."""
     judged: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -239,139 +219,15 @@ def _describe(name: str, judged: list[tuple[np.ndarray, np.ndarray]]) -> Deferri
     return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()))
 
 
-def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None] | None = None) -> Thresholds:
-    """Fit above which probability a label is said, on validation rows, and keep it beside each file that ships.
-
-    From then on `Classifier` and `predict` decide by it. Each file has thresholds of its own, since int8 moves them. A
-    promised error rate goes, for it was of other answers.
-
-    Args:
-        experiment: an experiment's folder; its task is multi-label, or has two labels.
-        goal: what is highest at the threshold: "f1", "macro_f1", "accuracy", "balanced_accuracy" or "matthews" of the
-            label, or the precision that is wanted, such as 0.9, with the highest recall. A mapping from label to goal
-            fits these labels alone; of a task with two labels, the one that it names is the positive one, else the
-            second. By default the task's own metric where it is one of these or `recall@0.9:LABEL`, else F1,
-            and a label keeps 0.5 where its threshold would lower the task's score on these rows.
-
-    Returns:
-        Thresholds and what they do, on test rows where there are some; `thresholds.json` holds them for the report.
-
-    Raises:
-        DataError: another kind of task, an unknown label.
-        ConfigError: an unknown metric, a precision that is none.
-        NoThresholdError: of one of the files (without a goal: of all) no label can be fitted; nothing is written.
-        ArtifactError: no finished experiment, or another process works on it.
-
-    Examples:
-        >>> thresholds = fit_thresholds("runs/reviews", "f1")
-    """
-    with _locked(experiment) as layout:
-        return _fit_all(layout, goal)
-
-
-def _fit_all(layout: ExperimentLayout, goal: Goal | Mapping[str, Goal | None] | None) -> Thresholds:
-    _, config, task = open_finished(layout.root)
-    goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
-    judged, source = splits.validation, "validation"
-    earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
-    models, decided, notes, able = [], [], list[str](), []
-    try:
-        if splits.test is not None:
-            judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
-    except DataError as fault:
-        notes.append(f"{fault}, so what the thresholds do is told of the validation rows that chose them")
-    for name, model in shipped_models(layout):
-        thresholds, fitted, reasons = _fit(model, task, goals, goal is not None, splits.validation)
-        notes += [reason for reason in reasons if reason not in notes]
-        able.append(bool(fitted))
-        told = {label.label: label.goal for one in earlier if one.name == name for label in one.labels}
-        told |= {label: goals[label] for label in fitted}
-        models.append(_judge(name, model, thresholds, told, task, judged))
-        decided.append((model.folder, Decisions(thresholds=thresholds)))
-    if not able or not (any if goal is None else all)(able):
-        kept = "; what was decided before stays" if layout.thresholds.exists() else ""
-        raise NoThresholdError(("; ".join(notes) or f"{layout.root} ships no student") + kept)
-    gone = "the promised error rate was of other answers and is gone; kdlora defer promises anew"
-    passing = [gone] if getattr(read_part(layout.deferral, Deferral, "")[0], "promises", False) else []
-    remove(layout.deferral)
-    for folder, decisions in decided:
-        write_decisions(folder, decisions)
-    result = Thresholds(len(splits.validation), len(judged), source, tuple(models), tuple(notes))
-    write_json_atomic(layout.thresholds, asdict(result))
-    write_card(config, layout)
-    return replace(result, notes=(*notes, *passing))
-
-
-def _fit(
-    model: Classifier, task: Task, goals: Mapping[str, Goal], is_asked: bool, rows: Dataset
-) -> tuple[dict[str, float], list[str], list[str]]:
-    """Give one file's thresholds, the labels that got theirs, and why others keep what they have, or 0.5."""
-    logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature
-    thresholds = dict(model.decisions.thresholds) if task.kind == "multi-label" else {}
-    place, once = (model.folder.file or model.folder.path).name, np.ones((1, len(rows)))
-    right = label_array(rows).astype(np.int64)
-    fitted, reasons, harmful = list[str](), list[str](), list[str]()
-
-    def score(used: Mapping[str, float]) -> float:
-        moved = shift_logits(logits, task.label_names, used, temperature)
-        return float(np.mean([weighted_metric(task, metric, moved, right)(once)[0] for metric in task.metrics]))
-
-    for name, goal in goals.items():
-        odds, has = _binary(task, name, logits, rows, temperature)
-        try:
-            new = {**thresholds, name: fit_threshold(odds, has, goal)}
-        except NoThresholdError as fault:
-            its = f"its threshold in {place}" if name in thresholds else "0.5"
-            reasons.append(f"{name!r:.80} keeps {its}: {fault}")
-            continue
-        # No shift changes a ranking, and the mean of labels' F1 rises with that of one.
-        is_safe = all(metric.startswith(("average_precision", "recall@")) for metric in task.metrics)
-        is_safe |= task.kind == "multi-label" and task.metrics == ("macro_f1",) and goal == "f1"
-        if is_harmful := not is_safe and score(new) < score({**thresholds, name: 0.5}) - 1e-9:
-            harmful.append(f"{name!r:.80}")
-        if is_asked or not is_harmful:
-            thresholds = new
-            fitted.append(name)
-        else:
-            thresholds.pop(name, None)
-    if harmful:
-        fate = "kept, as it was asked for" if is_asked else "left out, unless it is asked for (--metric f1)"
-        told = f"such a threshold in {place} lowers the task's own score on validation, and is {fate}"
-        reasons.append(f"{listed(harmful)}: {told}")
-    return thresholds, fitted, reasons
-
-
-def _binary(
-    task: Task, name: str, logits: np.ndarray, rows: Dataset, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Give the log-odds of a label, and where it is right."""
-    column, labels = task.label_names.index(name), label_array(rows)
-    has = labels[:, column] if task.kind == "multi-label" else labels == column
-    return log_odds(logits, task.kind, column, temperature), has.astype(np.int64)
-
-
-def _judge(
-    name: str, model: Classifier, thresholds: Mapping[str, float], goals: Mapping[str, Goal], task: Task, rows: Dataset
-) -> FittedModel:
-    logits, temperature, given = model.predict_logits(texts_of(rows)), model.folder.temperature, labelled(rows, task)
-    told = [
-        judge_threshold(
-            label, goals.get(label, "an earlier call"), at, *_binary(task, label, logits, rows, temperature)
-        )
-        for label, at in thresholds.items()
-    ]
-    before, after = (
-        given.score(task, shift_logits(logits, task.label_names, used, temperature)) for used in ({}, thresholds)
-    )
-    return FittedModel(name, before, after, tuple(told))
-
-
 def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
     """Decide as the config says, in a run, which holds the experiment's lock."""
-    notes = forget_decisions(config, layout) if layout.decided.exists() else []  # what an earlier config had done
+    notes = []
+    if layout.decided.exists():  # what an earlier config had done
+        notes = forget_decisions(config, layout)
+        decide_as_run(layout)
     if config.export.thresholds is not None:
         try:
-            notes += _fit_all(layout, config.export.thresholds).notes
+            notes += fit_all(layout, config.export.thresholds).notes
         except (DataError, ConfigError, ModelError) as fault:
             notes.append(f"No thresholds were fitted (export.thresholds): {fault}")
     if config.defer.error is not None:

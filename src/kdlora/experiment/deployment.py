@@ -21,6 +21,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
+from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import DECISIONS, OPENVINO_INT8, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts, count_spans
@@ -38,6 +39,7 @@ from kdlora.experiment.recording import (
     model_files,
     prepare_process,
     refuse_loss,
+    shipped_record,
     splits_by_name,
 )
 from kdlora.experiment.scoring import groups_of, load_labelled, recorded_task
@@ -204,6 +206,8 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
                     lasting += [] if layout.export_record.exists() else [str(error)]
         if calibration is not None or lasting:
             write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration, notes=tuple(lasting))))
+    if not layout.thresholds.exists():  # which are decided later, and of this experiment's verb
+        decide_as_run(layout)
     write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
         found = read_json(layout.benchmark) if layout.benchmark.exists() else {}
@@ -297,6 +301,16 @@ def _export_rows(
         min_recall=config.export.min_recall,
         progress=say,
     )
+
+
+def decide_as_run(layout: ExperimentLayout) -> None:
+    """Let each file of a student of several labels decide by the threshold that its run has on the validation rows."""
+    record = shipped_record(layout)
+    if record is None or record.threshold is None:
+        return
+    for file in (layout.student, *exported_files(layout).values()):
+        folder = read_model_folder(file)
+        write_decisions(folder, Decisions(thresholds=record.thresholds(folder.temperature)))
 
 
 def exported_files(layout: ExperimentLayout) -> dict[str, Path]:

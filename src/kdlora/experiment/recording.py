@@ -303,6 +303,12 @@ def refuse_loss(layout: ExperimentLayout, *folders: Path) -> None:
             )
 
 
+def shipped_record(layout: ExperimentLayout) -> RunRecord | None:
+    """Read the record of the run that ships, if one does."""
+    choice = read_choice(layout.shipped)
+    return None if choice is None else read_record(layout.run(choice.arm, choice.seed).record)
+
+
 def write_card(config: Config, layout: ExperimentLayout, choice: Choice | None = None) -> None:
     """Write the card of what ships, anew where something in it has changed."""
     choice = choice or read_choice(layout.shipped)
@@ -310,11 +316,12 @@ def write_card(config: Config, layout: ExperimentLayout, choice: Choice | None =
         return
     base = config.student if config.student.model is not None else config.teacher
     tokenizer = _read(layout.student / "tokenizer.json").get("model", {})
+    record = read_record(layout.run(choice.arm, choice.seed).record)
     card = student_card(
-        read_record(layout.run(choice.arm, choice.seed).record),
+        record,
         None if base.model is None else read_licence(base.model, base.revision),
         reason=choice.sentence,
-        decisions=decision_sentences(layout),
+        decisions=decision_sentences(layout, record),
         joins_words=bool(tokenizer.get("continuing_subword_prefix")),
     )
     write_text_atomic(layout.student / "README.md", card)

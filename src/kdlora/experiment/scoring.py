@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,10 +38,10 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import evaluating, resolve_device
 from kdlora.errors import ArtifactError, DataError, KdLoraError, listed
 from kdlora.evidence.defer import shift_logits
-from kdlora.evidence.metrics import compute_metrics, predict_labels, score
+from kdlora.evidence.metrics import compute_metrics, fit_shift, predict_labels, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.ranking import counts_from_logits
-from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
+from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_record, read_results
 from kdlora.experiment.recording import finish, splits_by_name
 from kdlora.experiment.settle import closed, doubts_of_units, load_teacher, read_table, stored_logits, with_values
 from kdlora.models.adapters import count_parameters
@@ -203,6 +204,9 @@ def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarr
 def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation], place: RunLayout) -> RunRecord:
     scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in results}
     groups = [groups_of(rows) for rows in scored.values()]
+    task, shift = splits.task, 0.0
+    if task.kind == "multi-label":
+        shift, _ = fit_shift(task, results["validation"].logits, label_array(splits.validation))
     edges = [edge for rows in scored.values() if (edge := word_offsets(rows)) is not None]
     predictions = Predictions(
         ids=tuple(identifier for rows in scored.values() for identifier in rows["id"]),
@@ -212,9 +216,14 @@ def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation
         labels=np.concatenate([label_array(rows) for rows in scored.values()]),
         groups=None if None in groups else tuple(name for part in groups for name in part or ()),
         offsets=as_offsets(np.concatenate([np.diff(edge) for edge in edges])) if edges else None,
+        shift=shift,
     )
     write_predictions(place.predictions, predictions)
     update: dict[str, Any] = {"truncated": record.truncated | {name: one.truncated for name, one in results.items()}}
+    if shift:
+        results = {split: _judge(task, rows, results[split].logits - shift) for split, rows in scored.items()}
+        told = "A label is said above the threshold that suits the score on validation best (run.json: threshold)."
+        update |= {"threshold": 1 / (1 + math.exp(-shift)), "notes": [*record.notes, told]}
     for split, result in results.items():
         prefix = "" if split == "validation" else f"{split}_"
         update |= {f"{prefix}score": result.score, f"{prefix}metrics": result.metrics}
@@ -312,7 +321,7 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
     if task.kind == "regression":
         return []
     seen = predictions.only("validation")
-    labels, said = np.asarray(seen.labels, dtype=np.int64), predict_labels(task, seen.logits, seen.offsets)
+    labels, said = np.asarray(seen.labels, dtype=np.int64), predict_labels(task, seen.decided, seen.offsets)
     if task.kind == "tokens":
         known, _, rows = counts_from_logits(task.label_names, seen.logits, labels, seen.offsets).sum(axis=0).T
     elif task.kind == "multi-label":
@@ -344,7 +353,7 @@ def load_labelled(data: str, config: Config, task: Task) -> Dataset:
 
 
 def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """Score the shipped student, by its fitted thresholds, and the teacher if it is there, on another labelled file."""
+    """Score the shipped student and the teacher if it is there, by their thresholds, on another labelled file."""
     layout, config, task = open_finished(folder)
     if not trust_remote_code:  # the folder says what its author trusted
         config = with_values(config, {"teacher.trust_remote_code": False})
@@ -382,7 +391,9 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
                 raise
             logger.warning("the teacher is not scored: %s", fault)
         else:
-            rows.append(row("teacher", found, closed(config.teacher.train).max_length))
+            scored = layout.run(config.teacher_arm, config.teacher_seed).record
+            thresholds = read_record(scored).thresholds() if scored.exists() else {}
+            rows.append(row("teacher", found, closed(config.teacher.train).max_length, thresholds))
     if not rows:
         raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows

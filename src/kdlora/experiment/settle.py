@@ -331,7 +331,8 @@ def steps_for_labels(task: Task, role: Role) -> int:
     """Count the steps that the labels take; a type of entity takes more than a class, since few words are of it."""
     if task.kind == "tokens":
         return STEPS_A_TYPE * len(task.label_types)
-    return STEPS_A_LABEL * task.num_labels * (2 if role == "teacher" and task.auto_weights(role) else 1)
+    longer = 4 if task.kind == "multi-label" else 2 if task.auto_weights(role) else 1
+    return STEPS_A_LABEL * task.num_labels * (longer if role == "teacher" else 1)
 
 
 def rows_per_epoch(splits: Splits, *, unlabelled: bool = True) -> int:

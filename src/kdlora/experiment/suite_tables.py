@@ -183,7 +183,7 @@ class SuiteFigures:
         aligned = align([one.only(row.split, row.group) for one in found])
         if aligned is None:
             return None
-        logits = [one.logits for one in aligned]
+        logits = [one.decided for one in aligned]
         task = Task.from_dict(self.records[pairs[0][0].key].task)
         groups = None if row.group else aligned[0].groups
         seeds = [run.seed for run, _ in pairs]

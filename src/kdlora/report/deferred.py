@@ -9,7 +9,7 @@ import numpy as np
 
 from kdlora.errors import counted, told_apart
 from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, FittedModel, Threshold, Thresholds, stated
-from kdlora.evidence.records import ExperimentLayout
+from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named
@@ -79,10 +79,12 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
     return blocks
 
 
-def decision_sentences(layout: ExperimentLayout) -> list[str]:
-    """Say for the model card what becomes of the outputs of `student/`."""
+def decision_sentences(layout: ExperimentLayout, record: RunRecord) -> list[str]:
+    """Say for the model card what becomes of the outputs of `student/`, which a run made."""
     fitted, found = read_part(layout.thresholds, Thresholds, "")[0], read_part(layout.deferral, Deferral, "")[0]
-    said = [
+    said = ["a label is said above the probability in kdlora_decisions.json, which suits the score on validation best"]
+    said = said if record.threshold is not None else []
+    said += [
         f"{label.label} is said above a probability of {told_apart(label.threshold)} (fitted for {label.goal}; "
         f"precision {_with_interval(label.precision, label.precision_low, label.precision_high)}, recall "
         f"{_with_interval(label.recall, label.recall_low, label.recall_high)} on {_judged_on(fitted)}; intervals: 95%)"

@@ -92,7 +92,7 @@ def pair_runs(
     aligned = align([run.predictions.only(split) for runs in kept for run in runs if run.predictions is not None])
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, OTHER_ROWS)
-    logits, cut, one = [one.logits for one in aligned], len(kept[0]), aligned[0]
+    logits, cut, one = [one.decided for one in aligned], len(kept[0]), aligned[0]
     arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
     difference = contrast([arms], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)

@@ -35,7 +35,8 @@ class Outputs:
     task: Task
     name: str
     style: Style
-    logits: tuple[np.ndarray, ...]
+    logits: tuple[np.ndarray, ...]  # moved so that a label of several is said above 0
+    raw: tuple[np.ndarray, ...]  # those of a word that a model did not see are no numbers
     labels: np.ndarray
     offsets: np.ndarray | None = None  # where each row's words begin, in a task of tokens
 
@@ -70,8 +71,8 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
     aligned = align(experiment.predictions(arm))
     if aligned is None:
         return None
-    logits = tuple(one.logits for one in aligned)  # those of a word that a model did not see are no numbers
-    return Outputs(experiment.task, arm_title(arm), arm_style(arm), logits, aligned[0].labels, aligned[0].offsets)
+    decided, raw = (tuple(one) for one in zip(*((one.decided, one.logits) for one in aligned), strict=True))
+    return Outputs(experiment.task, arm_title(arm), arm_style(arm), decided, raw, aligned[0].labels, aligned[0].offsets)
 
 
 def _decisions(outputs: Outputs) -> list[np.ndarray]:
@@ -174,15 +175,13 @@ def _residual_plot(outputs: Outputs) -> Figure:
 def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
     task = arms[0].task
     start = 0.5 if task.kind == "multi-label" or task.num_labels == 2 else 0.0
-    errors = [
-        plus_minus(mean_sd([100 * _reliability(task, one, arm.labels).error for one in arm.logits])) for arm in arms
-    ]
+    errors = [plus_minus(mean_sd([100 * _reliability(task, one, arm.labels).error for one in arm.raw])) for arm in arms]
 
     def paint(axes: Any) -> None:
         axes.plot([start, 1], [start, 1], **_GUIDE)
         lowest = start
         for arm, error in zip(arms, errors, strict=True):
-            pooled = _reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits)))
+            pooled = _reliability(task, np.concatenate(arm.raw), np.concatenate([arm.labels] * len(arm.raw)))
             confidence = np.maximum(pooled.confidence, start)
             sizes = (6 + 12 * np.sqrt(pooled.count / pooled.count.sum())) ** 2
             colour, label = arm.style.colour, named(f"{arm.name}, ECE {error}%")
@@ -225,7 +224,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
 
 def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:
     """Quote where the first predictions, the teacher's, and the mean of the others differ most."""
-    rows, logits = aligned[0], [one.logits for one in aligned]
+    rows, logits = aligned[0], [one.decided for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
     # Jensen-Shannon is bounded: KL would put a sure student beside an unsure teacher above opposite decisions.

@@ -16,6 +16,7 @@ from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment.run import run_experiment
 from kdlora.report.page import Page, write_page
+from kdlora.system import ownership
 from kdlora.system.ownership import MANIFEST, remove
 from kdlora.system.storage import atomic_folder, claim_folder, hold_lock
 
@@ -253,3 +254,14 @@ def test_a_lock_of_somebody_else_stays(cli, workshop, tmp_path, verb):
     assert "is not empty" in cli(verb, *arguments, code=2).err
     kept = {entry.name: entry.read_text() for entry in theirs.iterdir()}
     assert kept == {".lock": "packages = 12", "notes.txt": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside"), [("experiment", "runs/mine/runs/fft-seed0"), ("suite", "runs/s/runs/a/b/runs/fft-seed0")]
+)
+def test_a_project_with_experiments_below_runs_is_none_itself(tmp_path, kind, inside):
+    """`--out .` took the whole project over: the config beside `runs/` was rewritten, and its report replaced."""
+    (tmp_path / ("config.yaml" if kind == "experiment" else "suite.yaml")).write_text("# mine\n")
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / inside / "run.json").write_text('{"schema_version": 1, "arm": "fft", "seed": 0}')
+    assert not ownership._is_of_an_earlier_version(tmp_path, kind)

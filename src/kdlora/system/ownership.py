@@ -94,7 +94,7 @@ def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
     if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
         return False
     with contextlib.suppress(ArtifactError, StopIteration, OSError):
-        record = read_json(next(folder.glob("runs/**/run.json")))
+        record = read_json(next(folder.glob("runs/*/run.json" if kind == "experiment" else "runs/*/*/runs/*/run.json")))
         return {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
     return False
 

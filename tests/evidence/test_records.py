@@ -103,10 +103,11 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
     assert after.only("test").ids == ("4", "5")
     assert np.array_equal(after.only("test").logits, before.logits[4:])
     assert np.array_equal(after.only("test").decided, before.logits[4:] + np.float32(0.85))
-    table = pq.read_table(tmp_path / "p.parquet").replace_schema_metadata({"kdlora_shift": "none"})
-    pq.write_table(table, tmp_path / "q.parquet")
-    with pytest.raises(ArtifactError, match=r"q\.parquet: its threshold is no number"):
-        read_predictions(tmp_path / "q.parquet")
+    for damaged in ("none", "inf"):
+        table = pq.read_table(tmp_path / "p.parquet").replace_schema_metadata({"kdlora_shift": damaged})
+        pq.write_table(table, tmp_path / "q.parquet")
+        with pytest.raises(ArtifactError, match=r"q\.parquet: its threshold is no number"):
+            read_predictions(tmp_path / "q.parquet")
 
 
 def test_predictions_and_examples_on_disk(tmp_path):

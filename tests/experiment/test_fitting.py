@@ -108,6 +108,7 @@ def test_one_threshold_decides_for_all_labels(workshop, tmp_path: Path, cli) -> 
     assert "By fitted thresholds, the student's:" in cli("evaluate", layout.root, files["test"]).out
     assert "suits the score on validation best" in (layout.student / "README.md").read_text()
     fit_thresholds(layout.root, {"film": "f1"})
+    assert "suits the score on validation best" not in (layout.student / "README.md").read_text()
     assert [read(layout.root)[name] for name in NAMES[1:]] == pytest.approx([student.threshold] * 2)
     assert [one["label"] for one in json.loads(layout.thresholds.read_text())["models"][0]["labels"]] == ["film"]
 

@@ -175,8 +175,10 @@ def evaluate(
     _, _, task = open_finished(experiment)
     figures = {of_label(name, task): name for name in scores[0]["metrics"]}
     rows += [(shown, *(figure(one["metrics"][name]) for one in scores)) for shown, name in figures.items()]
-    fitted = {label: told_apart(value) for label, value in scores[0]["thresholds"].items()}
-    told = [" ".join(one) for one in fitted.items()] if len(set(fitted.values())) > 1 else sorted(set(fitted.values()))
+    thresholds = scores[0]["thresholds"]
+    told = [f"{label} {told_apart(value)}" for label, value in thresholds.items()]
+    if len(thresholds) > 1 and len(set(thresholds.values())) == 1:  # one for all labels
+        told = [told_apart(next(iter(thresholds.values())))]
     note = f"By fitted thresholds, the student's: {', '.join(told)}" if told else None
     print_table(("", *(one["model"] for one in scores)), rows, caption=note)
 

@@ -95,8 +95,10 @@ def read_predictions(path: str | Path) -> Predictions:
     logits, lengths = read_logits([_cast(table, name, kind, path) for name in names])
     try:
         shift = float((table.schema.metadata or {}).get(_SHIFT.encode(), 0))
-    except ValueError as fault:
-        raise ArtifactError(f"{path}: its threshold is no number: {fault}. {_REMEDY}") from None
+    except ValueError:
+        shift = np.nan
+    if not np.isfinite(shift):
+        raise ArtifactError(f"{path}: its threshold is no number. {_REMEDY}")
     return Predictions(
         ids=tuple(table.column("id").to_pylist()),
         split=tuple(table.column("split").to_pylist()),

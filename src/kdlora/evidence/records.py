@@ -85,7 +85,9 @@ class RunRecord(BaseModel):
     metrics: dict[str, float | None] = Field(default_factory=dict, description="validation, fractions")
     test_score: float | None = Field(default=None, description="test, 0 to 100")
     test_metrics: dict[str, float | None] = Field(default_factory=dict, description="test, fractions")
-    threshold: float | None = Field(default=None, description="probability above which a label of several is said")
+    threshold: float | None = Field(
+        default=None, gt=0, lt=1, description="probability above which a label of several is said; None: 0.5"
+    )
     history: list[dict[str, Any]] = Field(default_factory=list, description="one entry a validation")
     trainable_parameters: int | None = None
     adapter_parameters: int | None = None

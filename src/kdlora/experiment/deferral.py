@@ -36,13 +36,7 @@ from kdlora.evidence.defer import (
 )
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.deployment import (
-    decide_as_run,
-    holds,
-    load_without_copies,
-    texts_of,
-    unseen_rows,
-)
+from kdlora.experiment.deployment import decide_as_run, holds, load_without_copies, texts_of, unseen_rows
 from kdlora.experiment.fitting import fit_all, locked, shipped_models
 from kdlora.experiment.recording import forget_decisions, model_files, write_card
 from kdlora.experiment.scoring import load_labelled, open_finished

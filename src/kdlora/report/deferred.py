@@ -83,7 +83,7 @@ def decision_sentences(layout: ExperimentLayout, record: RunRecord) -> list[str]
     """Say for the model card what becomes of the outputs of `student/`, which a run made."""
     fitted, found = read_part(layout.thresholds, Thresholds, "")[0], read_part(layout.deferral, Deferral, "")[0]
     said = ["a label is said above the probability in kdlora_decisions.json, which suits the score on validation best"]
-    said = said if record.threshold is not None else []
+    said = said if record.threshold is not None and fitted is None else []
     said += [
         f"{label.label} is said above a probability of {told_apart(label.threshold)} (fitted for {label.goal}; "
         f"precision {_with_interval(label.precision, label.precision_low, label.precision_high)}, recall "

@@ -81,12 +81,19 @@ def leads_out(path: Path) -> bool:
     return not any(real.is_relative_to(place) for place in (here, *blobs))
 
 
+def is_special(path: Path) -> bool:
+    """Say whether something is a pipe, a socket or a device, which may never end or answer when it is read."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def refuse_links_out(folder: Path) -> None:
     """See that nothing in a model's folder lies elsewhere: a student, an export or a page would carry its content on.
 
     Weights may: nothing else can be read as such.
     """
     for path in sorted(folder.iterdir()):
+        if is_special(path):
+            raise ModelError(f"{path} is neither a file nor a folder; remove it, and copy what belongs there")
         if path.suffix not in _WEIGHTS and leads_out(path):
             raise ModelError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -222,7 +223,8 @@ def test_a_stage_without_finite_outputs_is_a_failed_attempt(exported, monkeypatc
 
     model = SimpleNamespace(open=lambda *_, **__: SimpleNamespace(predict_logits=predict_logits))
     monkeypatch.setattr("kdlora.deploy.gates.model_type", lambda _: model)
-    checks = SimpleNamespace(folder=read_model_folder(exported()), texts=TEXTS, stage="onnx", attempts=attempts)
+    at = {"folder": read_model_folder(exported()), "task": OTHER, "given": LabelledTexts(TEXTS), "texts": TEXTS}
+    checks = SimpleNamespace(**at, stage="onnx", attempts=attempts)
     found = Checks.judge(checks, "onnx-int8", file, Gate())
     assert attempts == [found]
     assert (found.passed, found.reason) == (False, "the model's output for text 0 is not a finite number")
@@ -304,6 +306,20 @@ def test_several_labels_agree_where_both_give_them():
     some = np.where(np.arange(150)[:, None] < 30, none, one)
     found = [measure_agreement(task, *pair) for pair in ((one, one), (one, some), (one, none), (none, none))]
     assert found == [1.0, pytest.approx(2 * 120 / 270), 0.0, 1.0]
+
+
+def test_several_labels_are_judged_by_their_threshold(exported, monkeypatch):
+    """Prevents a file that agrees at 0.5, where few labels are said, and not at the fitted threshold."""
+    task = Task("multi-label", ("text",), ("labels",), ("a", "b"), ("micro_f1",))
+    before = np.tile([3.0, -0.9], (len(TEXTS), 1))
+    exact, rounded = (SimpleNamespace(predict_logits=lambda _, logits=one: logits) for one in (before, before - 0.2))
+    kind = Mock(return_value=exact, open=Mock(return_value=rounded))
+    monkeypatch.setattr("kdlora.deploy.gates.model_type", lambda _: kind)
+    for thresholds, passes in (({}, True), ({"a": 0.27, "b": 0.27}, False)):
+        given = LabelledTexts(TEXTS, before > -1, task, thresholds=thresholds)
+        checks = Checks(task, read_model_folder(exported()), None, given)
+        found = checks.judge("onnx-int8", exported() / "model.onnx", Gate(agreement=0.99))
+        assert found.passed is passes, found.reason
 
 
 def test_rare_rows_keep_their_digits(tmp_path):

@@ -235,12 +235,17 @@ def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):
         assert (server.wait(30), server.stderr.read()) == (0, "")
 
 
-@pytest.mark.parametrize("head", [b"X: " + b"a" * 200_000, b"X: a\r\n" * 40_000])
-def test_a_head_without_an_end_is_refused(port, head):
-    """One connection could fill the memory with headers, and was answered with 200."""
+GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = b'POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{"text": "a"}\r\n0\r\n'
+
+
+@pytest.mark.parametrize("before", [GET, CHUNKED], ids=["head", "trailers"])
+@pytest.mark.parametrize("headers", [b"X: " + b"a" * 200_000, b"X: a\r\n" * 40_000], ids=["long", "many"])
+def test_headers_without_an_end_are_refused(port, before, headers):
+    """One connection could fill the memory with headers, and was answered with 200; then with those after a body."""
     with socket.create_connection(("127.0.0.1", port), 30) as line:
         with contextlib.suppress(ConnectionError):
-            line.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n" + head)
+            line.sendall(before + headers)
         assert line.recv(10_000).startswith(b"HTTP/1.1 400")
     body = json.dumps({"text": "a" * 100_000}).encode()
     with socket.create_connection(("127.0.0.1", port), 30) as line:  # what comes after the head is no part of it

@@ -157,14 +157,16 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(workshop.config(ALL), copied.root, listen=interrupt)
     assert sorted(copied.runs.glob("*/run.json")) == records
-    by_hand, narrowed = copied.student / "service.py", workshop.config({"run": {"arms": ["student-fft"]}})
-    by_hand.write_text("put there by hand")
+    narrowed = workshop.config({"run": {"arms": ["student-fft"]}})
     copied.report_md.unlink()
-    with pytest.raises(ArtifactError, match=r"service\.py is no file of a model, and would be lost"):
-        run_experiment(narrowed, copied.root)
-    assert by_hand.exists()
-    assert copied.report_md.exists(), "the trainings are done, and their report is due"
-    by_hand.unlink()
+    for by_hand in (copied.student / "service.py", copied.adapter / "service.py"):
+        by_hand.parent.mkdir(exist_ok=True)
+        by_hand.write_text("put there by hand")
+        with pytest.raises(ArtifactError, match=r"service\.py is no file of a model, and would be lost"):
+            run_experiment(narrowed, copied.root)
+        assert by_hand.exists()
+        assert copied.report_md.exists(), "the trainings are done, and their report is due"
+        by_hand.unlink()
     (copied.page / "notes").mkdir(parents=True)
     assert "page's folder; name another, or empty it" in run_experiment(narrowed, copied.root).notes[-1]
     (copied.page / "notes").rmdir()  # which it did not take for its own, and remove
@@ -177,6 +179,17 @@ def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop)
     for text in (copied.shipped.read_text(), card, copied.report_md.read_text()):  # which shows the other arms, too
         assert told in text
     np.testing.assert_array_equal(predicted(copied, "student-fft", 0).logits, before)  # the same seed, the same numbers
+
+
+def test_a_training_replaces_no_folder_with_a_file_of_the_user(copied, workshop):
+    """Notes beside the teacher's weights, or beside an adapter, were gone when these were trained anew."""
+    for arm, folder in (("fft", copied.teacher), ("kd-lora", copied.run("kd-lora", 0).adapter)):
+        notes = folder / "notes.txt"
+        notes.write_text("put there by hand")
+        with pytest.raises(ArtifactError, match=rf"{folder.name}/notes\.txt is no file of a model, and would be lost"):
+            train_run(workshop.config(ALL), copied, arm, 0, lambda event: None)
+        assert notes.exists()
+        notes.unlink()
 
 
 def test_a_control_differs_from_the_distilled_arm_by_its_teacher_alone(copied, workshop):

@@ -158,7 +158,7 @@ def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promis
         deployment.deploy_student(with_values(config, {"export.max_metric_drop": 0.9}), layout, print)
     assert layout.onnx.exists()
     config = with_values(config, {"export.thresholds": "f1"})
-    recording.refuse_loss(layout, layout.student)  # what a file manager leaves there stops nothing
+    recording.refuse_loss(layout.student)  # what a file manager leaves there stops nothing
     layout.decided.write_text("earlier")
     with hold_lock(layout.lock, "runs it"):  # as a run does
         assert "What kdlora defer had decided is gone" in "".join(decide_student(config, layout))

@@ -16,7 +16,8 @@ from kdlora.errors import ModelError
 from kdlora.evidence.defer import settle_goals
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.evidence.predictions import read_predictions
-from kdlora.evidence.records import read_record
+from kdlora.evidence.records import ExperimentLayout, read_record, write_record
+from kdlora.experiment import deployment
 from kdlora.experiment.deployment import benchmark_models, load_without_copies
 from kdlora.experiment.fitting import fit_thresholds
 from kdlora.experiment.recording import shipped_record
@@ -59,6 +60,16 @@ def goals(folder: Path) -> dict[str, str]:
     """Read what each label's threshold was fitted for."""
     labels = json.loads((folder / "thresholds.json").read_text())["models"][0]["labels"]
     return {one["label"]: one["goal"] for one in labels}
+
+
+def test_an_export_is_judged_by_the_threshold_of_its_run(fitted: Path, tmp_path: Path, monkeypatch) -> None:
+    """At 0.5, where a student that doubts says little, another file says as little."""
+    layout, asked = ExperimentLayout(fitted), []
+    record = shipped_record(layout)
+    write_record(layout.run(record.arm, record.seed).record, record.model_copy(update={"threshold": 0.3}))
+    monkeypatch.setattr(deployment, "export_onnx", lambda *_, texts, **__: asked.append(texts.thresholds))
+    deployment.export_model(fitted, tmp_path / "onnx")
+    assert asked == [pytest.approx(dict.fromkeys(NAMES, 0.3))]
 
 
 def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, cli) -> None:

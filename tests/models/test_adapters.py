@@ -198,6 +198,14 @@ def test_an_adapter_is_read_from_its_safetensors(tiny_model_folder, tmp_path, mo
         load_adapter(encoder_of(tiny_model_folder("bert")), tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"r": "x"}, {"target_modules": ["nothing"]}, {"r": 3}, {"lora_alpha": [1]}])
+def test_a_damaged_adapter_is_no_traceback(tiny_model_folder, tmp_path, changes):
+    save_adapter(add_adapter(encoder_of(tiny_model_folder("bert")), LoraSettings(), seed=0), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", **changes)
+    with pytest.raises(ModelError, match="is damaged, or does not fit its base"):
+        load_adapter(encoder_of(tiny_model_folder("bert")), tmp_path)
+
+
 def test_an_adapter_is_loaded_where_its_base_is(tiny_model_folder, tmp_path, monkeypatch):
     """PEFT takes any GPU that it sees: a run on the CPU failed as it shipped where that GPU was full."""
     save_adapter(add_adapter(encoder_of(tiny_model_folder("bert")), LoraSettings(), seed=0), tmp_path)

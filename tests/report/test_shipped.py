@@ -117,10 +117,10 @@ def test_what_was_not_shipped_is_said_and_a_page_is_linked(layout):
 @pytest.mark.parametrize(
     ("name", "content", "fault", "kept"),
     [
-        ("benchmark", "", "benchmark.json: not the figures of this version", "The export, stage by stage"),
+        ("benchmark", "", "benchmark.json is damaged: expected a JSON file", "The export, stage by stage"),
         ("benchmark", '{"calibration": {"temperature": NaN}}', "'calibration.temperature'", "stage by stage"),
         ("export_record", '{"stages": [{"stage": 1}]}', "kdlora_export.json: not the figures", "measured side by side"),
-        ("export_record", None, "kdlora_export.json: cannot be read", "measured side by side"),
+        ("export_record", None, "kdlora_export.json is damaged", "measured side by side"),
     ],
 )
 def test_a_damaged_file_costs_its_part_only(layout, name, content, fault, kept):

@@ -9,6 +9,7 @@ import yaml
 
 from deploy_folders import TEXTS
 from experiments import snapshot
+from kdlora.deploy import export
 from kdlora.deploy.export import check_target
 from kdlora.deploy.folder import EXPORT_RECORD, read_model_folder
 from kdlora.deploy.stream import predict_file
@@ -187,6 +188,21 @@ def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path, name):
     (tmp_path / "current").symlink_to(target)  # which was refused when all stages had been made
     with pytest.raises(ArtifactError, match="current is a link"):
         check_target(tmp_path / "current", folder)
+
+
+def test_an_export_keeps_what_was_put_there_while_it_was_made(classifier, tmp_path, monkeypatch):
+    (target := tmp_path / "onnx").mkdir()
+    (target / EXPORT_RECORD).write_text("{}")
+    make = export._make_files
+
+    def make_and_wait(*arguments):
+        (target / "LICENSE").write_text("years of work")
+        return make(*arguments)
+
+    monkeypatch.setattr(export, "_make_files", make_and_wait)
+    with pytest.raises(ArtifactError, match="LICENSE is no file of an export, and would be lost"):
+        export.export_onnx(classifier, target, formats=["onnx"])
+    assert (target / "LICENSE").exists()
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "step-000000003", "step-by-step"])

@@ -1,7 +1,9 @@
 """Doors at data: cards, rows, tables and manifests that somebody else wrote, who means no good."""
 
 import json
+import math
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.logit_table import open_collection
 from kdlora.data.opening import open_saved
 from kdlora.data.read import open_file
+from kdlora.data.tasks import Task
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.records import RunRecord, read_record, read_results
 from kdlora.models.settings import read_licence
 from kdlora.report.report import make_report
-from kdlora.system.integrity import seal
+from kdlora.system.integrity import CHECKSUM, seal
 
 CARDS = {
     "no date": ("license: apache-2.0\ndate: 2024-99-99", "apache-2.0"),
@@ -167,7 +170,9 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
         open_saved(tmp_path / "whole")
     place = tmp_path / "secret" / "state.json"
     name = str(next((tmp_path / "whole" / "train").glob("*.arrow")))
-    for spoilt in ([{"filename": name}], [{"filename": "../whole/train/x.arrow"}], [{}], [5], 7):
+    (tmp_path / "secret" / "x.arrow").symlink_to(name)
+    names = ("x.arrow", name, "../whole/train/x.arrow")
+    for spoilt in (*([{"filename": one}] for one in names), [{}], [5], 7):
         edit_json(place, _data_files=spoilt)
         with pytest.raises(DataError, match="secret"):
             open_saved(tmp_path / "secret")
@@ -265,9 +270,44 @@ def test_a_record_with_a_config_that_is_none_is_refused(tmp_path, config):
         read_record(tmp_path / "run.json")
 
 
+RECORDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "an endless count of the plan": ("plan", {"duplicates": {"train and validation": math.inf}}),
+    "a huge latency": ("benchmark", {"models": [10**400]}),
+    "an endless size": ("record", {"size_bytes": 10**400, "train_seconds": math.inf}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), RECORDS.values(), ids=RECORDS)
+def test_numbers_without_an_end_cost_no_report(tmp_path, name, changes):
+    layout = make_experiment(tmp_path, seeds=(0,), rows=40)
+    path = layout.run("kd-lora", 0).record if name == "record" else getattr(layout, name)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content = {key: value for key, value in (content | changes).items() if key != CHECKSUM}
+    path.write_text(json.dumps(seal(content) if name == "record" else content))
+    assert "KD-LoRA" in make_report(tmp_path, draws=10).html
+
+
+def test_a_metric_that_is_none_is_refused(tmp_path):
+    task = {"kind": "single-label", "text": ["text"], "label": ["label"], "label_names": ["a", "b"], "metrics": ["x"]}
+    with pytest.raises(DataError, match="'x' is no metric of a single-label task"):
+        Task.from_dict(task)
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_report_reads_no_link_and_waits_for_no_pipe(cli, tmp_path, verb):
+    """Texts behind a link were quoted in the page; a pipe in place of a file had the report wait for ever."""
+    layout = make_experiment(tmp_path / "theirs", seeds=(0,), rows=40)
+    layout.examples.rename(tmp_path / "private.parquet")
+    layout.examples.symlink_to(tmp_path / "private.parquet")
+    assert "examples.parquet is a link" in cli(verb, layout.root, code=2).err
+    layout.examples.unlink()
+    os.mkfifo(layout.benchmark)
+    assert "benchmark.json is neither a file nor a folder" in cli(verb, layout.root, code=2).err
+
+
 COLUMNS = [
     *(("logit:negative", value) for value in ("x", [1.0], float("nan"))),
-    *(("label", value) for value in (9, -1, "a", [1, 2])),
+    *(("label", value) for value in (9, -1, "a", [1, 2], {"a": 1}, Decimal("1.5"))),
     *(("id", None), ("text", None), ("text", [5]), ("text_pair", [5])),
 ]
 

@@ -22,7 +22,7 @@ from kdlora.data.tags import parse_tags
 from kdlora.data.tasks import GlueTask, Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.errors import ArtifactError, DataError, did_you_mean, first_line, listed
-from kdlora.foreign import is_plain_name, read_front_matter, read_json
+from kdlora.foreign import is_plain_name, leads_out, read_front_matter, read_json
 
 Groups = Mapping[str, Source]
 """The sources of one split by group; a split of one source has the group ""."""
@@ -214,7 +214,7 @@ def _check_saved(folder: Path) -> None:
         files = [file["filename"] for file in read_json(part / "state.json")["_data_files"]]
         if not files:
             raise DataError(f"{part} has no rows; save it with examples, or the rest without it")
-        if outside := [name for name in files if not is_plain_name(name)]:
+        if outside := [name for name in files if not is_plain_name(name) or leads_out(part / name)]:
             raise DataError(f"{part / 'state.json'}: names the file {outside[0]!r:.80}; expected one beside it")
 
 

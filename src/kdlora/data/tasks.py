@@ -124,11 +124,18 @@ class Task:
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
         """Read what `to_dict` wrote; raises a DataError that names the fields that do not fit."""
         try:
-            return _STORED.validate_python(dict(values))
+            task = _STORED.validate_python(dict(values))
+            for metric in task.metrics:
+                if not metric.startswith("cost:"):
+                    full_metric(metric, task.kind, task.label_names)
         except ValidationError as fault:
             faults = fault.errors(include_url=False, include_input=False)
             told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in faults)
-            raise DataError(f"a stored task cannot be read ({told})") from None
+        except ConfigError as fault:
+            told = str(fault)
+        else:
+            return task
+        raise DataError(f"a stored task cannot be read ({told})")
 
 
 _STORED = TypeAdapter(Task)

@@ -145,6 +145,7 @@ def export_onnx(
         # A failed stage leaves the one before it, asked for or not.
         kept: Sequence[Format] = [name for name in formats if (work / _FILES[name][0]).is_file()] or ["onnx"]
         finish_package(work, folder, task, [file for name in kept for file in _FILES[name]], asdict(how))
+        check_target(target, folder)  # once more: somebody may have put a file there meanwhile
     if (decided := folder.path / DECISIONS).exists():
         what = "thresholds and the promised error rate are of other files than those of"
         logger.warning("%s: %s %s, which answer without them", decided, what, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kdlora.deploy.network import Backend, spread
 from kdlora.deploy.predict import Text, check_text
 from kdlora.deploy.tagger import Model, Tagger, check_words, model_type, word_offsets
 from kdlora.errors import DataError, ModelError
+from kdlora.evidence.defer import shift_logits
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
 from kdlora.report.shipped import Parity
@@ -42,6 +43,7 @@ class LabelledTexts:
             for a word that has none. Without them no score is computed.
         task: columns and score metrics.
         groups: group of each text (MNLI).
+        thresholds: probability above which a label is said, before any temperature; 0.5 for labels without one.
 
     Examples:
         >>> judged = LabelledTexts(["what a wonderful film", "a dull plot"], [1, 0], splits.task)
@@ -51,6 +53,7 @@ class LabelledTexts:
     labels: Sequence[Any] | np.ndarray | None = None
     task: Task | None = None
     groups: Sequence[str] | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.labels is None:
@@ -64,6 +67,10 @@ class LabelledTexts:
         """Where the words of each text begin among those of all; None where a text has one label."""
         words = [text for text in self.texts if isinstance(text, Words)]
         return word_offsets(words) if words else None
+
+    def shift(self, task: Task, logits: np.ndarray) -> np.ndarray:
+        """Move logits so that their usual decisions are those by the thresholds."""
+        return shift_logits(logits, task.label_names, self.thresholds)
 
     def score(self, task: Task, logits: np.ndarray) -> float:
         """Score the logits of the labelled texts, with which they begin, 0..100."""
@@ -107,7 +114,7 @@ class Checks:
         self.calibration = spread(more or self.texts, _CALIBRATION)
         self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None
         self.stage, self.model = "pytorch", model_type(folder)(folder, backend)
-        self.logits = self.model.predict_logits(self.texts)
+        self.logits = given.shift(task, self.model.predict_logits(self.texts))
         self.score = None if given.labels is None else given.score(task, self.logits)
         if faults := self._find_recall(self.model)[1]:
             raise ModelError(f"{folder.path}: not exported, since of what min_recall asks {'; '.join(faults)}.")
@@ -127,7 +134,7 @@ class Checks:
         described = replace(self.folder, path=file.parent, file=file, record=record, runtime=runtime, half=half)
         model = model_type(described).open(described, verify=False, decisions="none")
         try:
-            after = model.predict_logits(self.texts)
+            after = self.given.shift(self.task, model.predict_logits(self.texts))
         except ModelError as fault:  # such as values that are not finite
             reason = str(fault).removeprefix(f"{described.path}: ").rstrip(".")
             self.attempts.append(failed := Parity(stage, self.stage, len(self.texts), 0.0, reason=reason))

@@ -252,24 +252,24 @@ def _json(value: Any) -> Response:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Reads requests as uvicorn does, but no request line and headers without an end."""
+    """Reads requests as uvicorn does, but no request line, headers or trailers without an end."""
 
-    _head = 0
-    _in_head = True
+    _around = 0
+    """Bytes since the last ones of a body, or the end of a request."""
 
     def data_received(self, data: bytes) -> None:
+        self._around += len(data)
         super().data_received(data)
-        self._head = self._head + len(data) if self._in_head else 0
-        if self._head > _MOST_HEAD_BYTES and not self.transport.is_closing():
+        if self._around > _MOST_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The request line and headers have more than {_MOST_HEAD_BYTES:,} bytes.")
 
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        super().on_message_begin()
+    def on_body(self, body: bytes) -> None:
+        self._around = 0
+        super().on_body(body)
 
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
+    def on_message_complete(self) -> None:
+        self._around = 0
+        super().on_message_complete()
 
 
 def name_models(models: Sequence[str]) -> dict[str, Path]:

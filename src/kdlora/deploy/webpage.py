@@ -109,6 +109,7 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
         for name in (TOKENIZER, TOKENIZER_CONFIG):
             shutil.copyfile(classifier.folder.path / name, work / name)
         write_json_atomic(work / _SETTINGS, _describe(classifier, Path(model).resolve().name))
+        check_page(target)  # once more: somebody may have put a file there meanwhile
     return WebPage(target, file.name, sum(one.stat().st_size for one in target.iterdir()))
 
 

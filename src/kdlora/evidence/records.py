@@ -246,7 +246,7 @@ def _parse_record(content: Any, where: str) -> RunRecord:
             f"upgrade (`pip install --upgrade kdlora`); else {_RERUN[0].lower()}{_RERUN[1:]}"
         )
     try:
-        record = RunRecord.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
+        record = RunRecord.model_validate(plain_json({key: one for key, one in content.items() if key != CHECKSUM}))
     except ValidationError as fault:
         faults = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors())
         raise ArtifactError(f"{where}: expected a run record, but {faults}. {_RERUN}") from None

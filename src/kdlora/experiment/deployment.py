@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         unmeasured = with_values(config, {"export.benchmark": False})
         is_exported |= holds(layout.deployed, _mark(unmeasured, layout, layout.benchmark))
     if not is_exported:
-        refuse_loss(layout, layout.onnx)
+        refuse_loss(layout.onnx)
         check_page(layout.page)
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
         for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx, layout.page):
@@ -290,10 +290,11 @@ def _export_rows(
     """Export `student/`, checked on some of the labelled rows and on the first 2,000 of some more."""
     if not config.export.min_recall:  # which is of all entities
         rows = spread_rows(rows, CHECKED_ROWS)
+    ships = shipped_record(layout)
     return export_onnx(
         layout.student,
         to,
-        texts=labelled(rows, recorded_task(layout)),
+        texts=replace(labelled(rows, recorded_task(layout)), thresholds=ships.thresholds() if ships else {}),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_metric_drop=config.export.max_metric_drop,

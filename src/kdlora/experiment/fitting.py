@@ -33,7 +33,7 @@ from kdlora.experiment.deployment import exported_files, labelled, load_without_
 from kdlora.experiment.recording import shipped_record, write_card
 from kdlora.experiment.scoring import open_finished
 from kdlora.report.shipped import read_part
-from kdlora.system.ownership import refuse_links, remove
+from kdlora.system.ownership import remove
 from kdlora.system.storage import hold_lock, write_json_atomic
 
 
@@ -47,7 +47,6 @@ def locked(experiment: str | Path) -> Iterator[ExperimentLayout]:
 
 def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
     """Load what ships, one file after another, to look at all of its answers; what is decided is written there."""
-    refuse_links(layout.root)
     for name, file in ({"student": layout.student} | exported_files(layout)).items():
         if file.exists():
             yield name, Classifier.load(file, decisions="thresholds")

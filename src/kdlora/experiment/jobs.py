@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -21,7 +22,7 @@ from kdlora.distil.resume import OtherTrainingError
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, harmless, listed
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record
 from kdlora.experiment.plan import Lesson, PlannedRun, run_identity
-from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
+from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now, refuse_loss
 from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts, with_values
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.section import WINDOW_KEYS, DataConfig
@@ -319,7 +320,9 @@ class Queue:
             keeps = one.arm in TEACHER_ARMS and one.seed == one.config.teacher_seed  # all its seeds have one folder
             taught = not self._lessons and layout.teacher_logits.exists()  # students that this call does not name
             if keeps and one.key not in kept and not taught and self._is_finished(one):
-                remove(layout.teacher)
+                with contextlib.suppress(ArtifactError):  # what was put there by hand stays, and so do the weights
+                    refuse_loss(layout.teacher)
+                    remove(layout.teacher)
 
     def _mark(self, teacher: PlannedRun | None) -> str:
         """Say which training of which run teaches; of an experiment there is but one."""

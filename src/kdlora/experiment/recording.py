@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -230,28 +231,36 @@ def keep_weights(
     config: Config, layout: ExperimentLayout, trained: Trained, arm: Arm, seed: int
 ) -> tuple[Encoder, list[Path]]:
     """Merge the adapter; keep what others need, the teacher, every adapter, every fully tuned student, and name it."""
-    place, encoder, kept = layout.run(arm, seed), trained.encoder, list[Path]()
+    encoder, kept = trained.encoder, weight_folders(config, layout, arm, seed)
+    refuse_loss(*kept)
+    whole = iter(kept)
     if arm in LORA_ARMS:
         trained.model.to("cpu")  # where it is merged again to ship: the same bits, and no second copy on a GPU
-        kept.append(place.adapter)
-        with atomic_folder(place.adapter) as folder:
+        with atomic_folder(next(whole)) as folder:
             save_adapter(trained.model, folder)
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
-    if (arm, seed) == (config.teacher_arm, config.teacher_seed):
-        kept.append(layout.teacher)
-    elif arm == "student-fft" or arm == "kd-fft":
-        kept.append(place.model)
-    else:
-        return encoder, kept
-    with atomic_folder(kept[-1]) as folder:
-        save_encoder(encoder, folder)
+    for place in whole:
+        with atomic_folder(place) as folder:
+            save_encoder(encoder, folder)
     return encoder, kept
+
+
+def weight_folders(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> list[Path]:
+    """Name the folders that a training leaves its weights in: that of an adapter first, then that of a whole model."""
+    place, folders = layout.run(arm, seed), list[Path]()
+    if arm in LORA_ARMS:
+        folders.append(place.adapter)
+    if (arm, seed) == (config.teacher_arm, config.teacher_seed):
+        folders.append(layout.teacher)
+    elif arm == "student-fft" or arm == "kd-fft":
+        folders.append(place.model)
+    return folders
 
 
 def ship_student(config: Config, layout: ExperimentLayout, task: Task, choice: Choice) -> None:
     """Put the chosen run's merged model into `student/`, its adapter into `adapter/`, and the choice beside them."""
     prepare_process(config)
-    refuse_loss(layout, layout.student, layout.onnx)
+    refuse_loss(layout.student, layout.adapter, layout.onnx)
     arm, seed, place = cast("Arm", choice.arm), choice.seed, layout.run(choice.arm, choice.seed)
     remove(layout.deployed)
     remove(layout.shipped)
@@ -288,15 +297,20 @@ def model_files(*folders: Path) -> list[Path]:
     return [file for file in files if file.name not in ("README.md", "LICENSE", "NOTICE")]
 
 
+_BESIDE = re.compile(
+    rf"README\.md|{re.escape(MEASURED)}|chat_template\.jinja|adapter_(config\.json|model\.safetensors)|base|logits.*"
+)
+"""What else we put into a folder of weights."""
 _LITTER = (".DS_Store", "._", "Thumbs.db", "desktop.ini")
 """What file managers leave in a folder that somebody has looked at."""
 
 
-def refuse_loss(layout: ExperimentLayout, *folders: Path) -> None:
-    """Refuse to replace folders of what ships in which something lies that was put there by hand."""
-    own = {*model_files(*folders), layout.student / "README.md", layout.onnx / MEASURED}
+def refuse_loss(*folders: Path) -> None:
+    """Refuse to replace folders of weights in which something lies that was put there by hand."""
+    own = set(model_files(*folders))
     for entry in (entry for folder in folders for entry in folder.glob("*")):
-        if entry not in own and not entry.name.startswith(_LITTER) and not is_ours_by_name(entry):
+        ours = entry in own or _BESIDE.fullmatch(entry.name) or is_ours_by_name(entry)
+        if not ours and not entry.name.startswith(_LITTER):
             raise ArtifactError(
                 f"{entry} is no file of a model, and would be lost where {entry.parent} is made anew; move it away, "
                 "and run the same command again"

@@ -48,6 +48,7 @@ from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.report.wording import arm_title
 from kdlora.system.integrity import hash_json
+from kdlora.system.ownership import refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -335,8 +336,8 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
 def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:
     """Open an experiment some runs of which have ended."""
     layout = ExperimentLayout(Path(folder))
-    task = recorded_task(layout)
-    return layout, load_config(layout.config), task
+    refuse_links(layout.root)
+    return layout, load_config(layout.config), recorded_task(layout)
 
 
 def recorded_task(layout: ExperimentLayout) -> Task:

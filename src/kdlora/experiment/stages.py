@@ -48,7 +48,9 @@ from kdlora.experiment.recording import (
     logged,
     new_record,
     prepare_process,
+    refuse_loss,
     splits_by_name,
+    weight_folders,
 )
 from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
 from kdlora.experiment.settle import (
@@ -90,6 +92,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     splits = load_splits(config.task, config.data, copies_in=layout.copies)
     record = new_record(config, layout, splits, arm, seed)
     processes = current_processes()
+    refuse_loss(*weight_folders(config, layout, arm, seed))  # before hours are spent
     if arm == "fft" and config.given_teacher:
         return score_given_teacher(config, layout, splits, record) if processes.is_first else record
     if arm == "words":

@@ -18,13 +18,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kdlora.config import LoraSettings
-from kdlora.errors import ModelError, did_you_mean
+from kdlora.errors import ModelError, did_you_mean, first_line
 from kdlora.foreign import as_code, read_json
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.loading import is_decoder
@@ -143,8 +144,14 @@ def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
             f"{kind!r:.60} and the files {', '.join(sorted(path.name for path in folder.iterdir())):.200}. Delete the "
             "run's folder, and the same command trains it again"
         )
-    with _quietly():
-        return PeftModel.from_pretrained(encoder.model, folder, torch_device="cpu")  # else on any GPU in sight
+    try:
+        with _quietly():
+            return PeftModel.from_pretrained(encoder.model, folder, torch_device="cpu")  # else on any GPU in sight
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} is damaged, or does not fit its base: {first_line(error)}. Delete the run's folder, and the "
+            "same command trains it again"
+        ) from None
 
 
 def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:

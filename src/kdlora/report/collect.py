@@ -18,6 +18,7 @@ from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.foreign import read_json
 from kdlora.report.findings import Choice, choose_student, is_teacher_given, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
+from kdlora.system.ownership import refuse_links
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Experiment:
         """How many texts of the headline's split are training texts too, as the plan counted them; 0 without a plan."""
         try:
             return int(read_json(self.layout.plan)["duplicates"][f"train and {self.split}"])
-        except (ArtifactError, KeyError, TypeError, ValueError):
+        except (ArtifactError, KeyError, TypeError, ValueError, OverflowError):
             return 0
 
     @cached_property
@@ -134,13 +135,15 @@ def headline_split(records: Iterable[RunRecord]) -> str:
 def load_experiment(folder: Path) -> Experiment:
     layout = ExperimentLayout(folder)
     order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
-    records = [(read_record(path), RunLayout(path.parent)) for path in sorted(layout.runs.glob("*/run.json"))]
-    records.sort(key=lambda one: (order.get(one[0].arm, len(order)), one[0].arm, one[0].seed))
-    if not records:
+    found = sorted(layout.runs.glob("*/run.json"))
+    if not found:
         raise ArtifactError(
             f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no "
             "record. Run the experiment first, or name its folder."
         )
+    refuse_links(layout.root)
+    records = [(read_record(path), RunLayout(path.parent)) for path in found]
+    records.sort(key=lambda one: (order.get(one[0].arm, len(order)), one[0].arm, one[0].seed))
     runs = tuple(load_run(*one) for one in records)
     tasks = [_task_of(run) for run in runs]
     if any(task != tasks[0] for task in tasks):
@@ -160,13 +163,14 @@ def load_run(record: RunRecord, place: RunLayout) -> Run:
             raise ValueError("their labels are not those of the run")
         check_arrays(task, found.logits, found.labels, found.offsets)
         return Run(record, place.record, found)
-    except (KdLoraError, ValueError, IndexError) as error:
+    except (KdLoraError, ValueError, IndexError, TypeError) as error:
         told = str(error).replace(str(place.predictions), place.predictions.name)  # the report may travel
         fault = f"{record.arm}, seed {record.seed}: its predictions cannot be read ({told})"
         return Run(record, place.record, fault=fault)
 
 
 def load_single_run(place: RunLayout) -> Experiment:
+    refuse_links(place.root)
     run = load_run(read_record(place.record), place)
     name = f"{run.record.experiment}: {place.root.name}"
     return Experiment(name, _task_of(run), ExperimentLayout(place.root.parent.parent), (run,))

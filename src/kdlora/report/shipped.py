@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdlora.errors import counted
+from kdlora.errors import ArtifactError, counted
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.foreign import read_json
 from kdlora.report.page import Block, Cell, Link, Paragraph, Prose, Table, Tile, html_table, strong
 from kdlora.report.wording import cores_of, milliseconds, points, signed, size, times
+from kdlora.system.storage import plain_json
 
 if TYPE_CHECKING:
     from kdlora.report.collect import Experiment
@@ -180,9 +182,9 @@ def read_shipped(layout: ExperimentLayout) -> Shipped | None:
 def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:
     """Read a file if it is there, or say what is wrong with it, which costs its part of the report, no more."""
     try:
-        return (TypeAdapter(form).validate_json(path.read_bytes()) if path.exists() else None), ""
-    except OSError as error:
-        return None, f"{path.name}: cannot be read: {error.strerror or error}. {remedy}"
+        return (TypeAdapter(form).validate_python(plain_json(read_json(path, remedy))) if path.exists() else None), ""
+    except ArtifactError as error:
+        return None, str(error).replace(str(path), path.name)  # the report may travel
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.errors import ArtifactError
-from kdlora.foreign import read_json
+from kdlora.foreign import is_special, read_json
 from kdlora.system.integrity import is_sealed_or_old
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,15 @@ def refuse_file(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """See that nothing in a folder leads out of it; what is written there would go elsewhere."""
+    """See that a folder of results holds files and folders alone: a link leads elsewhere, and a pipe never ends."""
     for place, folders, files in os.walk(folder):
-        for link in (Path(place, name) for name in (*folders, *files)):
-            if link.is_symlink() and not _is_of_a_tracker(link, folder):
-                raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
+        for entry in (Path(place, name) for name in (*folders, *files)):
+            if entry.is_symlink() and not _is_of_a_tracker(entry, folder):
+                raise ArtifactError(
+                    f"{entry} is a link, and kdlora follows none among results; put what it names in its place"
+                )
+            if is_special(entry) and TRACKING not in entry.relative_to(folder).parts:
+                raise ArtifactError(f"{entry} is neither a file nor a folder; remove it, and copy what belongs there")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -139,13 +139,15 @@ def _sync(path: Path) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """Turn NumPy values and non-finite numbers into what JSON has."""
+    """Turn NumPy values into what JSON has; numbers without an end, or of more than 64 bits, become null."""
     if isinstance(value, dict):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if value.bit_length() <= 64 else None
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):

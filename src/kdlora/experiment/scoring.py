@@ -337,7 +337,8 @@ def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:
     """Open an experiment some runs of which have ended."""
     layout = ExperimentLayout(Path(folder))
     refuse_links(layout.root)
-    return layout, load_config(layout.config), recorded_task(layout)
+    task, config = recorded_task(layout), load_config(layout.config)
+    return layout, config, task
 
 
 def recorded_task(layout: ExperimentLayout) -> Task:
@@ -369,8 +370,7 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
         name: str, found: tuple[Encoder, list[int]], max_length: int, thresholds: Mapping[str, float] | None = None
     ) -> dict[str, Any]:
         encoder, columns = found
-        # The folder may come from a machine with a GPU.
-        encoder.model.to(resolve_device("cpu" if config.run.device == "cpu" else "auto"))
+        encoder.model.to(resolve_device("cpu" if config.run.device == "cpu" else "auto"))  # it may come from a GPU
         result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
         if thresholds:
             temperature = getattr(encoder.model.config, TEMPERATURE_KEY, None) or 1.0

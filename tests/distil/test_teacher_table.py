@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,13 @@ def test_every_kind_of_list_holds_the_values_of_words(tmp_path):
         task = Task("tokens", ("words",), ("tags",), names, ("entity_f1",))
         found = read_teacher_table(tmp_path / "words.parquet", task, values="logits")
         assert found.logits.tolist() == [[0.0, 1.0, 2.0], [2.0, 2.0, 2.0]]
+
+
+def test_no_label_is_not_the_class_none(file, task):
+    """A row that a teacher left without an answer taught the class of that name."""
+    write(file, {"id": ["a", "b"], "label": ["None", None]})
+    with pytest.raises(DataError, match=r"1 rows have none, first id 'b'"):
+        read_teacher_table(file, replace(task, label_names=("none", "positive")), values="probabilities")
 
 
 def test_a_column_of_labels(file, task):

@@ -43,7 +43,8 @@ class LabelledTexts:
             for a word that has none. Without them no score is computed.
         task: columns and score metrics.
         groups: group of each text (MNLI).
-        thresholds: probability above which a label is said, before any temperature; 0.5 for labels without one.
+        thresholds: probability above which a label is said, before any temperature, as an export is checked; 0.5 for
+            labels without one.
 
     Examples:
         >>> judged = LabelledTexts(["what a wonderful film", "a dull plot"], [1, 0], splits.task)

@@ -185,7 +185,7 @@ def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
     labels = table.column("label").to_pylist()
     kept = [row for row, name in enumerate(labels) if name is not None or task.kind != "tokens"]
     names = [str(name) for name in labels]
-    found = [places.get(fold(names[row])) for row in kept]
+    found = [None if labels[row] is None else places.get(fold(names[row])) for row in kept]
     if None in found:
         row = kept[found.index(None)]
         raise DataError(

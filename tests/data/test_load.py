@@ -314,7 +314,21 @@ def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
     lacking = f"The test split: {told[-1].removeprefix('d.csv: ')}"
     test = csv_file("f.csv", text=["t", "u"], label=["a", "b"])
     for metric in (None, "accuracy"):
-        assert (lacking in load({"metric": metric}, train=train, test=test).notes) == (metric is None)
+        assert lacking in load({"metric": metric}, train=train, test=test).notes
+
+
+def test_a_validation_split_on_which_all_models_score_alike_is_refused(csv_file):
+    """Every checkpoint had the same score, so the first one was kept, and what ships was left to chance."""
+    train = csv_file("a.csv", text=[f"text {row}" for row in range(60)], label=["a", "b", "c"] * 20)
+    only, two = (csv_file(f"{name}.csv", text=["t", "u"], label=[*name]) for name in ("aa", "ab"))
+    assert "the validation split holds one class only, 'a', so that" in refused(train=train, validation=only)
+    for metric in ("f1:c", "average_precision:c", "recall@0.9:c"):
+        assert "no row with 'c', which the score is of" in refused({"metric": metric}, train=train, validation=two)
+        assert load({"metric": metric.replace(":c", ":b")}, train=train, validation=two)
+    path = csv_file("m.csv", text=TEXTS, a=[1, 0] * 10, b=[0, 1] * 10)
+    lacking = csv_file("n.csv", text=["t", "u"], a=[1, 1], b=[0, 0])
+    several = {"label": ["a", "b"], "metric": "f1:b"}
+    assert "no row with 'b', which the score is of" in refused(several, train=path, validation=lacking)
 
 
 def test_numbers_that_32_bits_cannot_tell_apart(csv_file):
@@ -351,12 +365,12 @@ def test_load_examples(csv_file):
 def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     """Names of a ClassLabel that are lost become LABEL_0 and LABEL_1 in the shipped model."""
     saved = tmp_path / "saved"
-    DatasetDict({"train": emotions, "test": emotions.select([3, 1])}).save_to_disk(saved)
+    DatasetDict({"train": emotions, "test": emotions.select([3, 2])}).save_to_disk(saved)
     splits = load(path=saved)
     assert splits.task.label_names == ("sad", "glad")
-    assert splits.test.to_dict() == {"id": ["0", "1"], "text": ["text 3", "text 1"], "label": [1, 1]}
+    assert splits.test.to_dict() == {"id": ["0", "1"], "text": ["text 3", "text 2"], "label": [1, 0]}
     assert len(splits.validation) == 2
-    assert labels(load({"label_names": ["glad", "sad"]}, path=saved, validation="test").validation) == [0, 0]
+    assert labels(load({"label_names": ["glad", "sad"]}, path=saved, validation="test").validation) == [0, 1]
     assert "its splits are train, test. Did you mean 'test'" in refused(path=saved, validation="tset")
     DatasetDict({"train": emotions, "test": emotions.select([])}).save_to_disk(tmp_path / "empty")
     assert "empty/test has no rows" in refused(path=tmp_path / "empty")
@@ -364,7 +378,7 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     # Parts that were saved one by one had to be written as files first.
     for whole in ({"train": saved / "train"}, {"path": saved}):
         splits = load(**whole, validation=saved / "test")
-        assert (len(splits.train), labels(splits.validation)) == (20, [1, 1])
+        assert (len(splits.train), labels(splits.validation)) == (20, [1, 0])
     assert "holds the splits train, test; give the folder of one of them" in refused(train=saved)
     values = {"data": {"path": "x/y", "test": "saved/test"}}
     assert absolute_paths(values, tmp_path, has_source=True)["data"]["test"] == str(saved / "test")
@@ -452,7 +466,7 @@ def test_what_is_neither_hub_nor_folder(tmp_path, csv_file):
     assert "save it again" in refused(path=tmp_path / "damaged")
 
 
-@pytest.mark.parametrize(("counts", "metric"), [((50, 10), "accuracy"), ((51, 10), "macro_f1"), ((6, 1), "macro_f1")])
+@pytest.mark.parametrize(("counts", "metric"), [((50, 10), "accuracy"), ((51, 10), "macro_f1"), ((12, 2), "macro_f1")])
 def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, metric) -> None:
     """Where one class is 95% of the rows, accuracy calls a model that says nothing else nearly perfect."""
     words = ["spam"] * counts[1] + ["ham"] * counts[0]

@@ -246,9 +246,9 @@ def test_numbers_and_languages_are_not_the_words(read):
     text = "en:Ada\tB-PER\nen::\tO\n"
     assert read("a.conll", text) == (["Ada/B-PER :/O"], ["FILE: every word begins with 'en:', which was left out."])
     assert read("a.conll", f"{text}de:x\tO\n") == (["en:Ada/B-PER en::/O de:x/O"], [])
-    assert [join_words(row, "").text for row in (["en:Ada", "en::"], ["en:Ada", "x"], ["en:Ada", None])] == (
-        ["Ada :", "en:Ada x", "en:Ada"]
-    ), "a student reads them as it was trained"
+    rows = (["en:Ada", "en::"], ["en:Ada", "x"], ["en:Ada", None])
+    assert [join_words(row, "", coded=True).text for row in rows] == ["Ada :", "en:Ada x", "Ada"]
+    assert join_words(["id:7", "id:8"], "").text == "id:7 id:8", "a student reads them as it was trained"
     for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):
         assert read("a.conll", text)[0] == found
 

@@ -374,6 +374,18 @@ def test_json_lines_keep_every_value(tagger, tmp_path):
     assert found == [lines[0] | {"text": redact(TEXTS[0], entities, {"PER": "***"})}, *lines[1:]]
     assert summary.replaced == {"PER": sum(one.label == "PER" for one in entities)}
     assert b"\x07" not in (tmp_path / "out.jsonl").read_bytes()
+    # float64 rounds these, or takes them for infinite, which is no JSON.
+    numbers = '{"text": "", "n": [0.12345678901234567890123, 1E+400, 1.10, 12345678901234567890, -7]}\n'
+    (tmp_path / "in.jsonl").write_text(numbers)
+    redact_file(tagger, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == numbers
+
+
+def test_lists_of_words_in_csv_are_no_texts(tagger, tmp_path):
+    """A cell of a list is a text to CSV: entities were marked among its brackets and quotes, with a warning at most."""
+    (tmp_path / "in.csv").write_text('id,words\n7,"[""Ada"", ""met""]"\n')
+    with pytest.raises(DataError, match="Lists of words are read from JSON Lines and Parquet alone"):
+        predict_file(tagger, tmp_path / "in.csv", tmp_path / "out.jsonl")
 
 
 def test_a_notebook_shows_what_is_written(tagger, tmp_path, monkeypatch):

@@ -101,6 +101,9 @@ def test_a_column_of_labels(file, task):
     found = read_teacher_table(file, task, values="probabilities")
     np.testing.assert_allclose(np.exp(found.logits), [[0.05, 0.95], [0.95, 0.05]], rtol=1e-6)
     assert found.from_probabilities
+    write(file, {"id": ["a", "b"], "label": [1.0, 0.0]})  # pandas writes codes so where a row has none
+    coded = read_teacher_table(file, replace(task, label_names=("0", "1")), values="probabilities")
+    assert coded.logits.tolist() == found.logits.tolist()
     write(file, {"id": ["a", "b", "c"], "label": ["positive", "positiv", None]})
     with pytest.raises(DataError, match=r"2 rows have none, first id 'b': 'positiv'\. Did you mean 'positive'"):
         read_teacher_table(file, task, values="probabilities")

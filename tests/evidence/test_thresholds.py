@@ -74,6 +74,8 @@ def test_a_wanted_precision_costs_no_more_recall_than_it_must() -> None:
         assert (judged.recall_low, judged.recall_high) == pytest.approx((exact.low, exact.high))
     with pytest.raises(NoThresholdError, match=r"no threshold reaches a precision of 0\.9 on 4 rows, 2 of which"):
         fit_threshold(np.array([3.0, 2.0, 1.0, 0.0]), np.array([1, 1, 0, 0]), 0.9)
+    with pytest.raises(NoThresholdError, match=r"the highest is 0\.400"):  # the cut between 39 and 36 is no probability
+        fit_threshold(np.array([40.0, 39.0, 36.0, 35.0, -3.0]), np.array([1, 1, 0, 0, 0]), 0.6)
     with pytest.raises(NoThresholdError, match="all of 2 rows"):  # they know nothing of the label
         fit_threshold(np.array([0.1, 0.2]), np.array([1, 1]), "f1")
 

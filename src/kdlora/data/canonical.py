@@ -16,7 +16,7 @@ from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is
 from kdlora.data.spool import doubles, hash_texts, make_dataset, read_column, spool, text_columns
 from kdlora.data.tags import WORD_COLUMNS, Integers, tag_names
 from kdlora.data.tasks import Task, refuse_names
-from kdlora.data.token_rows import TEXTS, read_token_rows
+from kdlora.data.token_rows import TEXTS, language_of, read_token_rows
 from kdlora.errors import DataError, listed
 
 _ROWS = 65_536
@@ -86,7 +86,9 @@ class Reading:
             if not self.task.label_names:
                 found = pc.unique(pc.list_flatten(rows["tags"])).to_pylist()
                 types = sorted({tag[2:] for tag in found if tag and tag[2:]})
-                self.task = replace(self.task, label_names=tag_names(types))
+                self.task = replace(
+                    self.task, label_names=tag_names(types), coded=language_of(raw, columns.text[0]) != ""
+                )
                 self.notes.append(f"The {len(types)} types of entities were taken from the data: {listed(types)}.")
             refuse_names(raw.source, self.task.label, self.task.label_types)
             arrays["label"] = encode_tags(raw, rows, label, self.task)

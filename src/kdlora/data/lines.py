@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import chain, compress, count, islice
 from typing import Any, Literal, TextIO
 
@@ -97,15 +97,18 @@ class _Lines(Iterator[str]):
 
 
 def read_rows(
-    stream: TextIO, form: Format, name: str, header: Sequence[str] = ()
+    stream: TextIO, form: Format, name: str, header: Sequence[str] = (), number: Callable[[str], Any] = float
 ) -> tuple[Sequence[str], Iterator[Numbered]]:
-    """Give the columns of a stream, those of JSON Lines as none, and its rows; `header` is that of one without."""
+    """Give the columns of a stream, those of JSON Lines as none, and its rows.
+
+    `header` is that of a file without one; `number` reads JSON's numbers that are no integers.
+    """
     lines = _Lines(stream, name)
     if form in ("csv", "tsv"):
         return _read_delimited(lines, form, name, header)
     if form == "conll":
         return _read_conll(lines, name)
-    return (("text",) if form == "text" else ()), _read_lines(lines, form)
+    return (("text",) if form == "text" else ()), _read_lines(lines, form, number)
 
 
 def _read_delimited(
@@ -256,7 +259,7 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
             fault, line = (lines.number - 1, str(error)), "-"
 
 
-def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
+def _read_lines(lines: _Lines, form: Format, parse: Callable[[str], Any]) -> Iterator[Numbered]:
     for number in count():
         try:
             line = next(lines)
@@ -267,7 +270,7 @@ def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
                     f"{lines.name}: it holds an array of JSON, which is not read row by row; {OBJECT_A_LINE}"
                 )
             elif line.strip():
-                yield number, as_object(json.loads(line))
+                yield number, as_object(json.loads(line, parse_float=parse))
         except StopIteration:
             return
         except (UnicodeDecodeError, DataError):

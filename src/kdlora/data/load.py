@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
@@ -16,23 +15,21 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, row_classes, share_copies, stored_copies
 from kdlora.data.canonical import Reading, shared_texts, unread_splits
+from kdlora.data.checks import check_labels, check_scored, doubts_of_labels, used_labels
 from kdlora.data.labels import DECIMAL, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import Groups, infer_columns, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source, is_text
 from kdlora.data.spool import doubles, label_array, read_column
-from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
+from kdlora.data.tags import OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import cut_words
 from kdlora.defaults import copies_for
-from kdlora.errors import DataError, listed
+from kdlora.errors import DataError
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
-
-_FEW = 30
-"""With fewer rows, or entities, the choice of weights and of what ships is left to chance."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     train = _first(reading, train, data.max_train_examples, "training", "data.max_train_examples")
     test = _test(reading, data, splits)
     scored = {"validation": validation} | ({} if test is None else {"test": test})
-    _check_labels(reading.task, data, train, scored)
-    _check_scored(reading, scored)
+    check_labels(reading.task, data, train, scored)
+    check_scored(reading, scored)
     unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
     train = cut_words(train) if reading.task.kind == "tokens" else train
     for note in reading.notes:
@@ -152,21 +149,9 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
     reading = Reading(task, id_column, ordered=ordered)
     dataset = reading.read({"": open_examples(Path(path), known, plain=not labelled)}, labelled=labelled)
-    for note in (*reading.notes, *(_doubts_of_labels(task, dataset, path) if labelled else ())):
+    for note in (*reading.notes, *(doubts_of_labels(task, dataset, path) if labelled else ())):
         logger.warning(note)
     return dataset
-
-
-def _doubts_of_labels(task: Task, rows: Dataset, path: str) -> list[str]:
-    """Say what a score on these rows cannot tell."""
-    if task.kind == "regression":
-        labels = read_column(rows, "label").to_numpy()
-        return [f"{path}: every label is {labels[0]:g}, so correlations are 0."] if np.ptp(labels) == 0 else []
-    names = task.label_types or task.label_names
-    lacking = [repr(names[column]) for column in np.flatnonzero(~_used_labels(task, rows))]
-    told = f"{path}: no row has {listed(lacking)} ({len(lacking)} of {len(names)} labels)"
-    where = "" if task.kind == "multi-label" else " where they are predicted"
-    return [f"{told}. Macro F1 counts these as 0{where}, and their own figures are 0."] if lacking else []
 
 
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:
@@ -253,7 +238,7 @@ def give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tu
     if task.kind not in ("multi-label", "tokens") or not len(drawn):
         return kept, drawn
     rows, back = train.select(drawn), list[int]()
-    lacking = _used_labels(task, rows) & ~_used_labels(task, train.select(kept))
+    lacking = used_labels(task, rows) & ~used_labels(task, train.select(kept))
     for row, label in zip(drawn.tolist(), read_column(rows, "label"), strict=True) if lacking.any() else ():
         values = np.array(label.as_py())
         own = (values[values > 0] - 1) // 2 if task.kind == "tokens" else np.flatnonzero(values)
@@ -303,62 +288,6 @@ def _unlabelled(
         raise DataError(f"{data.unlabelled} (data.unlabelled): no rows are left that are not scored on; give others")
     kept = _first(reading, kept, data.max_unlabelled_examples, "unlabelled", "data.max_unlabelled_examples")
     return kept.remove_columns("group") if "group" in kept.column_names else kept
-
-
-def _check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[str, Dataset]) -> None:
-    """Refuse training rows that teach nothing, and labels elsewhere that training lacks."""
-    limited = " Raise data.max_train_examples, which leaves them out." if data.max_train_examples is not None else ""
-    if task.kind == "regression":
-        labels = read_column(train, "label").to_numpy()
-        if np.ptp(labels) == 0:
-            raise DataError(f"every training label is {labels[0]}; a regression needs different values.{limited}")
-        return
-    known, names = _used_labels(task, train), task.label_types or task.label_names
-    if not known.any():
-        nothing = "holds no entity: every word is O" if task.kind == "tokens" else "are all 0"
-        raise DataError(
-            f"no training row has any label ({', '.join(task.label)} {nothing}); check task.label.{limited}"
-        )
-    if task.kind == "single-label" and known.sum() < 2:
-        only = task.label_names[int(np.flatnonzero(known)[0])]
-        raise DataError(f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}")
-    for split, rows in scored.items():
-        if (strange := _used_labels(task, rows) & ~known).any():
-            lacking = ", ".join(repr(names[column]) for column in np.flatnonzero(strange))
-            raise DataError(
-                f"the {split} split has labels that training lacks: {lacking}. Add training rows of them.{limited}"
-            )
-
-
-def _check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
-    """Refuse a validation split whose score cannot show what was learnt; note where a score says little."""
-    for split, rows in scored.items():
-        labels, found, more = label_array(rows), len(rows), "rows"
-        if reading.task.kind == "multi-label":
-            found, more = int(labels.any(axis=1).sum()), "rows with labels"
-        elif reading.task.kind == "tokens":
-            found, more = int(np.sum(labels % 2 == 1)), "entities"  # each has one `B-`, whose tag is odd
-        holds = f"{found or 'no'} {more}"
-        if reading.task.kind == "regression" and not np.ptp(labels):
-            found, more, holds = 0, "rows of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
-        if not found and split == "validation":
-            raise DataError(
-                f"the validation split holds {holds}, so that a score on it cannot show what a model has learnt. Give "
-                f"it {more}; where it was drawn, raise data.validation_fraction"
-            )
-        if found < _FEW:
-            reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")
-        if reading.task.metrics == ("macro_f1",):
-            reading.notes += _doubts_of_labels(reading.task, rows, f"The {split} split")
-
-
-def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:
-    """Say of each label, or type of entity, whether any row has it."""
-    labels = label_array(rows)
-    if task.kind == "multi-label":
-        return np.asarray(labels.any(axis=0))
-    counts = np.bincount(labels[labels != NO_TAG], minlength=task.num_labels)
-    return (counts[1::2] + counts[2::2] if task.kind == "tokens" else counts) > 0
 
 
 def split_rows(rows: int, fraction: float, seed: int, classes: Integers | None = None) -> tuple[Integers, Integers]:

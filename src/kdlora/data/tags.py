@@ -191,10 +191,10 @@ def split_words(text: str) -> tuple[list[int], list[int]]:
     return [start for start, _ in bounds], [end for _, end in bounds]
 
 
-def join_words(given: Sequence[object], where: str) -> Words:
-    """Make a text of words as training does, without WikiANN's `en:` and words of white space."""
+def join_words(given: Sequence[object], where: str, coded: bool = False) -> Words:
+    """Make a text of words as training does, without words of white space, and where all are coded their `en:`."""
     words = [word.strip() for word in given if isinstance(word, str)]
-    prefix = LANGUAGE.match(words[0]) if len(words) > 1 else None
+    prefix = LANGUAGE.match(words[0]) if coded and words else None
     if prefix and all(word.startswith(prefix[0]) for word in words):
         words = [word[len(prefix[0]) :] for word in words]
     words = [word for word in words if word]

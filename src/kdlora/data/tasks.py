@@ -67,6 +67,7 @@ class Task:
         metrics: the metrics whose mean, times 100, is the score.
         name: the GLUE task, or an empty string.
         windows: how long texts are read in windows; None: they are cut, or words have labels.
+        coded: whether a language stands before every word of the training rows, as WikiANN's have it: `en:Oslo`.
 
     Examples:
         >>> task = Task("single-label", ("review",), ("sentiment",), ("negative", "positive"), ("accuracy",))
@@ -81,6 +82,7 @@ class Task:
     metrics: tuple[str, ...]
     name: str = ""
     windows: WindowSettings | None = None
+    coded: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -117,7 +119,9 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
-        unset = {"windows"} if self.windows is None else None  # as earlier versions wrote it, for hashes
+        unset = {
+            name for name in ("windows", "coded") if not getattr(self, name)
+        }  # as earlier versions wrote it, for hashes
         return {"name": self.name} | _STORED.dump_python(self, mode="json", exclude=unset, warnings=False)
 
     @classmethod

@@ -107,7 +107,10 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     if not is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
         raise DataError(f"{raw.source}: the column {text!r} holds {input_type!s:.80}; {_EXPECTED}")
     words, offsets = _flatten(raw, text, "words")
-    columns = {"words": _without_language(raw, pc.utf8_trim_whitespace(words.cast(pa.string())), notes)}
+    words = pc.utf8_trim_whitespace(words.cast(pa.string()))
+    if language := language_of(raw, text):
+        notes.append(f"{raw.source}: every word begins with {language!r}, which was left out.")
+    columns = {"words": pc.utf8_slice_codeunits(words, len(language))}
     if label is not None:
         columns["tags"] = _flat_tags(raw, label, offsets)
     if LINES in raw.table.column_names:
@@ -138,13 +141,14 @@ def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, In
     return pc.list_flatten(lists), as_offsets(pc.list_value_length(lists))
 
 
-def _without_language(raw: RawTable, words: pa.ChunkedArray, notes: list[str]) -> pa.ChunkedArray:
-    """Take the language off that stands before every word of WikiANN's files: `en:Oslo`."""
+def language_of(raw: RawTable, column: str) -> str:
+    """Find the language that stands before every word of WikiANN's files: `en:` of `en:Oslo`."""
+    if not is_list(raw.table[column].type):
+        return ""
+    words = pc.utf8_trim_whitespace(pc.list_flatten(raw.table[column]).cast(pa.string()))
     prefix = LANGUAGE.match(words[0].as_py() or "") if len(words) else None
-    if not prefix or not pc.all(pc.fill_null(pc.starts_with(words, prefix[0]), False)).as_py():
-        return words
-    notes.append(f"{raw.source}: every word begins with {prefix[0]!r}, which was left out.")
-    return pc.utf8_slice_codeunits(words, len(prefix[0]))
+    is_coded = prefix and pc.all(pc.fill_null(pc.starts_with(words, prefix[0]), False)).as_py()
+    return prefix[0] if prefix and is_coded else ""
 
 
 def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -151,8 +152,19 @@ def _encode(reader: RowReader, row: Row, text: str) -> bytes:
     if reader.form == "text":
         return f"{text}\n".encode()
     if reader.form == "jsonl":  # half of a pair of surrogates stays the number that it was
-        return (harmless_json(json.dumps(values, ensure_ascii=False)) + "\n").encode(errors="backslashreplace")
+        return (harmless_json(_spell(values)) + "\n").encode(errors="backslashreplace")
     return _delimited(list(values.values()), reader.form)
+
+
+def _spell(value: object) -> str:
+    """Write JSON with every digit of its numbers, which float64 would round."""
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_spell(name)}: {_spell(item)}' for name, item in value.items())}}}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _delimited(values: Sequence[str], form: Format) -> bytes:

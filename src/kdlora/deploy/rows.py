@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -52,6 +53,7 @@ class Columns:
     cut: int | None  # characters of a text to keep, since the rest would be truncated; None: all, one text, maybe empty
     keep: bool = False  # all values of a row, and not its text alone
     words: bool = False  # a list of words is a text, too
+    coded: bool = False  # a language may stand before every word
     texts: int | None = None  # that the model reads, 1 or 2; None where it does not say
     several: bool = False  # files; those of plain text, among others, have no columns
 
@@ -102,7 +104,7 @@ class RowReader:
             # Broken UTF-8 must spoil its own row only: it is smuggled in here and refused by `check_text`.
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
             stack.callback(text.detach)
-            columns, rows = read_rows(text, self.form, self.name)
+            columns, rows = read_rows(text, self.form, self.name, number=Decimal if self._columns.keep else float)
             self.header, self.text_columns = columns, self._find_columns(columns) if columns else ()
             ahead, held = list[Numbered](), 0
             while not columns and len(ahead) < _LOOKED_AT and held < _WINDOW_CHARACTERS and (row := next(rows, None)):
@@ -163,7 +165,7 @@ class RowReader:
         text: Text | Words
         try:
             if self._columns.words and isinstance(found, list):
-                text = join_words(found, where)
+                text = join_words(found, where, self._columns.coded)
                 check_one(text.text, where, whole=cut is None)
             elif cut is None:
                 text = check_one(found, where, whole=True)
@@ -207,14 +209,17 @@ class RowReader:
         if "text" in available:
             may_be_pair = self._columns.cut is not None and self._columns.texts != 1
             return ("text", "text_pair") if "text_pair" in available and may_be_pair else ("text",)
-        others = [column for column in available if column not in (self._columns.id, "label")]
+        refused = WORD_COLUMNS if self._columns.words else ()  # what looks like lists of words is no text
+        others = [column for column in available if column not in (self._columns.id, "label", *refused)]
         if len(others) == 1 and not self._columns.keep:  # what is read as a header may be a text, and is passed on
             _tell_guess(self.name, others[0])
             return (others[0],)
         more = f" or {', '.join(map(repr, recorded))}" if recorded and recorded[0] != "text" else ""
+        listing = any(column in refused for column in available) and not lists
+        hint = " Lists of words are read from JSON Lines and Parquet alone." if listing else ""
         raise DataError(
             f"{self.name}: expected a column 'text' (and 'text_pair' for pairs){more}; there are {listed}. Name the "
-            "text column or columns."
+            f"text column or columns.{hint}"
         )
 
 

@@ -138,7 +138,8 @@ def text_columns(classifier: Network, text: Sequence[str] | str | None, id_colum
     recorded = tuple((folder.task or {}).get("text") or ()) or None
     is_tagger = folder.kind == "tokens"
     most = None if is_tagger else most_characters(folder.max_length, folder.windows)
-    return Columns(names, recorded, id_column, most, words=is_tagger, texts=1 if is_tagger else folder.texts)
+    coded, texts = bool((folder.task or {}).get("coded")), 1 if is_tagger else folder.texts
+    return Columns(names, recorded, id_column, most, words=is_tagger, coded=coded, texts=texts)
 
 
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:

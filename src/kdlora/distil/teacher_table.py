@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.data.augment import beginnings
+from kdlora.data.labels import WHOLE
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, open_collection
 from kdlora.data.opening import open_collection_texts
@@ -185,7 +187,8 @@ def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
     labels = table.column("label").to_pylist()
     kept = [row for row, name in enumerate(labels) if name is not None or task.kind != "tokens"]
     names = [str(name) for name in labels]
-    found = [None if labels[row] is None else places.get(fold(names[row])) for row in kept]
+    spelt = [name if fold(name) in places else re.sub(WHOLE, r"\1", name) for name in names]  # 1.0 is the label 1
+    found = [None if labels[row] is None else places.get(fold(spelt[row])) for row in kept]
     if None in found:
         row = kept[found.index(None)]
         raise DataError(

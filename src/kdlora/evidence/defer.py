@@ -351,14 +351,15 @@ def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
         raise NoThresholdError(
             f"{'all' if positive else 'none'} of {rows} rows have the label, so nothing can be fitted"
         )
-    order = np.argsort(-odds, kind="stable")
-    last = np.append(np.diff(odds[order]) != 0, True)  # rows of the same odds go together
-    edges, right, said = odds[order][last], np.cumsum(labels[order])[last], np.arange(1, rows + 1)[last]
-    below = np.append(edges[1:], edges[-1] - 1.0)
-    cuts = np.where((below <= 0) & (edges > 0), 0.0, (edges + below) / 2)
+    edges = np.unique(odds)[::-1]  # rows of the same odds go together
+    above, below = np.append(max(edges[0], 0) + 2, edges), np.append(edges, edges[-1] - 1.0)
+    cuts = np.where((below <= 0) & (above > 0), 0.0, (above + below) / 2)  # the first one says it of no row
+    with np.errstate(over="ignore"):
+        thresholds = np.clip(1 / (1 + np.exp(-cuts)), _LEAST, 1 - _LEAST)
+    cuts = np.log(thresholds / (1 - thresholds))  # what is counted is what the probability, once rounded, does
+    said = rows - np.searchsorted(np.sort(odds), cuts, side="right")
+    right = np.append(0, np.cumsum(labels[np.argsort(-odds, kind="stable")]))[said]
     if isinstance(goal, str):
-        right, said = np.append(0, right), np.append(0, said)  # to say it of no row is possible, too
-        cuts = np.append(edges[0] + 1 if edges[0] > 0 else 0.0, cuts)
         values = _measure(goal, right, said, positive, rows)
         best = np.flatnonzero(values >= values.max() - 1e-12)
         place = best[np.argmin(np.abs(cuts[best]))]
@@ -370,7 +371,7 @@ def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
                 f"no threshold reaches a precision of {goal:g} on {rows} rows, {positive} of which have it; with one "
                 f"wrong row more than was seen, the highest is {careful.max():.3f}. Want less, or give more rows"
             )
-    return float(np.clip(1 / (1 + np.exp(-cuts[place])), _LEAST, 1 - _LEAST))
+    return float(thresholds[place])
 
 
 def judge_threshold(label: str, goal: Goal, threshold: float, odds: np.ndarray, labels: np.ndarray) -> Threshold:

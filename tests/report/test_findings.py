@@ -22,7 +22,7 @@ from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
 from kdlora.report.deferred import tell_refusals
 from kdlora.report.findings import Comparison, _reason, align, choose_student, compare_arms, read_choice
-from kdlora.report.outputs import OUTCOMES, Outputs, _label_confusions, count_labels, outcomes
+from kdlora.report.outputs import OUTCOMES, Outputs, _label_confusions, _quotations, count_labels, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.plots import arm_style
 from kdlora.report.report import make_report
@@ -194,6 +194,15 @@ def test_the_figures_of_an_only_label_are_of_the_label():
     never = (np.full((4, 1), -1.0),)
     found = Outputs(task, "KD-LoRA", arm_style("kd-lora"), never, never, np.array([[1], [0], [0], [0]]))
     assert count_labels(found).tolist() == [[[0, 0, 1]]]
+
+
+def test_quoted_probabilities_are_those_of_the_models(tmp_path):
+    """Beside a text stood 53% where the teacher says 44%, for labels are said above a fitted threshold."""
+    found = load_experiment(make_experiment(tmp_path / "e", task=TAGS, seeds=(0,)).root)
+    aligned = [found.predictions(arm)[0] for arm in ("fft", "kd-lora")]
+    shifted = [replace(one, shift=0.3) for one in aligned]
+    assert _quotations(TAGS, aligned, found.examples)
+    assert _quotations(TAGS, shifted, found.examples) == _quotations(TAGS, aligned, found.examples)
 
 
 def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):

@@ -224,7 +224,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
 
 def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:
     """Quote where the first predictions, the teacher's, and the mean of the others differ most."""
-    rows, logits = aligned[0], [one.decided for one in aligned]
+    rows, logits = aligned[0], [one.logits for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
     # Jensen-Shannon is bounded: KL would put a sure student beside an unsure teacher above opposite decisions.

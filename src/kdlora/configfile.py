@@ -283,12 +283,16 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
     return resolved
 
 
-def _absolute_choices(key: str, choices: Range | Choices, base: Path) -> Range | Choices:
+def absolute_value(key: str, value: Any, base: Path, *, has_source: bool) -> Any:
+    """Make the value of one dotted key absolute, as `absolute_paths` does."""
     section, _, name = key.partition(".")
-    if (section, name) not in PATH_KEYS or not isinstance(choices, Choices):
+    return absolute_paths({section: {name: value}}, base, has_source=has_source)[section][name]
+
+
+def _absolute_choices(key: str, choices: Range | Choices, base: Path) -> Range | Choices:
+    if not isinstance(choices, Choices):
         return choices
-    parts = [absolute_paths({section: {name: one}}, base, has_source=False) for one in choices.values]
-    return Choices(values=tuple(part[section][name] for part in parts))
+    return Choices(values=tuple(absolute_value(key, one, base, has_source=False) for one in choices.values))
 
 
 def expand_home(path: str | Path) -> Path:

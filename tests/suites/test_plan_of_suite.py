@@ -10,7 +10,7 @@ import yaml
 from fabricate import BINARY
 from kdlora.data.tasks import GLUE
 from kdlora.errors import ConfigError
-from kdlora.experiment.plan import make_plan
+from kdlora.experiment.plan import make_plan, whole_config
 from kdlora.experiment.preview import ADAPTERS, FULL, RUN_SECONDS
 from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Chosen, ModelLook, settings_for
@@ -155,6 +155,33 @@ LOOKS = {"teacher": ModelLook(LENGTHS, 128, 768, seconds=1e-4), "student": Model
 TWO, FOUR = ({"epochs": epochs, "learning_rate": 1e-3, "max_length": 128} for epochs in (2, 4))
 
 
+def test_a_suite_without_students_reads_as_its_teacher_does():
+    """`lora` was trained, and failed when it was scored, with a message that asked for what had been set."""
+    families = {"one": {"teacher": {"model": "teacher"}}}
+    looked = {("cola", "one"): Chosen({"teacher": SEEN["teacher"]}, {"train": 1000}, BINARY)}
+    for set_to, expected in ((None, 40), (24, 24)):
+        common = {"data": {"path": "x/y"}, "teacher": {"train": {"max_length": set_to}}}
+        found = plan(looked, arms=["fft", "lora"], grids={}, tasks=["cola"], families=families, config=common)
+        assert {settings_for(run.config, run.arm).max_length for run in found.runs()} == {expected}
+
+
+def test_epochs_go_by_the_rows_of_the_run():
+    """38 passes over 8,500 texts that a grid had set were 10,108 steps, where an experiment takes 15."""
+    few, many = {"train": 500}, {"train": 500, "unlabelled": 8000}
+    grids = {"adapters": {"data.unlabelled": [None, "/more.csv"]}}
+    data = {"data": {"train": "/train.csv"}}
+    asked = {"tasks": {"mine": data}, "families": {"one": SUITE["families"]["one"]}, "config": {}, "grids": grids}
+    for whole in (few, many):
+        looked = {("mine", "one"): Chosen(SEEN, whole, BINARY)}
+        there = {run.config.data.row_settings: run.config.data.unlabelled for run in plan(**asked).runs()}
+        rows = {"mine": {key: many if one else few for key, one in there.items()}}
+        found = make_plan(suite(**asked), looked, rows)
+        for unlabelled, own in ((None, few), ("/more.csv", many)):
+            made = [run.config for run in found.runs() if run.config.data.unlabelled == unlabelled and run.arm != "fft"]
+            experiment = Chosen(SEEN, own, BINARY).fill_in(whole_config(suite(**asked), "mine", "one"))
+            assert {one.student.train.epochs for one in made} == {experiment.student.train.epochs}
+
+
 def test_the_estimate_leaves_out_what_has_finished():
     """A suite that is nearly done would be put off for the hours that it has behind it."""
     config = {"data": {"path": "x/y"}, "teacher": {"train": TWO}, "student": {"train": FOUR}}
@@ -267,3 +294,9 @@ def test_paths_resolve_where_they_were_written(tmp_path, monkeypatch):
         assert {**found.config["data"], **found.tasks["m"]["data"]} == name | source
     again = build_suite(yaml.safe_load(save_suite(loaded)), base=tmp_path / "other")
     assert again == loaded
+    texts = {"data.unlabelled": [None, "more.csv"], "distil.alpha": [0.1, 0.5]}
+    joint = [{"data.unlabelled": "more.csv", "distil.alpha": 0.1}]
+    found = build_suite(SUITE | {"config": {}, "grids": {"adapters": [texts, joint]}}, base=tmp_path).grids.adapters
+    more = str(tmp_path / "more.csv")
+    assert found[0] == ({"data.unlabelled": None}, {"data.unlabelled": more})
+    assert found[2] == ({"data.unlabelled": more, "distil.alpha": 0.1},)

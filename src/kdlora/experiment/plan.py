@@ -7,7 +7,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +102,34 @@ class Plan:
         return list(lessons.values())
 
 
-def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | None = None) -> Plan:
-    """Lay out every run of a suite; without `chosen`, what the suite leaves open stays open."""
+Rows = Mapping[tuple[Any, ...], Mapping[str, int]]
+"""The rows of each split, by `DataConfig.row_settings`."""
+
+
+def make_plan(
+    suite: SuiteConfig,
+    chosen: Mapping[tuple[str, str], Chosen] | None = None,
+    rows: Mapping[str, Rows] | None = None,
+) -> Plan:
+    """Lay out every run of a suite; without `chosen`, what the suite leaves open stays open.
+
+    `rows`, by task, are of the texts that a grid sets: a run's epochs go by its own.
+    """
     cells: dict[tuple[str, str, str], tuple[PlannedRun, ...]] = {}
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]] = {}
     for task, family in itertools.product(suite.tasks, suite.families):
-        facts = (chosen or {}).get((task, family))
+        facts, own = (chosen or {}).get((task, family)), (rows or {}).get(task, {})
         for arm in suite.arms:
-            cells[task, family, arm] = tuple(_runs(suite, task, family, arm, facts))
+            cells[task, family, arm] = tuple(_runs(suite, task, family, arm, facts, own))
         if set(suite.arms) & DISTILLED_ARMS:
             teacher = whole_config(suite, task, family).teacher_arm
-            candidates = tuple(_runs(suite, task, family, teacher, facts, teaching=True))
+            candidates = tuple(_runs(suite, task, family, teacher, facts, own, teaching=True))
             teachers[task, family] = candidates if suite.teacher == "best" else candidates[:1]
     return Plan(suite, cells, teachers)
 
 
 def _runs(
-    suite: SuiteConfig, task: str, family: str, arm: Arm, chosen: Chosen | None, *, teaching: bool = False
+    suite: SuiteConfig, task: str, family: str, arm: Arm, chosen: Chosen | None, rows: Rows, *, teaching: bool = False
 ) -> Iterator[PlannedRun]:
     """Give the runs of one cell, each effective configuration once; of the teacher's only the seed that teaches."""
     base = _base_values(suite, task, family, (arm,))
@@ -130,7 +141,11 @@ def _runs(
                 "a suite trains its teachers, but teacher.fine_tuned, teacher.logits or teacher.probabilities is set; "
                 "use `kdlora run` for a teacher that is given"
             )
-        effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
+        effective = reset_unused(config, arm)
+        if chosen is not None:
+            read = (rows.get(one.data.row_settings) for one in (config, effective))
+            own = replace(chosen, rows=next(filter(None, read), chosen.rows))
+            effective = reset_unused(own.fill_in(config), arm)
         folder = f"runs/{task}/{arm}-{hash_json(identity_over(settings, effective))[:10]}"
         if folder not in seen:
             seen.add(folder)
@@ -158,10 +173,10 @@ def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]
 
 def reset_unused(config: Config, arm: Arm) -> Config:
     reset = functools.reduce(_reset, _unused_keys(config, arm), config)
-    if arm != "student-fft":
-        return reset
-    rate = "teacher.train.head_learning_rate"  # which is that of its own head, too
-    return with_values(reset, {rate: operator.attrgetter(rate)(config)})
+    key = {"student-fft": "head_learning_rate"}.get(arm)  # which is that of its own head, too
+    if arm == "lora" and config.student.train.max_length is None:  # no student was looked at
+        key = "max_length"
+    return with_values(reset, {f"teacher.train.{key}": getattr(config.teacher.train, key)}) if key else reset
 
 
 def _unused_keys(config: Config, arm: Arm) -> list[str]:

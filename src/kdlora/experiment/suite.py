@@ -164,11 +164,12 @@ def settle_plan(
         raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {task}: {it}" for task, it in faults.items())]))
     facts = {task: answers[task][0] for task in configs}
     looks = {(task, family): one for task in configs for family, one in answers[task][1].items()}
+    rows = {task: found.rows for task, found in facts.items()}
     chosen = {
-        (task, family): Chosen(one, facts[task].rows[configs[task][family].data.row_settings], facts[task].task)
+        (task, family): Chosen(one, rows[task][configs[task][family].data.row_settings], facts[task].task)
         for (task, family), one in looks.items()
     }
-    return make_plan(suite, chosen), facts, looks
+    return make_plan(suite, chosen, rows), facts, looks
 
 
 def _inspect(question: tuple[Any, ...], _: object) -> Any:

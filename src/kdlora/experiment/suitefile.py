@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm
-from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
+from kdlora.configfile import absolute_paths, absolute_value, assign, describe_faults, merge, read_mapping
 from kdlora.errors import ConfigError
 from kdlora.searchconfig import Resources
 from kdlora.section import WINDOW_KEYS, Section
@@ -217,7 +217,23 @@ def _with_absolute_paths(values: Mapping[str, Any], base: Path, has_source: bool
     for key in ("tasks", "families"):
         if isinstance(values.get(key), Mapping):
             resolved[key] = {name: resolve(part) for name, part in values[key].items()}
+    if isinstance(values.get("grids"), Mapping):
+        resolved["grids"] = {name: _absolute_grid(part, base, has_source) for name, part in values["grids"].items()}
     return resolved
+
+
+def _absolute_grid(part: Any, base: Path, has_source: bool) -> Any:
+    """Make the paths of a grid absolute; an axis has a list of values, joint settings have one each."""
+    if isinstance(part, list | tuple):
+        return [_absolute_grid(one, base, has_source) for one in part]
+    if not isinstance(part, Mapping):
+        return part
+    found = dict[Any, Any](part)
+    for key, value in part.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        absolute = [absolute_value(str(key), one, base, has_source=has_source) for one in values]
+        found[key] = absolute if values is value else absolute[0]
+    return found
 
 
 def save_suite(suite: SuiteConfig) -> str:

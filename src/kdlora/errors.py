@@ -103,6 +103,10 @@ class ArtifactError(KdLoraError):
     """
 
 
+class StaleError(ArtifactError):
+    """What an earlier call left is of another teacher, other data or other settings; it may be made anew."""
+
+
 def first_line(fault: BaseException) -> str:
     """Give the first line of what a library says, to be quoted in a message of ours."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

@@ -156,6 +156,15 @@ def test_a_budget_is_never_passed_and_can_be_raised(asking, limit):
     assert max(answered(asking.to).values()) == 1
 
 
+def test_a_budget_is_spent_on_whole_rows(asking):
+    """Sixteen rows of five votes were begun at once: fifty requests were paid for one answer, and eighty for four."""
+    asking.model.delay = 0.01
+    for limit in (50, 60, 80):
+        done = asking(votes=5, max_requests=limit)
+        assert (done.requests, done.rows) == (limit, limit // 5)
+    assert asking(votes=5).rows == 60
+
+
 def test_what_answers_cost_beyond_the_expected_is_learnt(asking):
     """Sixteen requests under way passed the limit by all that the server counts for a text and thoughts of its own."""
     asking.model.edit = lambda answer: answer.update(usage={"prompt_tokens": 3000, "completion_tokens": 5000})
@@ -345,7 +354,7 @@ def test_bad_prompts_and_labels(asking, cli):
         "[a, a]": "different label names",
         "3": "expected a list",
         "{negative: , Negative: }": "differ by more than case",
-        "[bad, good]": "(of kdlora ask in --labels)",
+        "[bad, good]": "(of kdlora ask in --labels, or leave out a column that is no label)",
         "{": "no file of labels",
         "[[a], b]": "expected a list of different label names",
     }.items():

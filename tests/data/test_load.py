@@ -37,6 +37,9 @@ def test_what_is_inferred_is_said(csv_file) -> None:
         "data.split_seed 0).",
     ):
         assert part in said
+    assert "Not read" not in said
+    pairs = {"question": TEXTS, "answer": TEXTS, "label": WORDS, "idx": range(20)}
+    assert any("question. Not read: answer; name" in told for told in load(train=csv_file("p.csv", **pairs)).notes)
 
     # A forum's votes or a model's confidence would be learnt in place of the labels, for hours.
     numbers = {"id": [f"r{n}" for n in range(20)], "text": TEXTS, "score": [n / 8 for n in range(20)]}

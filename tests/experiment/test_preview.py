@@ -112,7 +112,7 @@ def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
         names = ("train", "validation", "train and validation", "train with another label")
         assert plan.duplicates == dict(zip(names, found, strict=True))
         assert plan.labels == {"c": 2, "d": 1}
-        assert dict(plan.lines())["labels"].endswith("only 1 of d in validation, which chooses what ships")
+        assert dict(plan.lines())["labels"].endswith("only 1 of 'd' in validation, which chooses what ships")
 
 
 def test_texts_are_counted_without_being_held():

@@ -217,6 +217,35 @@ def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)
 
 
+def test_what_is_better_on_common_seeds_is_not_left_behind(tmp_path):
+    """Beside a control with more seeds, of two students that are above it on the common one, the worse one shipped."""
+    found = load_experiment(make_experiment(tmp_path / "e", arms=("fft", "kd-fft", "student-lora")).root)
+    easy = dict.fromkeys((1, 2), 99.0)
+    runs = []
+    for run in found.runs:
+        record = run.record
+        if record.arm == "student-lora":
+            runs.append(replace(run, record=record.model_copy(update={"score": easy.get(record.seed, record.score)})))
+        elif record.seed == 0:
+            runs.append(run)
+    choice = choose_student(found.task, runs)
+    assert choice.scores["student-lora"] > choice.scores["kd-fft"]
+    assert (choice.arm, choice.difference.sign or 1) == ("kd-fft", 1)
+    assert "above the student without a teacher (student-lora), whose own seeds have the highest" in choice.sentence
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_the_teacher_that_is_quoted_is_the_one_that_taught(tmp_path, seed):
+    """Beside a text stood what another seed of the teacher says, which taught nobody."""
+    layout = make_experiment(tmp_path / "e", seeds=(0, 1))
+    for run in layout.runs.iterdir():
+        config = {"teacher": {"seed": seed}, "run": {"seeds": [1, 0]}}
+        edit_record(layout.runs / run.name / "run.json", config=config)
+    found = load_experiment(layout.root)
+    taught = next(run for run in found.finished("fft") if run.record.seed == 1)
+    assert np.array_equal(found.teacher_predictions.logits, taught.predictions.only(found.split).logits)
+
+
 @pytest.mark.parametrize(("noise", "shipped"), [(0.55, "kd-fft"), (1.2, "kd-lora")])
 def test_few_rows_do_not_choose_between_distilled_students(tmp_path, monkeypatch, noise, shipped):
     """One or two of 150 rows let the one by adapters win, which is the worse one on most sets."""

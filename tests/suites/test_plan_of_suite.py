@@ -251,9 +251,14 @@ def test_an_override_changes_one_part_or_chooses_among_those_of_the_file():
         ),
         ({"grids": {"fft": {"data.split_seed": [1, 2]}}}, "grids: data.split_seed is of rows"),  # validation was learnt
         (
-            {"grids": {"adapters": {"teacher.model": ["a", "b"]}}},
-            "grids: teacher.model is of the one teacher of all kd",
+            {"grids": {"adapters": {"teacher.train.epochs": [1, 2]}}},
+            "grids: teacher.train.epochs is of the one teacher of all kd",
         ),
+        ({"grids": {"fft": {"teacher.model": ["a", "b"]}}}, "fft: teacher.model names a model, which has a rate of"),
+        ({"grids": {"full_students": {"student.model": ["a", "b"]}}}, "full_students: student.model names a model"),
+        ({"grids": {"fft": {"student.train.epochs": [1, 2]}}}, "fft: student.train.epochs changes nothing"),
+        ({"grids": {"adapters": {"run.seeds": [[0], [1]]}}}, "adapters: run.seeds changes nothing"),
+        ({"grids": {"adapters": {"task.metric": ["accuracy"]}}}, "adapters: task.metric changes nothing"),
         ({"grids": {"adapters": {"lora.rnak": [8]}}}, "lora.rnak: unknown key. Did you mean 'rank'"),
     ],
 )

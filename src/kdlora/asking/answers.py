@@ -81,6 +81,7 @@ class Answers:
         self.spent = np.zeros(3, np.int64)  # requests, tokens read, tokens written
         self._beyond = np.zeros(2, np.int64)  # tokens of an answer above those asked for, at most
         self.good = self._under_way = self._size = 0
+        self._held = np.zeros(3, int)  # for all requests of the rows that are begun
         self._synchronised = 0.0
         self._changed = asyncio.Event()
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -195,18 +196,38 @@ class Answers:
             os.fsync(self._file.fileno())
             self._synchronised = now
 
+    async def hold(self, requests: int, tokens: tuple[int, int]) -> np.ndarray:
+        """Wait until all requests of a row fit the budget beside the rows that are begun; give what is held for it."""
+        while True:
+            held = requests * np.array((1, *(self._beyond + tokens)))
+            if self._fits(self.spent + self._held + held):
+                break
+            if not self._held.any():
+                raise BudgetSpentError
+            self._changed.clear()
+            await self._changed.wait()
+        self._held = self._held + held
+        return held
+
+    def release(self, held: np.ndarray) -> None:
+        self._held = self._held - held
+        self._changed.set()
+
+    def _fits(self, spent: np.ndarray) -> bool:
+        settings = self._settings
+        limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]
+        requests, read, written = spent.tolist()
+        cost = settings.cost(read, written) or 0
+        return all(one <= limit for one, limit in zip((requests, read + written, cost), limits, strict=True))
+
     async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
         """Wait until a request surely fits the budget, whatever those under way cost; give the tokens it is counted by.
 
         These are its own, and as many more as an answer had at most.
         """
-        settings = self._settings
-        limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]
         while True:
             reserved = tuple((self._beyond + tokens).tolist())
-            requests, read, written = (self.spent + np.array((1, *reserved))).tolist()
-            spent = requests, read + written, settings.cost(read, written) or 0
-            if all(one <= limit for one, limit in zip(spent, limits, strict=True)):
+            if self._fits(self.spent + np.array((1, *reserved))):
                 break
             if not self._under_way:
                 raise BudgetSpentError

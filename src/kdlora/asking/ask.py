@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from kdlora.asking.answers import CUT, MANIFEST, REFUSED, UNREAD, Answers, BudgetSpentError, Key
-from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
+from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows, write_rows
 from kdlora.asking.asksettings import AskSettings
-from kdlora.asking.questions import Questions, Row, count_votes, join_groups, likely_groups, read_logprobs, read_vote
+from kdlora.asking.questions import (
+    Option,
+    Questions,
+    Row,
+    count_votes,
+    join_groups,
+    likely_groups,
+    read_logprobs,
+    read_vote,
+)
 from kdlora.asking.server import Server, read_key
 from kdlora.configfile import expand_home, expand_target
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
@@ -313,21 +321,26 @@ class _Asking:
         questions = self.questions[number]
         options = questions.choices
         prompt = questions.fill(row, options)
-        if self.settings.votes:
-            replies = [await server.ask(prompt, vote) for vote in range(self.settings.votes)]
-            votes = [None if reply.refused else read_vote(reply.text, options) for reply in replies]
-            if (counted := count_votes(votes, len(options))) is not None:
-                return counted
-            lost = [reply for reply, vote in zip(replies, votes, strict=True) if vote is None]
-            # One whose request failed is asked again in any case; else the first one that was cut, if any.
-            reply = max(lost, key=lambda one: (one.refused.startswith((REFUSED, UNREAD)) and not one.cut, one.cut))
-            return f"{CUT}{self.settings.answer_tokens}: {reply.reason}" if reply.cut else reply.reason
-        reply = await server.ask(prompt)
-        if (found := read_logprobs(reply.likely, options)) is None:
-            return reply.reason
-        if len(questions.groups) == 1:
-            return found
-        within = {}
+        async with server.row(prompt, self.settings.votes or 1 + (len(questions.groups) > 1)):
+            if self.settings.votes:
+                return await self._vote(server, prompt, options)
+            reply = await server.ask(prompt)
+            if (found := read_logprobs(reply.likely, options)) is None or len(questions.groups) == 1:
+                return reply.reason if found is None else found
+            return await self._ask_within(server, questions, row, found)
+
+    async def _vote(self, server: Server, prompt: str, options: Sequence[Option]) -> np.ndarray | str:
+        replies = [await server.ask(prompt, vote) for vote in range(self.settings.votes)]
+        votes = [None if reply.refused else read_vote(reply.text, options) for reply in replies]
+        if (counted := count_votes(votes, len(options))) is not None:
+            return counted
+        lost = [reply for reply, vote in zip(replies, votes, strict=True) if vote is None]
+        # One whose request failed is asked again in any case; else the first one that was cut, if any.
+        reply = max(lost, key=lambda one: (one.refused.startswith((REFUSED, UNREAD)) and not one.cut, one.cut))
+        return f"{CUT}{self.settings.answer_tokens}: {reply.reason}" if reply.cut else reply.reason
+
+    async def _ask_within(self, server: Server, questions: Questions, row: Row, found: np.ndarray) -> np.ndarray | str:
+        within, options = {}, questions.choices
         for place in likely_groups(found):
             group = questions.groups[place]
             if len(group) == 1:
@@ -361,7 +374,7 @@ def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audi
     ids, splits, tables = list[pa.Array](), list[str](), list[np.ndarray]()
     for split, places in asked.chosen.items():
         if split == "validation":  # with people's labels, whether or not there is an answer
-            _write_rows(folder / "validation.parquet", asked, asked.parts[split])
+            write_rows(folder / "validation.parquet", asked, asked.parts[split])
         rows = asked.parts[split].select(places)
         table = answers.probabilities(prompt, split, read_column(rows, "id").to_pylist())
         answered = ~np.isnan(table).any(axis=1)
@@ -371,7 +384,7 @@ def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audi
         if audit is not None:
             table = correct(table, audit.temperature, audit.bias)
         if split != "validation":
-            _write_rows(folder / f"{split}.parquet", asked, rows, table.argmax(axis=1) if split == "train" else None)
+            write_rows(folder / f"{split}.parquet", asked, rows, table.argmax(axis=1) if split == "train" else None)
         ids += read_column(rows, "id").chunks
         splits += [split] * len(table)
         tables.append(table)
@@ -384,15 +397,3 @@ def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audi
         columns[LOGIT + name if name in RESERVED else name] = pa.array(together[:, place], pa.float32())
     write_table(folder / TABLE, columns)
     return len(together)
-
-
-def _write_rows(path: Path, asked: AskedRows, rows: Dataset, codes: np.ndarray | None = None) -> None:
-    """Write rows: with people's label where there is one, else with these."""
-    columns: dict[str, Any] = {"id": read_column(rows, "id")}
-    for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
-        columns[column] = read_column(rows, name)
-    if "label" in rows.column_names:
-        codes = read_column(rows, "label").to_numpy()
-    if codes is not None:
-        columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
-    write_table(path, columns)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import yaml
 from datasets import Dataset
 
@@ -20,6 +21,7 @@ from kdlora.config import TaskConfig
 from kdlora.configfile import expand_home
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import infer_task
+from kdlora.data.logit_table import write_table
 from kdlora.data.opening import KNOWN_COLUMNS, infer_columns
 from kdlora.data.read import Source, open_file
 from kdlora.data.spool import read_column, slice_rows, text_columns
@@ -125,6 +127,18 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
         return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True
+
+
+def write_rows(path: Path, asked: AskedRows, rows: Dataset, codes: np.ndarray | None = None) -> None:
+    """Write rows: with people's label where there is one, else with these."""
+    columns: dict[str, Any] = {"id": read_column(rows, "id")}
+    for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
+        columns[column] = read_column(rows, name)
+    if "label" in rows.column_names:
+        codes = read_column(rows, "label").to_numpy()
+    if codes is not None:
+        columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
+    write_table(path, columns)
 
 
 def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:

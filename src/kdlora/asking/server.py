@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -83,9 +83,21 @@ class Server:
         self._limit, self._left_out = "max_tokens", frozenset[str]()
         self._optional = {"seed", "temperature"} if settings.heat == 1 else {"seed"}  # 1 is their default
 
+    @contextlib.asynccontextmanager
+    async def row(self, prompt: str, requests: int) -> AsyncIterator[None]:
+        """Begin a row where the budget has room for all of its requests: one that is not ended is paid for nothing."""
+        held = await self._budget.hold(requests, self._count(prompt))
+        try:
+            yield
+        finally:
+            self._budget.release(held)
+
+    def _count(self, prompt: str) -> tuple[int, int]:
+        return len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written
+
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""
-        tokens = (len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written)
+        tokens = self._count(prompt)
         attempt, answers = 0, self.answered
         while True:
             while (rest := self._not_before - time.monotonic()) > 0:

@@ -124,8 +124,8 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
 def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -> NoReturn:
     raise DataError(
         f"{where}: the label {found!r} ({column!r}) is not among the labels {listed(map(repr, names))}."
-        f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names (of kdlora ask in --labels) where "
-        "that is set, or add training examples of it"
+        f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names (of kdlora ask in --labels, or "
+        "leave out a column that is no label) where that is set, or add training examples of it"
     )
 
 
@@ -259,7 +259,7 @@ def infer_task(
         )
     names = _label_names(raw, kind, label, config.label_names)
     if not names:
-        raise DataError(f"{raw.source}: the lists in the label column {label[0]!r} are all empty; expected labels")
+        raise DataError(f"{raw.source}: the label column {label[0]!r} is empty in every row; expected labels")
     if kind == "single-label" and len(names) < 2 and config.label_names:
         raise DataError(f"task.label_names names {names[0]!r} alone; a classifier needs two labels or more")
     if kind == "single-label" and len(names) < 2:

@@ -18,7 +18,7 @@ from kdlora.data.canonical import Reading, shared_texts, unread_splits
 from kdlora.data.checks import check_labels, check_scored, doubts_of_labels, used_labels
 from kdlora.data.labels import DECIMAL, infer_task
 from kdlora.data.logit_table import is_collection
-from kdlora.data.opening import Groups, infer_columns, open_collection_texts, open_examples, open_splits
+from kdlora.data.opening import NEITHER, Groups, infer_columns, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source, is_text
 from kdlora.data.spool import doubles, label_array, read_column
 from kdlora.data.tags import OUTSIDE, Integers, tag_names
@@ -26,7 +26,7 @@ from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, ful
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import cut_words
 from kdlora.defaults import copies_for
-from kdlora.errors import DataError
+from kdlora.errors import DataError, listed
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,10 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         if is_plain and pc.all(pc.match_substring_regex(first.cast(pa.string()), DECIMAL)).as_py():
             told = "is it the text? Then set task.text (--text) to it, else to the column of the texts"
             raise DataError(f"{train.name}: the column {text[0]!r} holds nothing but numbers; {told}")
-        reading.notes.append(f"Text column inferred: {', '.join(text)}.")
+        rest = [name for name in train.columns if name.strip().casefold() not in NEITHER]
+        rest = [name for name in rest if name not in {*text, *label, data.id_column}]
+        unread = f" Not read: {listed(rest)}; name what belongs to the text, too, in --text." if rest else ""
+        reading.notes.append(f"Text column inferred: {', '.join(text)}.{unread}")
     if task.label is None:
         reading.notes.append(f"Label column inferred: {', '.join(label)}.")
     reading.task, notes = infer_task(raw, text, label, task)

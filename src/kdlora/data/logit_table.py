@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.data.tasks import Task, match_labels
-from kdlora.errors import ArtifactError, DataError
+from kdlora.errors import ArtifactError, DataError, StaleError
 from kdlora.foreign import is_plain_name, read_json
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
 from kdlora.system.storage import atomic_file, write_json_atomic
@@ -213,9 +213,7 @@ def begin_store(wanted: LogitStore) -> LogitStore:
         return wanted
     store = open_store(wanted.path)
     if changed := compare(store.ingredients, wanted.ingredients):
-        raise ArtifactError(
-            f"{store.folder}: these logits are stale: {', '.join(changed)} changed. {_anew(store.folder)}"
-        )
+        raise StaleError(f"{store.folder}: these logits are stale: {', '.join(changed)} changed. {_anew(store.folder)}")
     before = {name: store.versions.get(name) for name in wanted.versions}
     newer = [f"{name} {before[name]} -> {now}" for name, now in wanted.versions.items() if before[name] != now]
     if newer:

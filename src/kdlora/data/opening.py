@@ -40,7 +40,8 @@ KNOWN_COLUMNS = {
     "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
 }
 """Usual names of columns; two are a pair of texts."""
-_NEITHER = ("", "id", "idx", "index", "unnamed: 0", "split")  # neither text nor label, where nobody says so
+NEITHER = ("", "id", "idx", "index", "unnamed: 0", "__index_level_0__", "split")
+"""Columns that are neither text nor label, where nobody says so."""
 
 
 def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) -> Source:
@@ -316,7 +317,7 @@ def infer_columns(source: Source, what: Literal["text", "label"], known: Contain
     found = [names for names in found if len(names) == 2 or names[0] not in paired]
     if len(found) == 1:
         return tuple(folded[name] for name in found[0])
-    others = _NEITHER if what == "label" else (*_NEITHER, *KNOWN_COLUMNS["label"], "score")
+    others = NEITHER if what == "label" else (*NEITHER, *KNOWN_COLUMNS["label"], "score")
     left = [column for column in source.columns if column not in known and column.strip().casefold() not in others]
     if not found and len(left) == 1:
         return tuple(left)

@@ -225,8 +225,11 @@ def serve() -> None:
             answer = {"value": getattr(worker, request.pop("do"))(**request)}
         except KdLoraError as error:
             answer = {"error": str(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # the parent was stopped
+            os._exit(1)
 
 
 class _Worker:

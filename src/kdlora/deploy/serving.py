@@ -279,7 +279,9 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
         name, given, place = model.partition("=")
         if not given or Path(model).exists():
             name, place = Path(model.partition("@")[0]).absolute().name, model
-        if not name or name in found:
+        if not name:
+            raise ConfigError(f"serve: {model!r} has no name before =; write NAME=FOLDER")
+        if name in found:
             raise ConfigError(f"serve: two models are named {name!r}; give each its own: NAME=FOLDER")
         found[name] = locate_export(place)
     return found

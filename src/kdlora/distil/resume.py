@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdlora.config import ROUNDING_KEYS
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, StaleError
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
 from kdlora.system.ownership import is_ours, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, atomic_folder, mark_folder
@@ -45,7 +45,7 @@ _MEANING = {
 }
 
 
-class OtherTrainingError(ArtifactError):
+class OtherTrainingError(StaleError):
     """A checkpoint is of another training than the one that would go on from it."""
 
 
@@ -160,7 +160,7 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     current = trained_tensors(model)
     if current.keys() != tensors.keys() or any(current[name].shape != tensors[name].shape for name in tensors):
         different = sorted(current.keys() ^ tensors.keys())[:3] or "shapes"
-        raise ArtifactError(f"the stored weights are of another model: {different} differ")
+        raise StaleError(f"the stored weights are of another model: {different} differ")
     for name, value in tensors.items():
         current[name].copy_(value)
 

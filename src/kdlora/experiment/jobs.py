@@ -19,7 +19,7 @@ from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.resume import OtherTrainingError
-from kdlora.errors import ArtifactError, ConfigError, KdLoraError, harmless, listed
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, StaleError, harmless, listed
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record
 from kdlora.experiment.plan import Lesson, PlannedRun, run_identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now, refuse_loss
@@ -111,7 +111,8 @@ def carry_out(
     record, fault = None, None
     try:
         if job.kind == "label":
-            in_child(label_training_rows, job.config, job.layout, on_message=hear)
+            label = functools.partial(in_child, label_training_rows, job.config, job.layout, on_message=hear)
+            train_afresh(label, job.layout.unlabelled_logits)
         else:
             record = _train(job, in_child, hear)
     except (OSError, OtherTrainingError):
@@ -153,10 +154,10 @@ def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecor
 
 
 def train_afresh(train: Callable[[], Any], checkpoints: Path) -> Any:
-    """Train; where it was interrupted under another teacher, data or version, begin again without its checkpoints."""
+    """Train, or label; where it was begun under another teacher, data or version, begin again without what is there."""
     try:
         return train()
-    except ArtifactError as error:
+    except StaleError as error:
         if not checkpoints.exists():
             raise
         logger.info("%s starts afresh: %s", checkpoints.parent, error)
@@ -196,7 +197,7 @@ class Queue:
         *,
         ships: bool = False,
     ) -> None:
-        self.runs, self.records, self.reused = runs, dict(finished), len(finished)
+        self.runs, self.records = runs, dict(finished)
         self._lessons, self._root, self._facts, self._ships = lessons, root, facts, ships
         self._teachers: dict[int, PlannedRun | None] = {}
         self._ready: list[tuple[int, Job]] = []  # by the place of their task, since tables fill task by task

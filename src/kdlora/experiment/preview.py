@@ -143,7 +143,7 @@ class ExperimentPlan:
             return ""
         name, number = min(self.validation_labels.items(), key=lambda item: item[1])
         some = f"only {number}" if number else "none"
-        few = f"; {some} of {name} in validation, which chooses what ships" if number < _FEW_TO_CHOOSE else ""
+        few = f"; {some} of {name!r} in validation, which chooses what ships" if number < _FEW_TO_CHOOSE else ""
         if len(ordered) > _SHOWN_LABELS:
             return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}{few}"
         what = "entities in the training rows" if self.task.kind == "tokens" else "training rows"

@@ -392,6 +392,6 @@ def _lines(trials: Sequence[FrozenTrial], search: SearchConfig) -> list[Sequence
         settings = settings_of(search, one.params)
         values = [settings.get(key) for key in search.space]
         plain = (value if isinstance(value, int | float | None) else str(value) for value in values)
-        head = (one.number, one.state.name.lower(), one.value, len(one.intermediate_values))
+        head = (one.number, one.state.name.lower(), one.value, max(one.intermediate_values, default=0))
         lines.append((*head, *plain, one.user_attrs.get("error")))
     return lines

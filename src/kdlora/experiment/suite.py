@@ -113,8 +113,9 @@ def run_suite(
             plan, facts, _ = settle_plan(plan, engine, root / "copies")
             write_text_atomic(root / "suite.yaml", save_suite(suite))
             runs = plan.runs()
-            queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
-            if not queue.reused and (others := list(root.glob("runs/*/*/runs/*/run.json"))):
+            before = finished_runs(runs, root, facts)
+            queue = Queue(runs, plan.lessons(), root, facts, before)
+            if not before and (others := list(root.glob("runs/*/*/runs/*/run.json"))):
                 told = "of this suite: settings differ, or paths of files; all is done anew"
                 logger.warning("none of the %d runs in %s is %s", len(others), root, told)
             own = functools.partial(carry_out, check=check, notes=shared_machine(gpus))
@@ -123,7 +124,8 @@ def run_suite(
                 _carry_out(queue, engine, work, listen)
             finally:  # also after Ctrl-C: what there is can be read
                 tables = write_tables(plan, root, queue.records)
-    return SuiteResult(root, plan, queue.records, queue.reused, tables)
+    reused = sum(queue.records.get(key) is record for key, record in before.items())  # not by another teacher since
+    return SuiteResult(root, plan, queue.records, reused, tables)
 
 
 def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[SuiteEvent], None] | None) -> None:

@@ -77,6 +77,16 @@ _IDLE = (
 """Keys of an experiment that a suite would read and not follow."""
 
 
+_MODELS = tuple(f"{role}.{key}" for role in ("teacher", "student") for key in ("model", "revision"))
+_NO_SETTINGS = ("name", "family", "task", "export", "defer", "report", "run.arms", "run.seeds", "run.fail_fast")
+_UNUSED = {
+    "fft": ("student", "distil", "lora", "data.unlabelled", "data.max_unlabelled_examples", "data.augment"),
+    "adapters": ("student.full_learning_rate",),
+    "full_students": (),
+}
+"""What changes nothing of any arm of a grid, beside what is no setting of a training."""
+
+
 class Grids(Section):
     """The configurations of each kind of arm; an empty grid is the one configuration that `config` describes."""
 
@@ -95,6 +105,16 @@ class Grids(Section):
                 other = "teacher.train.head" if "head" in key else "student.full"
                 raise ValueError(f"{key} is of adapters; the rate of these arms is {other}_learning_rate")
         return axes
+
+    @model_validator(mode="after")
+    def _changes_trainings(self) -> Self:
+        for grid, unused in _UNUSED.items():
+            for key in (key for axis in getattr(self, grid) for settings in axis for key in settings):
+                if key in _MODELS:
+                    raise ValueError(f"{grid}: {key} names a model, which has a rate of its own; make it two families")
+                if any(f"{key}.".startswith(f"{one}.") for one in (*_NO_SETTINGS, *unused)):
+                    raise ValueError(f"{grid}: {key} changes nothing of the trainings of this grid; delete it")
+        return self
 
     def of(self, arm: Arm) -> Axes:
         if arm == "words":

@@ -91,6 +91,16 @@ class Experiment:
         return self.runs[0].record.teacher_arm
 
     @property
+    def teacher_predictions(self) -> Predictions | None:
+        """What the students' teacher predicted on the headline's split, where it was kept; else another of its arm."""
+        known = [run for run in self.finished(self.teacher_arm) if run.predictions is not None]
+        seeds = [(run.record.config.get("teacher") or {}).get("seed") for run in known]
+        if seeds and seeds[0] is None:
+            seeds = (known[0].record.config.get("run") or {}).get("seeds") or seeds
+        run = next((one for one in known if one.record.seed == seeds[0]), next(iter(known), None))
+        return None if run is None or run.predictions is None else run.predictions.only(self.split)
+
+    @property
     def student_arm(self) -> str | None:
         return None if self.choice is None else self.choice.arm
 

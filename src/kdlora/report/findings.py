@@ -180,7 +180,9 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
 
     def is_near(arm: str) -> bool:
         found = None if arm == best else weigh(arm, best)
-        return arm == best or (found is not None and found.difference is not None and found.difference.p > _NEAR)
+        if arm == best or found is None or found.difference is None:
+            return arm == best
+        return found.difference.p > _NEAR or found.difference.difference > 0  # on the seeds of both
 
     best = max(means, key=lambda name: (round(means[name], 6), name in DISTILLED_ARMS, name == "kd-fft"))
     arm = next((name for name in ("kd-fft", "kd-lora") if name in means and is_near(name)), best)
@@ -211,6 +213,8 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
     found, points, other = weighed.difference, f"{abs(weighed.plain):.1f} points", describe(weighed.second)
     if found is None:
         why = f"is {points} {'below' if weighed.plain < 0 else 'above'} {other} ({weighed.reason})"
+    elif not is_best and weighed.plain > 0:
+        why = f"is {points} above {other}, whose own seeds have the highest mean, on those of both ({span(found)})"
     elif not is_best:
         why = f"is within one standard error of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
     elif found.sign == 1:

@@ -206,13 +206,13 @@ def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliabil
 
 
 def example_blocks(experiment: Experiment) -> list[Block]:
-    """Quote where the teacher's first run, and the mean over the shipped arm's seeds, differ most; or say why not."""
+    """Quote where the teacher, and the mean over the shipped arm's seeds, differ most; or say why not."""
     arm, task, found = experiment.student_arm, experiment.task, list[Quotation]()
     if arm is None:
         return []
     why = "the texts, or the predictions of teacher or student, were not kept"
-    teachers, students = (experiment.predictions(name) for name in (experiment.teacher_arm, arm))
-    aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
+    teacher, students = experiment.teacher_predictions, experiment.predictions(arm)
+    aligned = align([teacher, *students]) if teacher and students and experiment.examples else None
     if aligned is not None:
         why = "teacher and student agree on every word"
         found = (_span_quotations if task.kind == "tokens" else _quotations)(task, aligned, experiment.examples)

@@ -212,6 +212,8 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
+            if whole and cost is TIME and saving(experiment, PARAMETERS, arm=arm, than=taught_by) == 0:
+                detail = f"the teacher’s {cost.write(whole)}; times of models of one size differ by chance"
             if whole and not cost.is_alike(*runs):
                 detail = "the teacher was measured on another machine, or with another number of threads"
             tiles.append(Tile(label, cost.write(one), detail or "no figure of a teacher"))

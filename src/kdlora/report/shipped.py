@@ -210,7 +210,7 @@ def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
         told = "The student was not exported to ONNX: export.formats is empty, or the export failed, as the run said."
         blocks.append(Paragraph(told, "note"))
     if benchmark.calibration is not None:
-        blocks.append(_calibration_table(benchmark.calibration))
+        blocks.append(_calibration_table(benchmark.calibration, experiment.task.kind))
     return blocks
 
 
@@ -276,15 +276,16 @@ def _stage_title(stage: str) -> str:
     return f"quantised: {quantised['recipe']}" if quantised else _STAGES.get(stage, stage)
 
 
-def _calibration_table(found: Calibration) -> Table:
+def _calibration_table(found: Calibration, kind: str) -> Table:
     after = (f"{found.temperature:.3f}", f"{100 * found.ece_after:.2f}%", f"{found.nll_after:.4f}")
     rows = (
         ("before", "1", f"{100 * found.ece_before:.2f}%", f"{found.nll_before:.4f}"),
         ("after", *map(strong, after)),
     )
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
+    of = "words" if kind == "tokens" else "rows"
     told = (
-        f"Fitted on {found.rows:,} decisions of the validation split and measured on the same, so “after” is a little "
+        f"Fitted on {found.rows:,} {of} of the validation split and measured on the same, so “after” is a little "
         "too good. Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Predictions "
         "stay the same."
     )

@@ -93,7 +93,7 @@ def test_calibration_stands_with_both_errors(layout):
     text = _report(layout).markdown
     assert "| before | 1 | 8.71% | 0.4120 |" in text
     assert "| after | **1.730** | **1.94%** | **0.3050** |" in text
-    assert "Fitted on 400 decisions of the validation split" in text
+    assert "Fitted on 400 rows of the validation split" in text
     assert "These figures are without the temperature, by which the shipped student answers." in text
     assert "measured side by side" not in text
     assert "int8 file" not in text

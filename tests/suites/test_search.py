@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 from transformers import AutoConfig, AutoModel
 
 from experiments import copy_experiment, edit_json, read_rows
@@ -21,7 +23,7 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.plan import identity, reset_unused
-from kdlora.experiment.search import begin_search, carry_out_trial, run_search
+from kdlora.experiment.search import _lines, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch, settings_for, with_values
 from kdlora.experiment.study import (
     Reporter,
@@ -247,6 +249,16 @@ def test_trainings_of_other_lengths_are_not_pruned(tmp_path, space, pruned):
             trial.report(score, epoch)
         assert trial.should_prune() == (pruned and score < 80)
         study.tell(trial, score)
+
+
+def test_the_table_of_trials_has_the_epochs_that_were_trained():
+    """A training of twelve epochs that was validated every third time stood there with four."""
+    space = SearchConfig(space={"student.train.learning_rate": {"low": 1e-4, "high": 1e-2}})
+    scores = {3: 70.0, 6: 71.0, 9: 72.0, 12: 73.0}
+    rates = {"student.train.learning_rate": FloatDistribution(1e-4, 1e-2)}
+    params = {"student.train.learning_rate": 1e-3}
+    trial = create_trial(params=params, distributions=rates, intermediate_values=scores, value=73.0)
+    assert _lines([trial], space)[1][3] == 12
 
 
 def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path, monkeypatch):

@@ -12,15 +12,16 @@ from fabricate import BINARY, NAMES, edit_record, make_record
 from kdlora.data.logit_table import open_store
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import LOGITS_MANIFEST
-from kdlora.errors import ArtifactError, ConfigError, DataError
+from kdlora.errors import ArtifactError, ConfigError, DataError, StaleError
 from kdlora.evidence.records import ExperimentLayout, read_record, write_record
 from kdlora.experiment import engines
-from kdlora.experiment.jobs import undamaged_record
+from kdlora.experiment.jobs import train_afresh, undamaged_record
 from kdlora.experiment.recording import add_origin
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
 from kdlora.models.encoders import load_encoder
 from kdlora.system.integrity import hash_file
+from kdlora.system.storage import mark_folder
 
 
 def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite):
@@ -133,6 +134,27 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(suite_values, tmp_path):
     assert sorted((record.arm, record.status) for record in written) == sorted(found)
     again = run_suite(suite, tmp_path / "suite")
     assert (again.reused, len(again.failed)) == (1, 4)
+
+
+def test_checkpoints_go_only_where_they_are_of_another_training(tmp_path):
+    """A refusal that said to put a file back deleted the hours that putting it back would have saved."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    mark_folder(folder, "training")
+    for fault, stays in ((ArtifactError("put back what was there"), True), (StaleError("the rows changed"), False)):
+        answers = iter([fault, "trained"])
+
+        def train(answers=answers):
+            if isinstance(answer := next(answers), Exception):
+                raise answer
+            return answer
+
+        if stays:
+            with pytest.raises(ArtifactError, match="put back"):
+                train_afresh(train, folder)
+        else:
+            assert train_afresh(train, folder) == "trained"
+        assert folder.exists() == stays
 
 
 def test_students_of_other_texts_share_their_teacher(suite_values, tmp_path):

@@ -210,7 +210,7 @@ def test_second_files_need_the_labels_of_training(csv_file):
         ([("t", [0, 1]), ("t", [0])], {}, "differ in length"),
         ([("t", ["a"]), ("t", ["b", " "])], {}, "row 2: the label ' ' ('label') is not among"),
         ([("t", ["a"]), ("t", ["b", "c"])], {"label_names": ["a", "b"]}, "row 2: the label 'c'"),
-        ([("t", []), ("t", [])], {}, "are all empty"),
+        ([("t", []), ("t", [])], {}, "is empty in every row"),
         ([(None, "a"), (None, "b")], {}, "row 1: the text 'text' is empty (1 more such rows)"),
         ([("t", [0, 1])], {"label_names": ["a", "b", "c"]}, "row 1: 'label' has 2 values, but there are 3 labels"),
     ],

@@ -112,10 +112,8 @@ def carry_out(
     try:
         if job.kind == "label":
             label = functools.partial(in_child, label_training_rows, job.config, job.layout, on_message=hear)
-            if job.ships:  # an experiment refuses other texts
-                label()
-            else:
-                train_afresh(label, job.layout.unlabelled_logits)
+            afresh = functools.partial(train_afresh, label, job.layout.unlabelled_logits)
+            (label if job.ships else afresh)()  # an experiment refuses other texts
         else:
             record = _train(job, in_child, hear)
     except (OSError, OtherTrainingError):

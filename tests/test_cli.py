@@ -243,6 +243,13 @@ def test_a_file_of_data_is_no_config(cli, tmp_path):
     assert "kdlora run by --train FILE" in cli("run", tmp_path / "reviews.csv", "--label", "sentiment", code=2).err
 
 
+def test_the_way_without_a_file_is_told_where_data_or_models_are_missing(cli):
+    """Every fault of an option ended in advice to give what had been given."""
+    given = ("run", "--train", "a.csv", "--teacher", "a", "--student", "b", "--set", "lora.rank=two")
+    assert "Without a config file" not in cli(*given, code=2).err
+    assert "Without a config file, give the data" in cli(*given[:3], *given[7:], code=2).err
+
+
 def test_warnings_stand_above_the_bars(monkeypatch):
     """Written past rich, which redraws its bars over it, that a teacher is worse than a bag of words was never seen."""
     root, shown = logging.getLogger(), io.StringIO()

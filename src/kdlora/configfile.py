@@ -340,7 +340,8 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
         for part in location[:-1]:
             model = _section(model, part) if model else None
         known = list(model.model_fields) if model else []
-        elsewhere = [key for key in known_keys(root) if key.endswith(f".{location[-1]}")]
+        plural = [".".join([*location[:-1], f"{location[-1]}s"])] if f"{location[-1]}s" in known else []
+        elsewhere = plural or [key for key in known_keys(root) if key.endswith(f".{location[-1]}")]
         hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(location[-1], known)
         suggestion = hint or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"

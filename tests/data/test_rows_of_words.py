@@ -151,6 +151,7 @@ def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content
     file.write_text(content)
     splits = load(task, train=file, validation=file)
     assert (splits.task.label_types, splits.train[0]["text"]) == (types, "Ada met")
+    assert f"1 type of entities taken from the data: {types[0]}." in splits.notes
     if "[" in content:
         assert "set task.kind to tokens" in refused({"kind": "multi-label"}, train=file, validation=file)
 

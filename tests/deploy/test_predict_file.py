@@ -11,6 +11,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -40,7 +41,7 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _interrupt(model: Classifier, source: Path, to: Path, after: int, **settings: str) -> None:
+def _interrupt(model: Classifier, source: Path, to: Path, after: int, **settings: Any) -> None:
     def stop(rows: int, fraction: float | None) -> None:
         if rows >= after:
             raise KeyboardInterrupt
@@ -254,6 +255,15 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
         summary = predict_file(model, source, out)
     assert (summary.rows, summary.resumed, asked) == (60, 30, TEXTS[30:])
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_parts_of_another_batch_size_are_not_gone_on_with(tmp_path, model, source):
+    """An int8 score depends on its batch: the file was half of one size, half of another."""
+    out = tmp_path / "out.csv"
+    _interrupt(model, source, out, 30, batch_size=4)
+    with pytest.raises(ArtifactError, match=r"batch_size was 4, is 8\). Give the same again"):
+        predict_file(model, source, out, batch_size=8)
+    assert predict_file(model, source, out, batch_size=4).resumed == 30
 
 
 def test_a_second_process_and_a_half_removed_folder_spoil_nothing(tmp_path, model, source):

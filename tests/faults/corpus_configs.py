@@ -103,6 +103,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("lora.rank=two", ("lora.rank", "integer")),
     ("lora.rang=2", ("unknown key", "Did you mean 'rank'?")),
     ("data.max_length=64", ("Did you mean 'student.train.max_length' or 'teacher.train.max_length'?",)),
+    ("run.seed=3", ("Did you mean 'run.seeds'?",)),
     ("lora=2", ("lora",)),
     ("run.seeds=0,1", ("run.seeds",)),
     ("lora.rank=" + "9" * 5000, ("digits",)),

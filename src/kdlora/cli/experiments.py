@@ -81,6 +81,8 @@ class Run:
         try:
             return build_config({}, overrides, where="the command line")
         except ConfigError as error:
+            if (self.train or self.task) and (self.family or (self.teacher and self.student)):
+                raise
             raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
 
     def _followed(self, config: Config) -> Config:

@@ -17,7 +17,7 @@ from kdlora.data.spool import doubles, hash_texts, make_dataset, read_column, sp
 from kdlora.data.tags import WORD_COLUMNS, Integers, tag_names
 from kdlora.data.tasks import Task, refuse_names
 from kdlora.data.token_rows import TEXTS, language_of, read_token_rows
-from kdlora.errors import DataError, listed
+from kdlora.errors import DataError, counted, listed
 
 _ROWS = 65_536
 _NEED = (
@@ -89,7 +89,7 @@ class Reading:
                 self.task = replace(
                     self.task, label_names=tag_names(types), coded=language_of(raw, columns.text[0]) != ""
                 )
-                self.notes.append(f"The {len(types)} types of entities were taken from the data: {listed(types)}.")
+                self.notes.append(f"{counted(len(types), 'type')} of entities taken from the data: {listed(types)}.")
             refuse_names(raw.source, self.task.label, self.task.label_types)
             arrays["label"] = encode_tags(raw, rows, label, self.task)
         return make_dataset(pa.table(arrays))

@@ -104,7 +104,7 @@ def predict_file(
     output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
         refuse_replacing(source, Path(to))
-        made_of = _fingerprint(classifier, source, columns, reader.form) | {"strict": strict}
+        made_of = _fingerprint(classifier, source, columns, reader.form) | {"strict": strict, "batch_size": batch_size}
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
@@ -320,7 +320,7 @@ class PartialResult(_Output):
             for key in compare(found, made_of):
                 raise ArtifactError(
                     f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
-                    f"is {made_of[key]!r}). Delete the folder."
+                    f"is {made_of[key]!r}). Give the same again, or delete the folder."
                 )
         is_whole = [int(part.name.split("-")[1]) for part in parts] == list(range(len(parts)))
         if not resume or not is_whole:  # a kill while the folder was being removed left some

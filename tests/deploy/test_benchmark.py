@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -88,3 +89,16 @@ def test_dead_process_is_named(exported, monkeypatch):
     monkeypatch.setattr(module.ModelProcess, "ask", kill_first)
     with pytest.raises(ModelError, match="its process ended with code -9 during 'memory'"):
         benchmark({"int8": exported()}, TEXTS[:4], **QUICK)
+
+
+def test_a_model_leaves_ctrl_c_to_the_command(exported, monkeypatch):
+    """A terminal sends it to both processes, and the model's one showed a traceback."""
+    ask = module.ModelProcess.ask
+
+    def interrupt_first(self, do, **arguments):
+        if do == "memory":
+            self.process.send_signal(signal.SIGINT)
+        return ask(self, do, **arguments)
+
+    monkeypatch.setattr(module.ModelProcess, "ask", interrupt_first)
+    assert benchmark({"int8": exported()}, TEXTS[:4], **QUICK).models[0].p50_ms > 0

@@ -163,7 +163,7 @@ def test_bad_rows_are_entries(tmp_path, model, monkeypatch):
         assert word in row["error"]
         assert "label" not in row
     monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
-    with pytest.raises(DataError, match=r"in.jsonl: row 1: the text is empty"):
+    with pytest.raises(DataError, match=r"in.jsonl: row 2: the text is empty"):
         predict_file(model, path, tmp_path / "strict.jsonl", strict=True)
     assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
@@ -180,8 +180,8 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
         predict_file(model, path, tmp_path / f"out.{suffix}")
     table = pd.read_csv(tmp_path / "out.csv")
     assert table["label"].notna().tolist() == [True, False, False, True, False]
-    assert "row 1: 1 columns where 2 are expected" in table["error"][1]
-    assert "row 4: not readable as CSV: unexpected end of data" in table["error"][4]
+    assert "row 2: 1 columns where 2 are expected" in table["error"][1]
+    assert "row 5: not readable as CSV: unexpected end of data" in table["error"][4]
     # A bad row has no id that is another's, as its number might be.
     assert table["id"].fillna("").tolist() == ["a", "", "", "d", ""]
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
@@ -412,7 +412,7 @@ def test_a_file_has_as_many_texts_as_the_model_reads(tmp_path, trained_on):
         ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),
         ("in.json", "[]", {}, DataError, "An array of JSON is not read row by row: write an object a line"),
         ("in.jsonl", '[{"text": "a"}]', {}, DataError, "in.jsonl: it holds an array of JSON.*write an object a line"),
-        ("in.tsv", 'text\na\n"no ""b"" here"\n', {}, DataError, "in.tsv, row 1: a text is in CSV quotes.*without quot"),
+        ("in.tsv", 'text\na\n"no ""b"" here"\n', {}, DataError, "in.tsv, row 2: a text is in CSV quotes.*without quot"),
         ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
         ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),
         ("in.csv", "text\na\n", {"batch_size": 0}, ConfigError, "at least 1"),

@@ -403,16 +403,16 @@ def test_a_notebook_shows_what_is_written(tagger, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.jsonl", b'{"text": "fine"}\n{broken\n', "row 1: not JSON"),
-        ("in.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "row 1: column 'text' is empty or missing"),
-        ("in.jsonl", b'{"text": ["a", "b"]}\n', "row 0: expected a text, got list"),
-        ("in.txt", b"fine\ncaf\xe9\n", "row 1: the text is not valid UTF-8"),
+        ("in.jsonl", b'{"text": "fine"}\n{broken\n', "row 2: not JSON"),
+        ("in.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "row 2: column 'text' is empty or missing"),
+        ("in.jsonl", b'{"text": ["a", "b"]}\n', "row 1: expected a text, got list"),
+        ("in.txt", b"fine\ncaf\xe9\n", "row 2: the text is not valid UTF-8"),
         ("in.csv", b"text,text\na,b\n", "two columns 'text'"),
         ("in.csv", b"text,a,a\nb,c,d\n", "two columns 'a'"),
         ("in.csv", b"text,a\nb\n", "1 columns where 2 are expected"),
         ("in.csv", b"body,a\nb,c\n", "Name the text column"),
         ("in.csv", b"Ada lives in Oslo\nAlan too\n", "Name the text column"),  # no header
-        ("in.jsonl", b'{"a": "Hi"}\n{"a": "Hi", "text": "Ada"}\n', "row 0: column 'text' is empty or missing"),
+        ("in.jsonl", b'{"a": "Hi"}\n{"a": "Hi", "text": "Ada"}\n', "row 1: column 'text' is empty or missing"),
         ("in.parquet", b"PAR1", "a parquet file is not redacted"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_a_rare_class_is_found_where_all_classes_count_alike(tasks):
         outputs = fit_words(task, train, rare.astype(int), other, rare.astype(int)).predict(other)
         found[metric] = outputs.argmax(axis=1)[rare].mean()
     assert found["accuracy"] < found["macro_f1"] == 1
+
+
+def test_few_rows_of_many_labels_warn_of_nothing(tasks):
+    """Four lines of scikit-learn's came before a run's first words: do you mean a regression?"""
+    task, text = dataclasses.replace(tasks["single-label"], label_names=("a", "b", "c")), {"text": ["x", "y", "z", "w"]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit_words(task, text, np.array([0, 1, 2, 0]), text, np.array([0, 1, 2, 0]))
+    assert not told
 
 
 @pytest.mark.parametrize("texts", [["", "good", " ", "bad"], ["", " ", "", "\n"], ["!", "?", "!", "?"], ["a", "b"] * 2])

@@ -12,7 +12,7 @@ from experiments import copy_experiment, flags, numbered, read_rows, snapshot
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import ModelError
+from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import settle_goals
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.evidence.predictions import read_predictions
@@ -325,4 +325,7 @@ def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> No
 def test_the_tasks_metric_is_the_goal(metric, goal, expected):
     """Who asked for the recall of a rare label at a precision would get the other label's threshold, for F1."""
     kind, names = ("multi-label", NAMES) if "music" in expected else ("single-label", ("ham", "spam"))
-    assert settle_goals(Task(kind, ("text",), ("label",), names, (metric,)), goal) == expected
+    task = Task(kind, ("text",), ("label",), names, (metric,))
+    assert settle_goals(task, goal) == expected
+    with pytest.raises(DataError, match="names no label"):  # the experiment "ships no student", it was said
+        settle_goals(task, {})

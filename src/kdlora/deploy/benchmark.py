@@ -40,7 +40,9 @@ _LIBRARIES = {
     "onnx": "onnxruntime",
     "openvino": "kdlora.deploy.openvino_backend",
 }
-_START = "from kdlora.deploy.benchmark import serve; serve()"
+_START = (  # Ctrl-C reaches both processes; it is the parent's to tell
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from kdlora.deploy.benchmark import serve; serve()"
+)
 
 
 def benchmark(
@@ -205,12 +207,9 @@ class ModelProcess:
         return answer["value"]
 
     def close(self) -> None:
-        """End it, by closing its input."""
-        try:
-            self.process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
+        """End it, even in the middle of a request."""
+        self.process.terminate()
+        self.process.communicate()
 
 
 def serve() -> None:

@@ -89,7 +89,7 @@ class RowReader:
                 if number < self.start:
                     continue
                 if isinstance(values, str):
-                    yield Row(self._number(number), None, f"row {number}: {values}")
+                    yield Row(self._number(number), None, f"row {number + 1}: {values}")
                 else:
                     yield self._row(number, values)
 
@@ -123,7 +123,7 @@ class RowReader:
 
     def _refuse_quoting(self, number: int, values: Mapping[str, Any]) -> None:
         if any(is_quoted(values[column]) for column in self.text_columns):
-            raise DataError(f"{self.name}, row {number}: a text is in CSV quotes. {NO_QUOTING}.")
+            raise DataError(f"{self.name}, row {number + 1}: a text is in CSV quotes. {NO_QUOTING}.")
 
     def _parquet(self) -> Generator[Numbered]:
         check_installed("reading Parquet", "parquet")
@@ -149,7 +149,7 @@ class RowReader:
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         given = values.get(self._columns.id)
-        name, where = self._number(number) if given is None else str(given), f"row {number}"
+        name, where = self._number(number) if given is None else str(given), f"row {number + 1}"
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -101,7 +100,7 @@ def _classifier(features: sparse.csr_matrix, labels: np.ndarray, start: Any, str
     """Fit a logistic regression; where all rows have one label, that label stands for it."""
     if np.ptp(labels) == 0:
         return float(labels[0])
-    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # no convergence; few rows of many labels
         return copy.deepcopy(start).set_params(C=strength).fit(features, labels)
 
 

@@ -301,8 +301,10 @@ def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> d
     if unknown := [name for name in goals if name not in task.label_names]:
         known, hint = ", ".join(task.label_names), did_you_mean(unknown[0], task.label_names)
         raise DataError(f"thresholds: no label {unknown[0]!r:.80}; there are {known:.200}.{hint}")
+    if not goals:
+        raise DataError("thresholds: a mapping of goals names no label; name some, or leave it out, for all labels")
     if binary and len(goals) != 1:
-        raise DataError(f"thresholds: of two labels one is the positive one, got {', '.join(goals) or 'none'}")
+        raise DataError(f"thresholds: of two labels one is the positive one, got {', '.join(goals)}")
     own = next((name for name in task.metrics if binary and name in METRICS), "f1")
     return {name: check_goal(of_labels.get(name, own) if one is None else one) for name, one in goals.items()}
 

@@ -176,7 +176,7 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
     found = [json.loads(line) for line in lines]
     assert [row["id"] for row in found] == ["empty", ""]
     assert "the text is empty" in found[0]["error"]
-    with pytest.raises(DataError, match=r"in\.jsonl, row 3: the text is empty"):
+    with pytest.raises(DataError, match=r"in\.jsonl, row 4: the text is empty"):
         label(model, source, tmp_path / "strict", strict=True)
     write_lines(tmp_path / "none.jsonl", [{"text": ""}])
     with pytest.raises(DataError, match="none of the 1 rows can be labelled"):
@@ -213,7 +213,7 @@ def test_ids_are_unique_over_all_files(model, tmp_path, monkeypatch):
     mixed = write_lines(tmp_path / "mixed.jsonl", [{"text": "one"}, {"id": "0", "text": "two"}])
     found = label(model, mixed, tmp_path / "mixed")  # the number of the first row is the id of the second
     assert (found.rows, found.rejected) == (1, 1)
-    assert "row 0: column 'id' is empty or missing" in next((tmp_path / "mixed").glob("rejected-*")).read_text()
+    assert "row 1: column 'id' is empty or missing" in next((tmp_path / "mixed").glob("rejected-*")).read_text()
 
 
 def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
@@ -318,8 +318,8 @@ def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
         for row, wanted in zip(found.itertuples(), given, strict=False):
             assert [row.text[a:b] for a, b in zip(row.starts, row.ends, strict=True)] == wanted["words"]
     rejected = (tmp_path / ".jsonl-out" / "rejected-00000-000000.jsonl").read_text()
-    assert "row 20: expected a list of words" in rejected
-    assert "row 21: no words" in rejected
+    assert "row 21: expected a list of words" in rejected
+    assert "row 22: no words" in rejected
     data = DataConfig(train=str(files[0]))
     rows = load_splits(TaskConfig(label_names=("BAD", "GOOD", "PLACE")), data).train
     taught = read_collection(tmp_path / ".conll-out", kind, "teacher.logits").attach(rows)

@@ -129,5 +129,5 @@ def test_faults_come_back_in_our_words(model, tmp_path):
     """Ray wraps what a worker raises in pages of its own."""
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a film"}\n{"text": null}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="row 1: column 'text' is empty or missing"):
+    with pytest.raises(DataError, match="row 2: column 'text' is empty or missing"):
         label_collection(str(model), str(file), tmp_path / "out", LabelSettings(strict=True), on="ray")

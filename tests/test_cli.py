@@ -366,6 +366,21 @@ def test_a_pytorch_without_cuda_beside_a_card_is_told(cli, monkeypatch):
     assert "built without CUDA" in " ".join(cli("doctor").out.split())
 
 
+def test_a_cache_that_may_not_be_looked_at_is_no_crash(monkeypatch):
+    """The cache of another user: the diagnosis was an errno, with a path that the doctor promises not to name."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(doctor.Path, "exists", refuse)
+    assert doctor.diagnose(hub_seconds=0.5).free_disk > 0
+
+
+def test_the_command_starts_without_docstrings():
+    """PYTHONOPTIMIZE=2 ended every command in a KeyError."""
+    subprocess.run([sys.executable, "-OO", "-c", "import kdlora.cli.language_model"], check=True)
+
+
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://a mirror", "hub.example"])
 def test_a_hub_that_does_not_answer_is_no_crash(monkeypatch, endpoint):
     """Behind a firewall the doctor is needed most."""

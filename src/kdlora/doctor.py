@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -58,7 +59,7 @@ def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
     except (ImportError, OSError, RuntimeError) as error:
         problems.append(f"PyTorch cannot be used: {error}")
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    there = next(place for place in (cache, *cache.parents) if place.exists())
+    there = next(place for place in (cache, *cache.parents) if os.access(place, os.F_OK))
     memory = read_proc("meminfo").get("MemAvailable")
     return Diagnosis(
         versions=collect_versions(),

@@ -11,7 +11,7 @@ import yaml
 
 from experiments import ARMS, FAST, copy_experiment, edit_json, predicted, snapshot
 from kdlora.configfile import load_config, save_config
-from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.errors import ArtifactError, KdLoraError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import deployment, jobs, preview
 from kdlora.experiment import run as experiment_run
@@ -94,7 +94,34 @@ def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop,
         raise RuntimeError("killed")
 
     monkeypatch.setattr(experiment_run, "run_in_child", die)
-    assert "The student was not measured: killed" in run_experiment(config, tmp_path / "out").notes
+    lost = run_experiment(config, tmp_path / "out")
+    assert "The student was not measured: killed" in lost.notes
+    assert lost.is_export_lost  # the command ended with 0
+    assert not result.is_export_lost
+
+
+def test_a_report_is_made_whatever_hinders_the_shipping(copied, workshop, monkeypatch):
+    """Trainings of a night were done and had no report, since the pretrained model's folder had been moved."""
+    for file in (copied.shipped, copied.report_html):
+        file.unlink()
+
+    def fail(*_, **__):
+        raise ModelError("there is no model")
+
+    monkeypatch.setattr(experiment_run, "run_in_child", fail)
+    with pytest.raises(ModelError, match="there is no model"):
+        run_experiment(workshop.config(ALL), copied.root)
+    assert copied.report_html.exists()
+
+
+def test_damaged_results_are_written_anew_from_the_runs(copied, workshop):
+    """The message told to delete the folders of runs: trainings of hours, for a file of seconds."""
+    before = copied.results.read_bytes()
+    copied.results.write_bytes(before[:-20])
+    with pytest.raises(ArtifactError, match="`kdlora run` again writes it anew"):
+        evaluate_experiment(copied.root, str(workshop.validation))
+    run_experiment(workshop.config(ALL), copied.root)
+    assert copied.results.read_bytes() == before
 
 
 def test_a_calibration_says_what_no_temperature_takes_back(copied):

@@ -184,6 +184,9 @@ def test_what_is_only_measured_later_stays_as_it_is(promised: Path, monkeypatch)
     assert layout.deferral.exists()
     assert json.loads(layout.benchmark.read_text())["rounds"] == 7
     assert is_deployed(config, layout)
+    assert deployment.deploy_student(with_values(config, {"export.benchmark": False}), layout, print) == ()
+    assert [snapshot(place) for place in (layout.student, layout.onnx)] == before
+    assert layout.deferral.exists()
 
 
 def test_a_new_export_says_that_it_promises_nothing(promised: Path, tmp_path: Path, caplog, monkeypatch) -> None:

@@ -36,6 +36,7 @@ from kdlora.experiment.study import (
     load_held_out,
     make_teacher,
     open_study,
+    planned_trials,
     settings_of,
     train_trial,
     with_settings,
@@ -316,6 +317,28 @@ def test_another_teacher_at_the_same_place_begins_another_search(search_of, work
         save_encoder(load_encoder(str(workshop.teacher), task(), seed=seed), model)
         seen.append(inspect_rows(*search)[0])
     assert seen[0] != seen[1] == seen[2]
+
+
+def test_another_pretrained_model_at_the_same_place_begins_another_search(search_of, workshop, tmp_path):
+    """Trials of old and new weights were ranked together, and the new student learnt from the old teacher."""
+    seen = []
+    for role in ("teacher", "teacher", "student"):
+        for changed in (False, True):
+            folder = shutil.copytree(getattr(workshop, role), tmp_path / role, dirs_exist_ok=True)
+            if changed:
+                encoder = load_encoder(str(folder), task(), seed=0)
+                encoder.model.get_input_embeddings().weight.data += 0.01
+                save_encoder(encoder, folder)
+            model = {"teacher": {"model": str(folder)}} if role == "teacher" else {"student": {"model": str(folder)}}
+            seen.append(inspect_rows(*search_of(SPACE, {"run": {"arms": ["kd-lora"]}} | model))[0])
+    assert seen[:2] == seen[2:4]
+    assert len(set(seen)) == 3
+
+
+def test_a_small_space_has_no_more_trials_than_points(search_of):
+    """The bar of three ranks ended at 3 of 30, as if the search had been stopped."""
+    assert planned_trials(search_of({"lora.rank": [4, 8, 16]}, trials=30)[1]) == 3
+    assert planned_trials(search_of({"lora.rank": [4, 8, 16]}, trials=2)[1]) == 2
 
 
 def test_an_interrupted_search_leaves_its_best_and_another_space_begins_anew(search_of, tmp_path, monkeypatch, caplog):

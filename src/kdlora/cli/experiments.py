@@ -181,7 +181,7 @@ def evaluate(
     told = [f"{label} {told_apart(value)}" for label, value in thresholds.items()]
     if len(thresholds) > 1 and len(set(thresholds.values())) == 1:  # one for all labels
         told = [told_apart(next(iter(thresholds.values())))]
-    note = f"By fitted thresholds, the student's: {', '.join(told)}" if told else None
+    note = f"By fitted thresholds, the {scores[0]['model']}'s: {', '.join(told)}" if told else None
     print_table(("", *(one["model"] for one in scores)), rows, caption=note)
 
 
@@ -249,7 +249,7 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bo
         print(json.dumps({"folder": str(result.folder), "notes": result.notes, **results}))
     else:
         print_result(result, told)
-    raise Exit(1 if result.failed else 0)
+    raise Exit(1 if result.failed or result.is_export_lost else 0)
 
 
 def _add_page(layout: ExperimentLayout) -> None:

@@ -32,7 +32,8 @@ _OTHERWISE = {
 def _option(name: str, kind: Any) -> Any:
     if name in _SHARED:
         return _SHARED[name]
-    text = _TEXTS[name][0].upper() + _TEXTS[name][1:]
+    text = _TEXTS.get(name, name)  # Python without docstrings (-OO) has none
+    text = text[0].upper() + text[1:]
     if name in _OTHERWISE:
         own, flag, metavar = _OTHERWISE[name]
         return Annotated[own, Option(flag, metavar=metavar, help=text)]

@@ -24,6 +24,7 @@ _SECTIONS: dict[str, dict[str, type]] = {
 }
 """What reports and cards read of a run's config, which may be a stranger's or of an earlier version."""
 _RERUN = "Delete the run's folder and run the same command again."
+_REWRITE = "The same `kdlora run` again writes it anew, from the records of its runs."
 
 
 class Latency(BaseModel):
@@ -216,7 +217,7 @@ def write_record(path: str | Path, record: RunRecord) -> None:
 
 
 def read_record(path: str | Path) -> RunRecord:
-    return _parse_record(_read_json(Path(path)), str(path))
+    return _parse_record(_read_json(Path(path), _RERUN), str(path), _RERUN)
 
 
 def write_results(path: str | Path, records: Iterable[RunRecord]) -> None:
@@ -224,32 +225,32 @@ def write_results(path: str | Path, records: Iterable[RunRecord]) -> None:
 
 
 def read_results(path: str | Path) -> list[RunRecord]:
-    content = _read_json(Path(path))
+    content = _read_json(Path(path), _REWRITE)
     runs = content.get("runs")
     if not isinstance(runs, list):
-        raise ArtifactError(f"{path}: expected a list under 'runs', found {type(runs).__name__}. {_RERUN}")
-    return [_parse_record(run, f"{path}, run {row}") for row, run in enumerate(runs)]
+        raise ArtifactError(f"{path}: expected a list under 'runs', found {type(runs).__name__}. {_REWRITE}")
+    return [_parse_record(run, f"{path}, run {row}", _REWRITE) for row, run in enumerate(runs)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not path.exists():
         raise ArtifactError(f"{path}: there is no such file. Run the experiment first, or check the path.")
-    return read_json(path, _RERUN)
+    return read_json(path, remedy)
 
 
-def _parse_record(content: Any, where: str) -> RunRecord:
+def _parse_record(content: Any, where: str, remedy: str) -> RunRecord:
     if not isinstance(content, dict):
-        raise ArtifactError(f"{where}: expected a JSON object, found {type(content).__name__}. {_RERUN}")
+        raise ArtifactError(f"{where}: expected a JSON object, found {type(content).__name__}. {remedy}")
     if (version := content.get("schema_version")) != SCHEMA_VERSION:
         raise ArtifactError(
             f"{where}: expected schema_version {SCHEMA_VERSION}, found {version!r}. If a newer kdlora wrote it, "
-            f"upgrade (`pip install --upgrade kdlora`); else {_RERUN[0].lower()}{_RERUN[1:]}"
+            f"upgrade (`pip install --upgrade kdlora`); else {remedy[0].lower()}{remedy[1:]}"
         )
     try:
         record = RunRecord.model_validate(plain_json({key: one for key, one in content.items() if key != CHECKSUM}))
     except ValidationError as fault:
         faults = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors())
-        raise ArtifactError(f"{where}: expected a run record, but {faults}. {_RERUN}") from None
+        raise ArtifactError(f"{where}: expected a run record, but {faults}. {remedy}") from None
     if not is_sealed_or_old(content):
-        raise ArtifactError(f"{where}: its content does not fit its checksum, so it was damaged or edited. {_RERUN}")
+        raise ArtifactError(f"{where}: its content does not fit its checksum, so it was damaged or edited. {remedy}")
     return record

@@ -182,10 +182,10 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     splits = load_without_copies(config, layout)
     notes: list[str] = []
     is_exported = holds(layout.exported, _mark(config, layout))
-    # An export of a config that measured nothing stays, too; by fitted thresholds the figures would be stale one day.
-    if config.export.benchmark and not layout.thresholds.exists():
-        unmeasured = with_values(config, {"export.benchmark": False})
-        is_exported |= holds(layout.deployed, _mark(unmeasured, layout, layout.benchmark))
+    # An export stays where only measuring is switched; by fitted thresholds the figures would be stale one day.
+    if not (config.export.benchmark and layout.thresholds.exists()):
+        switched = with_values(config, {"export.benchmark": not config.export.benchmark})
+        is_exported |= holds(layout.deployed, _mark(switched, layout, layout.benchmark))
     if not is_exported:
         refuse_loss(layout.onnx)
         check_page(layout.page)

@@ -67,6 +67,7 @@ class ExperimentResult:
         records: one record per run, in the order of the plan.
         shipped: the record of the run that became `student/`; None where no student run finished.
         notes: what was inferred or dropped on the way, in plain sentences.
+        is_export_lost: whether the export broke off, as without memory; the same call again makes it.
 
     Examples:
         >>> sorted({record.arm for record in result.records})
@@ -77,6 +78,7 @@ class ExperimentResult:
     records: list[RunRecord]
     shipped: RunRecord | None
     notes: tuple[str, ...] = ()
+    is_export_lost: bool = False
 
     def __repr__(self) -> str:
         shipped = "nothing shipped" if self.shipped is None else f"{self.shipped.arm} seed {self.shipped.seed} shipped"
@@ -218,14 +220,14 @@ def _lead(
         keep_examples(layout, splits)
         records = _run_all(config, layout, facts, finished, team, check, listen)
         try:
-            shipped, told = _ship_best(config, layout, splits.task, records, listen)
-        except ArtifactError:  # the trainings are done: their report is due, whatever hinders the shipping
+            shipped, told, is_lost = _ship_best(config, layout, splits.task, records, listen)
+        except Exception:  # the trainings are done: their report is due, whatever hinders the shipping
             make_report(layout.root)
             raise
         check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
-    return ExperimentResult(layout.root, records, shipped, (*splits.notes, *told))
+    return ExperimentResult(layout.root, records, shipped, (*splits.notes, *told), is_lost)
 
 
 def check_folder(config: Config, layout: ExperimentLayout, asked: Config | None = None) -> None:
@@ -340,17 +342,17 @@ def _run_all(
 
 def _ship_best(
     config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord], listen: Listener
-) -> tuple[RunRecord | None, list[str]]:
-    """Choose a student on validation, ship it, export it and decide for it, unless that is done; with what to say."""
+) -> tuple[RunRecord | None, list[str], bool]:
+    """Choose a student on validation, ship, export and decide, unless that is done; with notes, and what is lost."""
     choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed)) for one in records])
     if choice is None:
-        return None, []
+        return None, [], False
     named = {(one.arm, one.seed) for one in records}
     kept = [read_record(path) for path in layout.runs.glob("*/run.json")]  # which the report shows, too
     if {(one.arm, one.seed) for one in kept if one.status == "finished" and one.arm in STUDENT_ARMS} - named:
         told = f"{choice.sentence[:-1]}, among the arms and seeds that the last call named."
         choice = choice.model_copy(update={"sentence": told})
-    notes = list[str]()
+    notes, is_lost = list[str](), False
     if not keep_shipped(config, layout, choice):
         with logged("ship", choice.arm, choice.seed):
             run_in_child(ship_student, config, layout, task, choice)
@@ -362,9 +364,10 @@ def _ship_best(
             raise
         except Exception as error:  # a student that cannot be exported is still a student
             done = "measured" if layout.exported.exists() else "exported"
-            logger.error("the student was not %s: %s", done, error, exc_info=not isinstance(error, KdLoraError))
+            is_lost = not isinstance(error, KdLoraError)
+            logger.error("the student was not %s: %s", done, error, exc_info=is_lost)
             notes.append(f"The student was not {done}: {error}")
     if not is_decided(config, layout):
         with logged("decide", "student", config.teacher_seed):
             notes += run_in_child(decide_student, config, layout)
-    return next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed)), notes
+    return next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed)), notes, is_lost

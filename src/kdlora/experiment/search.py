@@ -30,6 +30,7 @@ from kdlora.experiment.study import (
     inspect_rows,
     make_teacher,
     open_study,
+    planned_trials,
     retry_failed,
     settings_of,
     train_trial,
@@ -183,7 +184,8 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     claim_folder(folder, "search")
     was_begun = (folder / "journal.log").exists()
     if not search.study().trials and was_begun:
-        logger.warning("%s has trials of other settings, space or rows; this search begins anew beside them", folder)
+        other = "%s has trials of other settings, space, rows or models; this search begins anew, its best.yaml too"
+        logger.warning(other, folder)
     write_text_atomic(folder / "search.yaml", save_config(config))
     return search
 
@@ -200,7 +202,7 @@ def _paths(search: Search) -> list[str]:
 def _carry_out_trials(search: Search, engine: Engine, listen: Callable[[SearchEvent], None] | None) -> None:
     """Carry out trials until all are done or under way elsewhere; the journal counts them, so none is done twice."""
     study = search.study()
-    is_over, lost = False, 0
+    is_over, lost, planned = False, 0, planned_trials(search.settings)
 
     def tell(number: int, detail: Any) -> None:
         if listen is not None:
@@ -208,7 +210,7 @@ def _carry_out_trials(search: Search, engine: Engine, listen: Callable[[SearchEv
             finished = (one for one in trials if one.state.name == "COMPLETE")  # a pruned one has its last score
             best = max((one.value for one in finished if one.value is not None), default=None)
             ended = sum(one.state.is_finished() for one in trials)
-            listen(SearchEvent(ended, search.settings.trials, best, number, detail))
+            listen(SearchEvent(ended, planned, best, number, detail))
 
     trials = engine.results(carry_out_trial, lambda: None if is_over else search, lambda _, event: tell(*event))
     for _, ended in trials:

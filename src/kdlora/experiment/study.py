@@ -29,7 +29,7 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.plan import identity, reset_unused
-from kdlora.experiment.recording import hash_splits, keep_weights, prepare_process
+from kdlora.experiment.recording import hash_base, hash_splits, keep_weights, prepare_process
 from kdlora.experiment.settle import (
     Chosen,
     check_table,
@@ -258,6 +258,11 @@ def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
     return grid if is_small else None
 
 
+def planned_trials(search: SearchConfig) -> int:
+    grid = grid_of(search)
+    return search.trials if grid is None else math.prod(map(len, grid.values()))
+
+
 def _label(value: Any) -> Any:
     """Name a choice by a plain value, as Optuna keeps it."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
@@ -336,6 +341,10 @@ def inspect_rows(config: Config, search: SearchConfig, named: bool = True) -> tu
     if named and config.given_teacher and set(config.run.arms) & DISTILLED_ARMS:  # so are those by another teacher
         tables = stored_logits(config, None, splits) if config.teacher.is_table else []
         rows = hash_json([rows, [one.fingerprint for one in tables] or hash_teacher(config, task)])
+    if named:  # and by another pretrained model, in the same folder
+        taught = bool(set(config.run.arms) & DISTILLED_ARMS) and not config.given_teacher
+        arms = sorted({*config.run.arms, *([config.teacher_arm] if taught else [])})
+        rows = hash_json([rows, [hash_base(load_base(config, arm, 0, task)) for arm in arms]])
     looks = look_at_models(config, task, sample_texts(splits.train), timed=False)
     train = len(splits.train) + splits.held_out
     return rows, Chosen(looks, {"train": train, "unlabelled": rows_per_epoch(splits) - train}, task)

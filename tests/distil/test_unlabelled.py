@@ -145,11 +145,12 @@ def test_a_rare_class_is_found_where_all_classes_count_alike(tasks):
 
 
 def test_few_rows_of_many_labels_warn_of_nothing(tasks):
-    """Four lines of scikit-learn's came before a run's first words: do you mean a regression?"""
-    task, text = dataclasses.replace(tasks["single-label"], label_names=("a", "b", "c")), {"text": ["x", "y", "z", "w"]}
+    """Three times scikit-learn asked before a run's first words: do you mean a regression?"""
+    labels, names = np.arange(30) % 20, tuple(f"label {number}" for number in range(20))
+    task, text = dataclasses.replace(tasks["single-label"], label_names=names), {"text": [f"w{one}" for one in labels]}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fit_words(task, text, np.array([0, 1, 2, 0]), text, np.array([0, 1, 2, 0]))
+        fit_words(task, text, labels, text, labels)
     assert not told
 
 

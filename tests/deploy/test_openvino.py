@@ -12,13 +12,14 @@ from deploy_folders import TEXTS
 from kdlora.deploy import runtimes
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
-from kdlora.deploy.folder import Way, read_model_folder
+from kdlora.deploy.folder import EXPORT_RECORD, Way, read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
 from kdlora.deploy.stream import predict_file
 from kdlora.deploy.tagger import Tagger
 from kdlora.deploy.webpage import write_web_page
 from kdlora.errors import ArtifactError, ModelError
+from kdlora.system.integrity import seal
 
 pytestmark = pytest.mark.skipif(find_spec("nncf") is None, reason="the extra openvino-export is not installed")
 
@@ -57,12 +58,15 @@ def test_every_stage_is_judged_in_its_own_runtime(folder):
     assert not told, "a library that sends to its makers what is run, and marks the user by a file in the home folder"
 
 
-def test_a_tagger_runs_in_it(exported):
-    """A runtime that flattens the tokens of a batch, or that a tagger silently does not take."""
-    onnx, other = (
-        Tagger.load(exported("bert", "tokens"), precision="fp32", runtime=runtime)
-        for runtime in ("onnxruntime", "openvino")
-    )
+def test_a_tagger_runs_in_it_if_it_was_checked_there(exported, tmp_path):
+    """A runtime that flattens the tokens of a batch, that a tagger silently does not take, or that nobody checked."""
+    copy = shutil.copytree(exported("bert", "tokens"), tmp_path / "copy")
+    record = json.loads((copy / EXPORT_RECORD).read_text())
+    with pytest.raises(ModelError, match="openvino is not among its stages"):
+        Tagger.load(copy, precision="fp32", runtime="openvino")
+    record |= {"stages": [*record["stages"], {"stage": "openvino"}]}
+    (copy / EXPORT_RECORD).write_text(json.dumps(seal(record)))
+    onnx, other = (Tagger.load(copy, precision="fp32", runtime=runtime) for runtime in ("onnxruntime", "openvino"))
     assert (onnx.folder.backend, other.folder.backend) == ("onnx", "openvino")
     assert np.abs(onnx.predict_logits(TEXTS) - other.predict_logits(TEXTS)).max() < 1e-4
 
@@ -100,7 +104,7 @@ def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, mo
         half = Classifier.load(folder, precision="bf16", runtime="openvino").predict_logits(TEXTS)
         assert 0.9 < np.corrcoef(half.ravel(), exact.ravel())[0, 1] < 0.9999999, "a random model is sensitive"
     monkeypatch.setattr(openvino_backend, "has_bf16", lambda: False)
-    with pytest.raises(ModelError, match="needs a processor"):
+    with pytest.raises(ModelError, match=r"needs a processor|openvino-bf16 is not among its stages"):
         Classifier.load(folder, precision="bf16", runtime="openvino")
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
@@ -220,6 +222,21 @@ def test_a_model_that_only_reads_is_packed_and_comes_back_as_it_was(make_model, 
     assert layers & {"_FrozenLayer", "_AdaptedLayer"}
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_head_is_found_where_a_layer_is_as_wide(with_adapter):
+    """XLM-R names its head before its layers: of 768 labels the last layer got the bias, and the head none."""
+    settings = XLMRobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=16
+    )
+    settings.num_labels = 16
+    model = XLMRobertaForSequenceClassification(settings)
+    head = model.classifier.out_proj
+    if with_adapter:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
+        head = model.base_model.model.classifier.modules_to_save["default"].out_proj
+    assert last_linear(model, 16) is head
 
 
 @pytest.mark.parametrize("family", FAMILIES)

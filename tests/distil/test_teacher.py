@@ -26,7 +26,7 @@ def rows(make_examples) -> Dataset:
 
 @pytest.fixture
 def make_encoder(tiny_model_folder, tasks):
-    return lambda: load_encoder(str(tiny_model_folder("bert")), tasks["single-label"], seed=1)
+    return lambda family="bert": load_encoder(str(tiny_model_folder(family)), tasks["single-label"], seed=1)
 
 
 @pytest.fixture
@@ -209,6 +209,15 @@ def test_fingerprints_are_of_content(make_encoder, rows):
     encoder.tokenizer(["some text"], truncation=True, max_length=5, padding=True)
     predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
     assert (hash_model(encoder.model), hash_tokenizer(encoder.tokenizer)) == before
+
+    # Another pooling or activation of the same weights is another model, which has no weight to show for it.
+    modern = make_encoder("modernbert").model
+    seen = {hash_model(modern)}
+    for name, other in (("classifier_pooling", "mean"), ("hidden_activation", "relu"), ("norm_eps", 0.1)):
+        assert getattr(modern.config, name) != other
+        setattr(modern.config, name, other)
+        seen.add(hash_model(modern))
+    assert len(seen) == 4
 
     # A hash over how rows are stored refuses a cache after a reload; one that joins texts misses a moved boundary.
     turned = rows.select(range(len(rows) - 1, -1, -1))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import tiny
-from experiments import copy_experiment, flags, numbered, read_rows, snapshot
+from experiments import copy_experiment, edit_json, flags, numbered, read_rows, snapshot
 from kdlora.data.tasks import Task
-from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.decisions import Decisions, read_decisions, write_decisions
+from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import settle_goals
@@ -116,6 +117,12 @@ def test_one_threshold_decides_for_all_labels(workshop, tmp_path: Path, cli) -> 
         one["model"]: one["score"] for one in json.loads(cli("evaluate", layout.root, files["test"], "--json").out)
     }
     assert scored == pytest.approx({"student": student.test_score, "teacher": teacher.test_score})
+    # The benchmark of both had the student by its threshold and the teacher by 0.5.
+    folder = read_model_folder(layout.teacher)
+    assert read_decisions(folder).thresholds == pytest.approx(teacher.thresholds())
+    edit_json(layout.teacher / "config.json", kdlora_temperature=2.0)  # as of one that was given, and calibrated
+    again = json.loads(cli("evaluate", layout.root, files["test"], "--json").out)
+    assert {one["model"]: one["score"] for one in again} == pytest.approx(scored)
     assert "By fitted thresholds, the student's:" in cli("evaluate", layout.root, files["test"]).out
     assert "suits the score on validation best" in (layout.student / "README.md").read_text()
     fit_thresholds(layout.root, {"film": "f1"})

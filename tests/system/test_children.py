@@ -160,6 +160,20 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_temporary_files_of_a_long_training_have_a_new_date(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Another container took them for abandoned after a day, and the suite ended where it next wrote a row."""
+    monkeypatch.setattr(processes, "_TOUCH_SECONDS", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    os.utime(tmp_path, (1.0, 1.0))
+    (requests, kept), (ended, other) = os.pipe(), os.pipe()
+    child = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(0.3)"], os.environ)
+    with os.fdopen(requests, "rb") as asked:
+        assert processes._wait(child, asked, ended) == 0
+    for pipe in (kept, ended, other):
+        os.close(pipe)
+    assert time.time() - tmp_path.stat().st_mtime < 60
+
+
 def test_a_worker_that_was_forked_leaves_its_parents_server_alone(way):
     """A pool's worker removed the folder of temporary files under its parent, whose children then failed."""
     if way == "started":

@@ -177,6 +177,8 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
     if given.task is None or given.labels is None or set(given.task.label_names) != set(student.label_names):
         raise DataError("a cascade is scored on rows with the models' labels; give a labelled file of their task.")
     texts: list[Any] = list(given.texts)
+    # The teacher's time goes by tokens, and the texts that a student is not sure of may be the long ones.
+    lengths = np.array([len(one.ids) for one in teacher.encode(texts)])
     outputs, seconds = [], []
     for model in (student, teacher):
         model.predict_logits(texts[:32])
@@ -192,7 +194,7 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
     points = []
     for threshold in thresholds:
         passed = sure < threshold
-        share = float(passed.mean())
         total = given.score(given.task, np.where(passed[:, None], large, small))
-        points.append(CascadePoint(float(threshold), share, total, seconds[0] / seconds[1] + share))
+        cost = seconds[0] / seconds[1] + float(lengths[passed].sum() / lengths.sum())
+        points.append(CascadePoint(float(threshold), float(passed.mean()), total, cost))
     return CascadeCurve(len(texts), tuple(points))

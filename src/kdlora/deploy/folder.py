@@ -168,6 +168,8 @@ def read_model_folder(model: str | Path | Way, *, max_length: int | None = None)
         raise ModelError(f"{folder}: precision 'bf16' is {ONNX_FP32} in OpenVINO (runtime='openvino').")
     _check_files(folder, file)
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
+    if runtime == "openvino" and EXPORT_RECORD in digests:
+        _check_passed(folder, file, record, half)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
     noted = (record.get("max_length") if file is not None else None) or config.get("kdlora_max_length")
@@ -258,6 +260,17 @@ def _check_files(folder: Path, file: Path | None) -> None:
         raise ModelError(
             f"{folder}: tokenizer.json is missing. Save the tokenizer beside the model: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
+        )
+
+
+def _check_passed(folder: Path, file: Path | None, record: Mapping[str, Any], half: bool) -> None:
+    """Refuse what OpenVINO was not checked with, or failed; a file of its own is there only if it passed."""
+    stage, stages = "openvino-bf16" if half else "openvino", record.get("stages")
+    passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+    if file is not None and file.suffix == ".onnx" and stage not in passed:
+        raise ModelError(
+            f"{folder}: the export was not checked in OpenVINO, or failed ({stage} is not among its stages). Export "
+            "it with --format openvino, or use another runtime or precision."
         )
 
 

@@ -19,7 +19,6 @@ from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import EXPORT_RECORD, MEASURED, Precision, Way, read_model_folder
 from kdlora.errors import ArtifactError, ModelError
-from kdlora.foreign import read_json
 from kdlora.system.environment import describe_machine
 from kdlora.system.integrity import hash_file
 from kdlora.system.storage import write_json_atomic
@@ -40,23 +39,18 @@ class _Measured:
 
 def ways_to_run(folder: Path) -> list[Way]:
     """List the ways to run an export that passed its checks, and for which its thresholds and promise were fitted."""
-    record = folder / EXPORT_RECORD
-    if not record.is_file():
+    if not (folder / EXPORT_RECORD).is_file():
         return []
     ways = [Way(folder, precision="fp32"), Way(folder, precision="int8")]
     if importlib.util.find_spec("openvino") is not None:
         from kdlora.deploy.openvino_backend import has_bf16
 
-        stages = read_json(record).get("stages")
-        passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
-        if "openvino" in passed:
-            ways.append(Way(folder, "openvino", "fp32"))
-            if "openvino-bf16" in passed and has_bf16():
-                ways.append(Way(folder, "openvino", "bf16"))
+        ways.append(Way(folder, "openvino", "fp32"))
+        ways += [Way(folder, "openvino", "bf16")] if has_bf16() else []
         ways.append(Way(folder, "openvino", "int8"))
     found = []
     for way in ways:
-        with contextlib.suppress(ModelError):  # no such file, or thresholds or a promise of another way
+        with contextlib.suppress(ModelError):  # no such file, not passed, or thresholds or a promise of another way
             described = read_model_folder(way)
             read_decisions(described)
             if described.file is not None:  # PyTorch reads the folder's weights where the export's file is not there

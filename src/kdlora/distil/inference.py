@@ -69,6 +69,11 @@ from kdlora.system.storage import hold_lock
 logger = logging.getLogger(__name__)
 
 _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "activation", "layer_norm_eps")
+_OF_SOME = (
+    *("classifier_pooling", "hidden_activation", "norm_eps", "local_attention", "global_attn_every_n_layers"),
+    *("activation_function", "layer_norm_epsilon", "rms_norm_eps", "rope_parameters", "sliding_window"),
+)
+"""Traits that only some architectures have; hashes of the others do not know of them."""
 
 BATCH_TOKENS = 4096
 """Tokens of one pass: a larger pass is no faster, and its activations would be the peak of a small student's memory."""
@@ -148,6 +153,8 @@ def hash_model(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """Give the SHA-256 of all parameters and buffers, by name, and of the traits that no weight shows."""
     left_out = tuple(f"{name}." for name in without)
     traits = [type(model).__name__, *(str(getattr(model.config, name, None)) for name in _ARCHITECTURE)]
+    own = {name: getattr(model.config, name) for name in _OF_SOME if hasattr(model.config, name)}
+    traits += [json.dumps(own, sort_keys=True, default=str)] if own else []
     digest = hashlib.sha256(json.dumps(traits).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(left_out):

@@ -274,11 +274,15 @@ def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: T
 
 def last_linear(model: nn.Module, outputs: int, *, biased: bool = True) -> nn.Linear | None:
     """Find the layer that gives the prediction, if it has a bias; of one that PEFT keeps twice, the copy in use."""
-    others = {"original_module", "lora_A", "lora_B"}  # CamemBERT names its head before the layers with adapters
+    # RoBERTa's kind names its head before the encoder, a layer of which may have as many outputs.
+    whole = getattr(model, "get_base_model", lambda: model)()  # without PEFT's names
+    body = getattr(whole, str(getattr(whole, "base_model_prefix", "")), None)
+    inner = {id(module) for module in body.modules()} if isinstance(body, nn.Module) else set()
     found = [
         module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == outputs and others.isdisjoint(name.split("."))
+        for name, module in whole.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == outputs and id(module) not in inner
+        if {"original_module", "lora_A", "lora_B"}.isdisjoint(name.split("."))
     ]
     return found[-1] if found and not (biased and found[-1].bias is None) else None
 

@@ -218,7 +218,7 @@ def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
     notes = []
     if layout.decided.exists():  # what an earlier config had done
         notes = forget_decisions(config, layout)
-        decide_as_run(layout)
+        decide_as_run(config, layout)
     if config.export.thresholds is not None:
         try:
             notes += fit_all(layout, config.export.thresholds).notes

@@ -207,7 +207,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         if calibration is not None or lasting:
             write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration, notes=tuple(lasting))))
     if not layout.thresholds.exists():  # which are decided later, and of this experiment's verb
-        decide_as_run(layout)
+        decide_as_run(config, layout)
     write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
         found = read_json(layout.benchmark) if layout.benchmark.exists() else {}
@@ -304,14 +304,16 @@ def _export_rows(
     )
 
 
-def decide_as_run(layout: ExperimentLayout) -> None:
-    """Let each file of a student of several labels decide by the threshold that its run has on the validation rows."""
-    record = shipped_record(layout)
-    if record is None or record.threshold is None:
-        return
-    for file in (layout.student, *exported_files(layout).values()):
-        folder = read_model_folder(file)
-        write_decisions(folder, Decisions(thresholds=record.thresholds(folder.temperature)))
+def decide_as_run(config: Config, layout: ExperimentLayout) -> None:
+    """Let teacher and student of several labels decide by the thresholds of their runs, from validation rows."""
+    files = dict.fromkeys((layout.student, *exported_files(layout).values()), shipped_record(layout))
+    taught = layout.run(config.teacher_arm, config.teacher_seed).record
+    if layout.teacher.exists() and taught.exists():
+        files[layout.teacher] = read_record(taught)
+    for file, record in files.items():
+        if record is not None and record.threshold is not None:
+            folder = read_model_folder(file)
+            write_decisions(folder, Decisions(thresholds=record.thresholds(folder.temperature)))
 
 
 def exported_files(layout: ExperimentLayout) -> dict[str, Path]:

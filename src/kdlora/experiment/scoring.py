@@ -367,23 +367,23 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
             logger.warning("%d of %d texts are training, validation or unlabelled texts", known, len(examples))
 
     def row(
-        name: str, found: tuple[Encoder, list[int]], max_length: int, thresholds: Mapping[str, float] | None = None
+        name: str, found: tuple[Encoder, list[int]], max_length: int, at: Callable[[float], Mapping[str, float]]
     ) -> dict[str, Any]:
         encoder, columns = found
+        thresholds = at(temperature := getattr(encoder.model.config, TEMPERATURE_KEY, None) or 1.0)
         encoder.model.to(resolve_device("cpu" if config.run.device == "cpu" else "auto"))  # it may come from a GPU
         result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
         if thresholds:
-            temperature = getattr(encoder.model.config, TEMPERATURE_KEY, None) or 1.0
             shifted = shift_logits(result.logits, task.label_names, thresholds, temperature)
             result = _judge(task, examples, shifted, result.truncated)
         figures = {"score": result.score, "metrics": result.metrics, "truncated": result.truncated}
-        return {"model": name, "examples": len(examples), **figures, "thresholds": dict(thresholds or {})}
+        return {"model": name, "examples": len(examples), **figures, "thresholds": dict(thresholds)}
 
     rows = []
     if layout.student.exists():
         thresholds = read_decisions(read_model_folder(layout.student)).thresholds
         model = load_fine_tuned(str(layout.student), task)
-        rows.append(row("student", model, closed(config.student.train).max_length, thresholds))
+        rows.append(row("student", model, closed(config.student.train).max_length, lambda _: thresholds))
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
         try:
             found = load_teacher(config, task, layout.teacher)
@@ -393,8 +393,8 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
             logger.warning("the teacher is not scored: %s", fault)
         else:
             scored = layout.run(config.teacher_arm, config.teacher_seed).record
-            thresholds = read_record(scored).thresholds() if scored.exists() else {}
-            rows.append(row("teacher", found, closed(config.teacher.train).max_length, thresholds))
+            longest, own = closed(config.teacher.train).max_length, read_record(scored) if scored.exists() else None
+            rows.append(row("teacher", found, longest, lambda at: {} if own is None else own.thresholds(at)))
     if not rows:
         raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows

@@ -43,6 +43,8 @@ GRACE_SECONDS = 60.0
 _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05
+_TOUCH_SECONDS = 3600
+"""So often the folder of temporary files gets a new date, by which alone another machine knows that it is in use."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 _KILLED = 128
 """What a server adds to the number of the signal that killed its child, as a shell does."""
@@ -312,10 +314,15 @@ def _preload(module: str) -> None:
 
 def _wait(child: int, requests: IO[bytes], ended: int) -> int:
     """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away."""
+    touched = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() - touched > _TOUCH_SECONDS:
+            touched = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(tempfile.gettempdir())
         if requests.fileno() in select.select([requests.fileno(), ended], [], [], _POLL_SECONDS)[0]:
             try:
                 pickle.load(requests)  # noqa: S301 - from our own parent

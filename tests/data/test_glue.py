@@ -72,7 +72,7 @@ def test_mnli_groups(tmp_path: Path) -> None:
     assert list(validation["group"]) == ["matched"] * 3 + ["mismatched"] * 2
     assert labels(validation) == [1, 2, 0, 1, 2]
     assert any("1 of 4 corrupt rows" in note for note in splits.notes)
-    assert len(load({"name": "mnli"}, path=tmp_path, train="validation").train) == 5
+    assert len(load({"name": "mnli"}, path=tmp_path, train="validation", validation="train").train) == 5
 
 
 def test_corrupt_rows_of_qqp(tmp_path: Path) -> None:

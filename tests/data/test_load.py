@@ -547,6 +547,32 @@ def test_stratified_split(classes: list[int], fraction: float, seed: int) -> Non
     assert len(validation) == min(len(labels) - 1, max(1, round(len(labels) * fraction)))
 
 
+def test_equal_texts_are_on_one_side_of_a_drawn_split(csv_file) -> None:
+    """All validation rows were training texts, so the epoch and what ships were chosen by what was learnt by heart."""
+    texts = [f"text {row % 60}" for row in range(300)]
+    for seed in range(5):
+        splits = load(train=csv_file("a.csv", text=texts, label=[row % 60 % 3 for row in range(300)]), split_seed=seed)
+        assert not set(splits.train["text"]) & set(splits.validation["text"])
+        assert (len(splits.train), len(splits.validation)) == (270, 30)
+        # A label that stands at one text beside another one: both rows stay in training.
+        named = ["rare" if row == 7 else "ab"[row % 2] for row in range(300)]
+        splits = load(train=csv_file("b.csv", text=texts, label=named), split_seed=seed)
+        assert "text 7" not in splits.validation["text"]
+    assert "1 training text cannot be split" in refused(train=csv_file("c.csv", text=["a"] * 4, label=[0, 1, 0, 1]))
+
+
+def test_a_split_that_is_named_serves_once(tmp_path: Path) -> None:
+    """`data.validation: test` chose what ships on the rows of the headline, which were the test split too."""
+    parts = {name: Dataset.from_dict({"text": [f"{name} {row}" for row in range(20)], "label": WORDS}) for name in "ab"}
+    DatasetDict({"train": parts["a"], "test": parts["b"]}).save_to_disk(tmp_path / "saved")
+    splits = load(path=tmp_path / "saved", validation="test")
+    assert splits.test is None
+    assert list(splits.validation["text"]) == list(parts["b"]["text"])
+    splits = load(path=tmp_path / "saved", train="test")
+    assert splits.test is None
+    assert len(splits.train) + len(splits.validation) == 20
+
+
 @given(rows_a_class=st.integers(2, 5), classes=st.integers(1, 80), seed=st.integers(0, 50))
 def test_few_rows_a_class_stay_for_training(rows_a_class: int, classes: int, seed: int) -> None:
     """A row of every class took half of a set with two rows a class, which then had one each to learn from."""

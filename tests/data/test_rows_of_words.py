@@ -43,7 +43,7 @@ def test_a_drawn_validation_split_has_every_type_of_entity(tmp_path):
     """A type of five sentences in 200 was in no validation split, so nothing of it was known of a model."""
     rows = [{"words": ["at", f"w{row}"], "tags": ["O", "O" if row % 4 else "B-COMMON"]} for row in range(200)]
     for row in (3, 50, 51, 120, 199):
-        rows[row] = {"words": ["the", "rare", "thing"], "tags": ["O", "B-RARE", "I-RARE"]}
+        rows[row] = {"words": ["the", "rare", f"thing{row}"], "tags": ["O", "B-RARE", "I-RARE"]}
     train = write_conll(tmp_path / "train.conll", rows)
     for seed in range(20):
         splits = load(train=train, split_seed=seed)
@@ -71,7 +71,8 @@ def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits,
     # Punctuation that stands alone in every copy, as it does in no text of the user's.
     row = {"text": "well, said (Paris)!", "spans": [{"start": 12, "end": 17, "label": "PLACE"}]}
     more = {"text": "张三在北京", "spans": [{"start": 3, "end": 5, "label": "PLACE"}]}
-    train = load(train=write_lines(tmp_path / "train.jsonl", [row, more] * 8)).train
+    file = write_lines(tmp_path / "train.jsonl", [row, more] * 8)
+    train = load(train=file, validation=file).train
     texts = augment_texts(train, 30)["text"]
     assert any("(Paris)" in text for text in texts)
     assert any("well," in text for text in texts)
@@ -159,9 +160,10 @@ def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content
 @pytest.mark.parametrize("kind", ["tokens", "multi-label"])
 def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
     """Silent failure: the row is in both splits, or in none. A loud one: a file is refused for what the draw did."""
-    rows = [{"words": ["x", name], "tags": ["O", f"B-{name}"]} for name in ("A", "B", "C", "D", *"E" * 36)]
+    names = enumerate(("A", "B", "C", "D", *"E" * 36))
+    rows = [{"words": [f"x{number}", name], "tags": ["O", f"B-{name}"]} for number, name in names]
     if kind == "multi-label":
-        rows = [{"text": row["words"][1], "labels": row["tags"]} for row in rows]
+        rows = [{"text": row["words"][0], "labels": row["tags"]} for row in rows]
     file = write_lines(tmp_path / "train.jsonl", rows)
     for seed in range(5):
         splits = load(train=file, validation_fraction=0.5, split_seed=seed)

@@ -297,7 +297,8 @@ def test_texts_with_spans_as_other_tools_write_them(read):
 
 def test_types_that_begin_as_tags_keep_their_names(tmp_path):
     """`B-cell` became `cell`, and every span of it was refused as unknown."""
-    rows = [{"text": "the cell", "spans": [{"start": 4, "end": 8, "label": f"{kind}-cell"}]} for kind in "BT" * 10]
+    spans = [[{"start": 4, "end": 8, "label": f"{kind}-cell"}] for kind in "BT" * 10]
+    rows = [{"text": f"the cell {number}", "spans": own} for number, own in enumerate(spans)]
     file = write_lines(tmp_path / "a.jsonl", rows)
     given = (None, ["B-cell", "T-cell"], ["O", "B-B-cell", "I-B-cell", "B-T-cell", "I-T-cell"])
     tasks = [load_splits(TaskConfig(label_names=names), DataConfig(train=str(file))).task for names in given]

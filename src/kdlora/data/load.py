@@ -20,7 +20,7 @@ from kdlora.data.labels import DECIMAL, infer_task
 from kdlora.data.logit_table import is_collection
 from kdlora.data.opening import NEITHER, Groups, infer_columns, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source, is_text
-from kdlora.data.spool import doubles, label_array, read_column
+from kdlora.data.spool import doubles, hash_texts, label_array, read_column, text_columns
 from kdlora.data.tags import OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, with_windows
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
@@ -218,11 +218,7 @@ def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> No
 
 
 def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tuple[Dataset, Dataset]:
-    if len(train) < 2:
-        raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
-    classes = row_classes(reading.task, train)
-    kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
-    kept, drawn = give_back(reading.task, train, kept, drawn)
+    kept, drawn = draw_texts(reading.task, train, data.validation_fraction, data.split_seed)
     if not len(drawn):
         raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
     how = {"regression": "at random", "tokens": "stratified by type"}.get(reading.task.kind, "stratified by label")
@@ -236,7 +232,24 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     return train.select(kept), train.select(drawn)
 
 
-def give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
+def draw_texts(task: Task, rows: Dataset, fraction: float, seed: int) -> tuple[Integers, Integers]:
+    """Draw a validation split, of equal texts all rows or none, and none with a label that no other row has."""
+    columns = [hash_texts(read_column(rows, name).chunks) for name in text_columns(rows)]
+    _, first, number = np.unique(columns[0] + 3 * sum(columns[1:]), return_index=True, return_inverse=True)
+    number, first = np.argsort(np.argsort(first))[number], np.sort(first)  # by the order of the rows
+    if len(first) < 2:
+        raise DataError(f"{len(first)} training text cannot be split; give more rows, or a validation file")
+    classes = row_classes(task, rows)
+    _, drawn = split_rows(len(first), fraction, seed, None if classes is None else classes[first])
+    is_drawn = np.isin(number, drawn)
+    if classes is not None:  # equal texts may have different labels
+        is_drawn &= ~np.isin(number, number[~np.isin(classes, classes[~is_drawn])])
+    kept, _ = _give_back(task, rows, np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn))
+    is_drawn &= ~np.isin(number, number[kept])
+    return np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
+
+
+def _give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
     """Put a drawn row back where no row that was kept has some label of it; classes are drawn with that in mind."""
     if task.kind not in ("multi-label", "tokens") or not len(drawn):
         return kept, drawn

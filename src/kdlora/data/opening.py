@@ -56,7 +56,8 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
     for split, usual in _USUAL_SPLITS.items():
         wanted: str | None = getattr(data, split)
         if wanted is None:
-            found = next((name for name in usual if name in available), None)
+            taken = {getattr(data, one) for one in _USUAL_SPLITS}  # by another key, as test by data.validation
+            found = next((name for name in usual if name in available and name not in taken), None)
             if found is not None:
                 splits[split] = available[found]
         elif wanted in available:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import build_config
-from kdlora.data.augment import keep_unscored, row_classes
-from kdlora.data.load import Splits, add_copies, give_back, load_splits, split_rows
-from kdlora.data.spool import label_array, read_texts
+from kdlora.data.augment import keep_unscored
+from kdlora.data.load import Splits, add_copies, draw_texts, load_splits
+from kdlora.data.spool import label_array
 from kdlora.data.tasks import DEFAULT_METRICS
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
@@ -304,21 +302,10 @@ def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None =
 
 def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     """Hold rows out of the training split: a text with all its rows, and none of it stays in training."""
-    texts = pd.DataFrame(read_texts(splits.train))
-    number = texts.groupby(list(texts), sort=False).ngroup().to_numpy()  # of each row's text, in their order
-    first = np.flatnonzero(~texts.duplicated())
-    classes = row_classes(splits.task, splits.train)
-    if len(first) < 2:
-        raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
-    classes = None if classes is None else classes[first]
-    _, drawn = split_rows(len(first), search.validation_fraction, search.seed, classes)
-    is_held = np.isin(number, drawn)
-    kept, _ = give_back(splits.task, splits.train, np.flatnonzero(~is_held), np.flatnonzero(is_held))
-    is_held &= ~np.isin(number, number[kept])
-    if not is_held.any():
+    kept, held = draw_texts(splits.task, splits.train, search.validation_fraction, search.seed)
+    if not len(held):
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
-    train = splits.train.select(np.flatnonzero(~is_held))
-    validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
+    train, validation, unlabelled = splits.train.select(kept), splits.train.select(held), splits.unlabelled
     if splits.task.kind in ("multi-label", "tokens") and not (label_array(validation) > 0).any():
         raise DataError(
             "no held-out row has a label or an entity, so that a score on them cannot show what a trial has learnt; "
@@ -327,7 +314,7 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     if unlabelled is not None:
         unlabelled = keep_unscored(unlabelled, [validation])
     return dataclasses.replace(
-        splits, train=train, validation=validation, test=None, unlabelled=unlabelled, held_out=int(is_held.sum())
+        splits, train=train, validation=validation, test=None, unlabelled=unlabelled, held_out=len(held)
     )
 
 

@@ -188,7 +188,7 @@ def build_search(
     try:
         merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
         merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
-        leaves = known_keys()
+        leaves = [*known_keys(), "search.space"]
         for key in (one.partition("=")[0].strip() if isinstance(one, str) else one[0] for one in given):
             value: Any = changes
             for part in key.split("."):

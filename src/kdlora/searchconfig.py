@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kdlora.config import TrainedArm
 from kdlora.section import SEEDS, Section
@@ -67,12 +67,22 @@ def _parse_space(value: object) -> object:
                 raise ValueError(f"{key}: " + (f"{twice[0]!r} stands twice" if twice else "there are no values"))
             space[str(key)] = Choices(values=tuple(values))
         elif isinstance(one, Mapping) and {"low", "high"} <= set(one):
-            ends = [one["low"], one["high"]]
-            whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-            space[str(key)] = Range.model_validate({"whole": whole, **one})
+            space[str(key)] = _parse_range(key, one)
         else:
             raise ValueError(f"{key}: expected a list of values, or {{low: ..., high: ...}}, got {one!r}")
     return space
+
+
+def _parse_range(key: str, one: Mapping[str, Any]) -> Range:
+    if unknown := set(one) - set(Range.model_fields):
+        known = ", ".join(Range.model_fields)
+        raise ValueError(f"{key}: unknown {', '.join(sorted(map(str, unknown)))}; a range has {known}")
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (one["low"], one["high"]))
+    try:
+        return Range.model_validate({"whole": whole, **one})
+    except ValidationError as fault:
+        told = (": ".join([*map(str, error["loc"]), error["msg"]]) for error in fault.errors())
+        raise ValueError(f"{key}: {'; '.join(told)}".replace("Value error, ", "")) from None
 
 
 def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

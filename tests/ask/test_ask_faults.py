@@ -398,6 +398,12 @@ def test_bad_numbers_and_data(asking, cli):
     assert "train.csv has no column 'key'" in refused(asking, cli, *more, data=keyed)
     taken = write_csv(asking.folder / "taken.csv", [{"id": name, "label": name, "n": name} for name in "ab"])
     assert "rename the column 'id'" in refused(asking, cli, "--text", "id", "--id-column", "n", data=taken)
+    rows = [{"a": name, "b": name, "c": name, "label": name} for name in "xy"]
+    wide = write_csv(asking.folder / "wide.csv", rows)  # a column was left out, and the prompt held the right label
+    assert "two of a pair, got 3: a, b, c" in refused(
+        asking, cli, "--text", "a", "--text", "b", "--text", "c", data=wide
+    )
+    assert "names the column 'label' twice" in refused(asking, cli, "--text", "label", "--label", "label", data=wide)
     with pytest.raises(ConfigError, match="labels are names, got 0"):
         asking.settings(labels=[0, 1])
     asking.to = asking.folder / "loop"

@@ -561,6 +561,14 @@ def test_equal_texts_are_on_one_side_of_a_drawn_split(csv_file) -> None:
     assert "1 training text cannot be split" in refused(train=csv_file("c.csv", text=["a"] * 4, label=[0, 1, 0, 1]))
 
 
+def test_a_truth_value_is_no_rating(tmp_path: Path) -> None:
+    """The row was learnt as 1.0 without a word."""
+    rows = [{"text": f"text {row}", "label": 4.5 + row / 10} for row in range(20)]
+    rows[7]["label"] = True
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert "row 8: 'label' is a truth value among numbers" in refused({"kind": "regression"}, train=file)
+
+
 def test_a_split_that_is_named_serves_once(tmp_path: Path) -> None:
     """`data.validation: test` chose what ships on the rows of the headline, which were the test split too."""
     parts = {name: Dataset.from_dict({"text": [f"{name} {row}" for row in range(20)], "label": WORDS}) for name in "ab"}

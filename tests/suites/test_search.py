@@ -465,7 +465,9 @@ def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tm
         ({"lora.rank": [8, 8]}, "lora.rank: 8 stands twice"),
         ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),
         ({"lora.rank": 8}, "expected a list of values"),
-        ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "low 0.2 is above high 0.1"),
+        ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "lora.dropout: low 0.2 is above high 0.1"),
+        ({"lora.dropout": {"low": "x", "high": 0.1}}, "lora.dropout: low: Input should be a valid number"),
+        ({"lora.rank": {"low": 4, "high": 16, "lgo": 1}}, "lora.rank: unknown lgo; a range has low, high, log"),
         ({"lora.rank": {"low": 4.0, "high": 16.0}}, "lora.rank: .* fractional part"),  # its ends alone are whole
     ],
 )
@@ -548,6 +550,8 @@ def test_spaces_are_read_as_they_are_written(workshop, tmp_path):
     assert load_search(file)[1].trials == 7
     found = load_search(file, ["search.trials=9"], space=space)[1]
     assert (found.trials, found.space["lora.rank"].values) == (9, (16,))
+    found = load_search(file, ["search.space={lora.alpha: [1, 2]}"])[1]  # the file's was searched beside it
+    assert list(found.space) == ["lora.alpha"]
     with pytest.raises(ConfigError, match=r"search: 1 fault\n  - trails: unknown key. Did you mean 'trials'"):
         load_search(file, ["search.trails=9"])
     with pytest.raises(ConfigError, match="seed: input should be less than 4294967296"):

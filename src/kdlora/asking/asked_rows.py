@@ -21,6 +21,7 @@ from kdlora.config import TaskConfig
 from kdlora.configfile import expand_home
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import infer_task
+from kdlora.data.load import check_columns
 from kdlora.data.logit_table import write_table
 from kdlora.data.opening import KNOWN_COLUMNS, infer_columns
 from kdlora.data.read import Source, open_file
@@ -109,6 +110,7 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
             label = infer_columns(source, "label")
     elif settings.label in source.columns or not isinstance(settings.audit, str | Path):  # else in the audited rows
         label = (source.require(settings.label, "label"),)
+    check_columns(text, label)
     names = tuple(settings.labels or ())
     if len({name.strip().casefold() for name in names} - {""}) != len(names):
         raise ConfigError("label names differ by more than case, and none is empty")

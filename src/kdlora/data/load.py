@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, ful
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import cut_words
 from kdlora.defaults import copies_for
-from kdlora.errors import DataError, listed
+from kdlora.errors import ConfigError, DataError, listed
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,14 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
     return dataset
 
 
+def check_columns(text: Sequence[str], label: Sequence[str]) -> None:
+    if len(text) > 2:
+        raise ConfigError(f"the text is in one column, or in the two of a pair, got {len(text)}: {', '.join(text)}")
+    if twice := [column for column in text if (*text, *label).count(column) > 1]:
+        told = "no column is both text and label, or both texts of a pair; set task.text and task.label"
+        raise DataError(f"the task names the column {twice[0]!r} twice; {told}")
+
+
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:
     if known is not None:
         return Reading(known.task, data.id_column)
@@ -161,9 +169,7 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _begin_tokens(task, data, train, found)
     text = task.text or infer_columns(train, "text", {*(task.label or ()), data.id_column})
     label = task.label or infer_columns(train, "label", {*text, data.id_column})
-    if twice := [column for column in text if (*text, *label).count(column) > 1]:
-        told = "no column is both text and label, or both texts of a pair; set task.text and task.label"
-        raise DataError(f"the task names the column {twice[0]!r} twice; {told}")
+    check_columns(text, label)
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
     raw = train.read(reading.columns(train, labelled=True).all)
     if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):

@@ -280,7 +280,7 @@ def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
 
 def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Array:
     try:
-        return pa.array(values)
+        array = pa.array(values)
     except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         if (named := list(map(_name_parts, values))) != values:
             return _to_array(named, key, file, first_row)
@@ -289,6 +289,10 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
             f"{file}, row {first_row + row + 1}: {key!r} is {type(values[row]).__name__} ({str(values[row])[:40]!r}), "
             f"which cannot be read ({error!s:.200}); correct it, or make the whole column one type"
         ) from None
+    flags = [row for row, one in enumerate(values) if isinstance(one, bool)] if pa.types.is_floating(array.type) else []
+    if flags:
+        raise DataError(f"{file}, row {first_row + flags[0] + 1}: {key!r} is a truth value among numbers; correct it")
+    return array
 
 
 def _name_parts(value: Any) -> Any:

@@ -98,7 +98,7 @@ class DataConfig(Section):
     """Column with the ids of the rows. Without it, the id is the row number from 0."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training rows that is used for validation if no validation split is given. With many classes it is
-    up to a fifth, so that each may give a row."""
+    up to a fifth, so that each may give a row. Of equal texts all rows or none are drawn."""
     split_seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of that split, and of the copies of the training texts (`augment`). It does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1, le=MOST)
@@ -155,7 +155,7 @@ class ExportConfig(Section):
     """Points of the score that int8 may lose beside one row, unless this is 0; for values these or a row's share, for
     tokens these or an entity's. If it loses more, it is not kept."""
     min_agreement: float = Field(default=0.97, ge=0.0, le=1.0)
-    """Share of predictions that must be the same in int8 and fp32. One may differ, unless this is 1."""
+    """Share of predictions that must be the same in int8 and fp32. One of 20 or more may differ, unless this is 1."""
     min_recall: dict[str, Share] = Field(default_factory=dict)
     """Least share of the entities of a type that every file must find on the validation rows, such as {EMAIL: 0.99}.
     Nothing is exported below it. For `task.kind: tokens`."""

@@ -153,7 +153,9 @@ def test_a_demo_without_a_page_is_a_demo(monkeypatch, tmp_path, cli):
     """An hour of training that ends as a failure, since a registry of JavaScript packages did not answer."""
     layout = make_experiment(tmp_path / "demo", arms=("fft", "kd-lora"), seeds=(0,), rows=40)
     layout.results.write_text('{"runs": []}', encoding="utf-8")
-    done = SimpleNamespace(layout=layout, folder=layout.root, shipped=object(), failed=(), notes=())
+    done = SimpleNamespace(
+        layout=layout, folder=layout.root, shipped=object(), failed=(), is_export_lost=False, notes=()
+    )
     monkeypatch.setattr(demo, "demo_config", lambda: None)
     monkeypatch.setattr("kdlora.system.children.prepare_children", lambda *_: None)
     monkeypatch.setattr("kdlora.experiment.run.run_experiment", lambda *_, **__: done)

@@ -224,7 +224,15 @@ def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> No
 
 
 def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tuple[Dataset, Dataset]:
+    if len(train) < 2:
+        raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
     kept, drawn = draw_texts(reading.task, train, data.validation_fraction, data.split_seed)
+    if not len(drawn):
+        kept, drawn = draw_texts(reading.task, train, data.validation_fraction, data.split_seed, apart=False)
+        reading.notes.append(
+            "No label has a text to spare, so the validation rows have the texts of training rows: their score says "
+            "nothing of new texts. Give more texts, or data.validation."
+        )
     if not len(drawn):
         raise DataError("no row can be drawn: each has a label that no other has; give more rows, or a validation file")
     how = {"regression": "at random", "tokens": "stratified by type"}.get(reading.task.kind, "stratified by label")
@@ -238,13 +246,17 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     return train.select(kept), train.select(drawn)
 
 
-def draw_texts(task: Task, rows: Dataset, fraction: float, seed: int) -> tuple[Integers, Integers]:
-    """Draw a validation split, of equal texts all rows or none, and none with a label that no other row has."""
-    columns = [hash_texts(read_column(rows, name).chunks) for name in text_columns(rows)]
-    _, first, number = np.unique(columns[0] + 3 * sum(columns[1:]), return_index=True, return_inverse=True)
-    number, first = np.argsort(np.argsort(first))[number], np.sort(first)  # by the order of the rows
+def draw_texts(
+    task: Task, rows: Dataset, fraction: float, seed: int, *, apart: bool = True
+) -> tuple[Integers, Integers]:
+    """Draw a validation split without labels that no other row has; equal texts stay together where all are `apart`."""
+    number = first = np.arange(len(rows))
+    if apart:
+        columns = [hash_texts(read_column(rows, name).chunks) for name in text_columns(rows)]
+        _, first, number = np.unique(columns[0] + 3 * sum(columns[1:]), return_index=True, return_inverse=True)
+        number, first = np.argsort(np.argsort(first))[number], np.sort(first)  # by the order of the rows
     if len(first) < 2:
-        raise DataError(f"{len(first)} training text cannot be split; give more rows, or a validation file")
+        return number, first[:0]
     classes = row_classes(task, rows)
     _, drawn = split_rows(len(first), fraction, seed, None if classes is None else classes[first])
     is_drawn = np.isin(number, drawn)

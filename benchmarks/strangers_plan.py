@@ -110,6 +110,8 @@ class Contrast(_Part):
 
     first: tuple[str, ...]
     second: tuple[str, ...]
+    share: bool = False
+    """Not the difference: what the first keeps of the second in per cent, where one seed of it stands for all."""
 
 
 class Plan(_Part):

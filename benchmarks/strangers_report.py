@@ -21,7 +21,7 @@ from kdlora.report.wording import signed
 
 Figures = dict[str, Any]
 Runs = list[tuple[RunRecord, Predictions]]
-HALVES = ("tuning", "reported")
+HALVES = ("tuning", "reported", "all")
 _LEGEND = """\
 Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. int8: score and
 texts a second of the shipped student, quantised, and how many times those of the teacher in PyTorch. Differences in
@@ -43,16 +43,20 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
             sides = [_best_side(cell, names) for names in (own.first, own.second)]
             if None not in sides:
                 first, second = ({record.seed: found for record, found in runs[str(side)]} for side in sides)
+                if own.share and len(second) == 1:
+                    second = dict.fromkeys(first, *second.values())
                 paired = pair_up(Task.from_dict(runs[str(sides[0])][0][0].task), first, second)
                 if paired is None:
                     continue
                 kept = {"first": sides[0], "second": sides[1], "seeds": len(paired.first)}
-                cells[pair, dataset]["contrasts"][name] = _estimate([paired], draws, 0.95) | kept
-                pairs.setdefault((pair, plan.sets[dataset].half, name), []).append(paired)
+                cells[pair, dataset]["contrasts"][name] = _estimate([paired], draws, 0.95, own.share) | kept
+                for half in (plan.sets[dataset].half, *["all"] * own.share):
+                    pairs.setdefault((pair, half, name), []).append(paired)
     levels = {"reported": 1 - 0.05 / count_claims(plan)}
     means = [
-        {"pair": pair, "half": half, "contrast": name, **_estimate(parts, draws, levels.get(half, 0.95))}
+        {"pair": pair, "half": half, "contrast": name, **_estimate(parts, draws, level, plan.contrasts[name].share)}
         for (pair, half, name), parts in pairs.items()
+        if (level := levels.get(half, 0.95))
     ]
     return {
         "unfinished": [job.name for job in jobs if not states[job]["finished"]],
@@ -122,9 +126,10 @@ def _best_side(cell: Figures, names: Sequence[str]) -> str | None:
     return max(sides, key=lambda side: float(np.mean([run["test"] for run in cell["sides"][side]])))
 
 
-def _estimate(pairs: Sequence[PairedArms], draws: int, level: float) -> Figures:
-    found = contrast(pairs, draws=draws, level=level)
-    return {"difference": found.difference, "low": found.low, "high": found.high, "level": level, "sets": len(pairs)}
+def _estimate(pairs: Sequence[PairedArms], draws: int, level: float, share: bool) -> Figures:
+    found = contrast(pairs, draws=draws, level=level, share=share)
+    figures = {"difference": found.difference, "low": found.low, "high": found.high, "level": level}
+    return figures | {"sets": len(pairs), "share": share}
 
 
 def count_claims(plan: Plan) -> int:
@@ -209,6 +214,9 @@ def _difference(one: Figures | None) -> str:
     """Write a difference with its interval, what it was taken from, and that one seed proves nothing."""
     if one is None:
         return "–"
-    text = f"{signed(one['difference'])} ({signed(one['low'])} to {signed(one['high'])})"
-    text += f" over {_short(one['second'])}" if "second" in one else f", {one['sets']} sets"
+    value, low, high = (signed(one[name], plus=not one["share"]) for name in ("difference", "low", "high"))
+    text = f"{value}{'%' * one['share']} ({low} to {high})"
+    text += (
+        f" {'of' if one['share'] else 'over'} {_short(one['second'])}" if "second" in one else f", {one['sets']} sets"
+    )
     return text + (", n = 1" if one.get("seeds") == 1 else "")

@@ -161,7 +161,8 @@ def make_experiment(
                 write_predictions(place.predictions, found)
                 record = record.model_copy(update={"files": hash_files(layout.root, [place.predictions])})
                 if test_split:
-                    record = record.model_copy(update={"test_score": record.score, "test_metrics": metrics})
+                    tested = {"rows": record.rows | {"test": rows - half}, "test_score": record.score}
+                    record = record.model_copy(update={**tested, "test_metrics": metrics})
             write_record(place.record, record)
             records.append(record)
     write_results(layout.results, records)

@@ -1,6 +1,7 @@
 """The benchmark of a stranger's first run: what is drawn, what is set, what is trained once, and what is claimed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from strangers_plan import configure, plan_jobs, read_plan
 from strangers_report import count_claims
 
 from experiments import read_rows
+from fabricate import make_experiment
 from tiny import sentiment_rows, write_csv
 
 PLAN = Path(strangers.__file__).with_suffix(".yaml")
@@ -88,6 +90,24 @@ def test_a_name_that_the_plan_does_not_declare_is_refused(tmp_path):
     (tmp_path / "plan.yaml").write_text(SMALL.replace("first: [default/kd-lora]", "first: [default/kd-lroa]"))
     with pytest.raises(SystemExit, match="default/kd-lroa"):
         read_plan(tmp_path / "plan.yaml")
+
+
+def test_what_is_kept_of_one_teacher_speaks_of_every_students_seed(tmp_path, capsys):
+    """Paired by seed alone, two of three students would be left out, and a mean of them said nothing of seeds."""
+    write_sources(tmp_path)
+    taught = "teacher: {arms: [fft], config: {run: {seeds: [0]}}}\n  default: {arms: [kd-lora], teacher_of: teacher}"
+    plan = SMALL.partition("settings:\n  default")[0].replace("settings: [default]", "settings: [teacher, default]")
+    kept = "{first: [default/kd-lora], second: [teacher/fft], share: true}"
+    prepared = prepare(tmp_path, f"{plan}settings:\n  {taught}\ncontrasts:\n  kept: {kept}\n")
+    for name, arm, seeds in (("teacher", "fft", (0,)), ("default", "kd-lora", (0, 1, 2))):
+        place = prepared / "runs/small/mood" / name
+        make_experiment(place, arms=(arm,), seeds=seeds, test_split=True)
+        place.with_suffix(".json").write_text('{"finished": true, "seconds": 9, "shipped": ["kd-lora", 0]}')
+    options = read_options(["report", f"--out={prepared}", "--draws=200"])
+    assert options.action(options) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"\| mood \| .* \| 9\d\.\d% \([89]\d\.\d to [ 19]\d{1,2}\.\d\) of teacher: `fft` \|", told), told
+    assert "n = 1" not in told
 
 
 def test_a_further_pass_begins_with_the_student_that_it_names(tmp_path):

@@ -97,6 +97,26 @@ def test_the_interval_is_that_of_the_formula():
     assert found.n_seeds == 3  # one model of the second arm stands beside every seed of the first
 
 
+def test_a_share_has_the_interval_of_a_ratio():
+    """What is kept of a teacher was printed without one; a difference's, divided, takes the teacher for certain."""
+    rows, own, whole = np.arange(1000), [81.0, 78.0, 79.5], [90.0, 88.0, 89.0]
+    first, second = ([hits(rows < 10 * score) for score in arm] for arm in (own, whole))
+    found = contrast([PairedArms(BINARY, np.ones(1000, dtype=int), first, second)], draws=4000, share=True)
+    kept = np.sum(own) / np.sum(whole)
+    of_rows = np.mean([rows < 10 * score for score in own], axis=0) - kept * np.mean(
+        [rows < 10 * score for score in whole], axis=0
+    )
+    of_seeds = np.var(np.subtract(own, kept * np.array(whole)), ddof=1) / 3
+    parts = np.array([100**2 * of_rows.var() / 1000, of_seeds]) / np.mean(whole) ** 2 * 100**2
+    freedom = parts.sum() ** 2 / (parts[0] ** 2 / 999 + parts[1] ** 2 / 2)
+    reach = t.ppf(0.975, freedom) * np.sqrt(parts.sum())
+    assert found.difference == pytest.approx(100 * kept)
+    assert found.high - found.difference == pytest.approx(reach, rel=0.05)
+    single = [PairedArms(BINARY, np.ones(1000, dtype=int), first, second[:1])]
+    assert contrast(single, share=True).difference == pytest.approx(100 * np.mean(own) / 90)
+    assert contrast([*single, *single], share=True).difference == pytest.approx(100 * np.mean(own) / 90)
+
+
 def test_runs_of_one_seed_are_averaged_first():
     """Ten configurations with one seed are not ten seeds."""
     labels = make_labels(BINARY, 200)

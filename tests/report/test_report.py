@@ -196,6 +196,7 @@ def test_one_seed_gives_no_verdict(tmp_path):
     )
     assert not re.search(" adds | costs | better ", _opening(report))
     assert "One seed: no verdict" in report.markdown
+    assert "interval of the share" not in report.markdown
 
 
 def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
@@ -309,6 +310,10 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     assert ["| paper, DeBERTaV3", "91.9", "90.9", "90.7", "– |"] in rows
     costs = next(row for row in rows if row[:2] == ["| paper, distilbert-base-uncased", "KD-LoRA"])
     assert [cell.replace("\u00a0", " ") for cell in costs[2:8]] == ["1.2 M", "–", "–", "66 M", "296.8 MB", "5.36 s"]
+    kept = next(row[1].replace("\u00a0", " ") for row in rows if row[0] == "| Score kept, of full fine-tuning")
+    mean, low, high = map(float, re.findall(r"[\d.]+(?= ±)|(?<=\()[\d.]+|(?<=to )[\d.]+", kept))
+    assert low < mean < high  # seeds that agree know nothing of other rows, so a deviation is not enough
+    assert f"; 95% interval of the share {low:.1f} to {high:.1f}%" in report.markdown
     claim = next(row for row in rows if row[0] == "| Less inference time than full fine-tuning")
     assert claim[2:] == ["30%", "12%", "38%", "28% |"]
     markdown = _report(make_experiment(tmp_path / "mnli", task=MNLI, rows=40).root).markdown

@@ -77,7 +77,9 @@ class PairedArms:
         return len(self.labels) if self.offsets is None else len(self.offsets) - 1
 
 
-def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 0.95, seed: int = 0) -> Difference:
+def contrast(
+    pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 0.95, seed: int = 0, share: bool = False
+) -> Difference:
     """Estimate the difference of two arms' scores, its mean over tasks, with an interval over rows and seeds.
 
     Rows: a paired bootstrap. Each draw takes examples with replacement, the same ones for both arms and all seeds;
@@ -89,10 +91,14 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
 
     With one seed there is no V_s, and the interval speaks of rows alone; few seeds know their variance badly
     (docs/concepts/retention.md). For m contrasts take a level of 1 - 0.05 / m (Bonferroni).
+
+    With `share` it is what the first arm keeps of the second, in per cent, instead of their difference: the ratio R of
+    the mean scores on each draw, and for V_s each seed's R + (100 · first - R · second) / mean of the second (Cochran,
+    Sampling Techniques, 3rd ed., 1977, chapter 6). It is no number where a draw's second arm has a score of 0.
     """
     if draws < 2 or not 0 < level < 1:
         raise ValueError(f"expected draws >= 2 and 0 < level < 1, got {draws} and {level}")
-    found = [_differences(pair, draws, [seed, place] if place else seed) for place, pair in enumerate(pairs)]
+    found = [_differences(pair, draws, [seed, place] if place else seed, share) for place, pair in enumerate(pairs)]
     return estimate(found, sum(pair.examples for pair in pairs), level)
 
 
@@ -114,8 +120,10 @@ def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]], examples: int, leve
     return Difference(difference, difference - reach, difference + reach, p, examples, seeds, draws, level)
 
 
-def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
+def _differences(
+    pair: PairedArms, draws: int, seed: int | Sequence[int], share: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give each seed's difference, or share, on the examples as they are, and its mean over seeds on each draw."""
     count = max(len(pair.first), len(pair.second))
     first, second = (list(arm) * count if len(arm) == 1 else list(arm) for arm in (pair.first, pair.second))
     runs = list(zip(first, second, strict=True))
@@ -125,9 +133,14 @@ def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tup
 
     def measure(counts: np.ndarray) -> np.ndarray:
         scores = {name: scorer(counts) for name, scorer in scorers.items()}
-        values = np.stack([scores[id(one)] - scores[id(other)] for one, other in runs])
+        values = np.stack([[scores[id(one)] for one in arms] for arms in runs])  # (runs, 2, draws)
         seeds = np.arange(len(runs)) if pair.seeds is None else np.asarray(pair.seeds)
-        return np.stack([values[seeds == one].mean(axis=0) for one in dict.fromkeys(seeds.tolist())])
+        own, other = np.stack([values[seeds == one].mean(axis=0) for one in dict.fromkeys(seeds.tolist())], axis=1)
+        if not share:
+            return own - other
+        whole = other.mean(axis=0)
+        ratio = 100 * own.mean(axis=0) / whole
+        return ratio + (100 * own - ratio * other) / whole
 
     drawn = [measure(counts).mean(axis=0) for counts in _draw_counts(rows, draws, seed)]
     return measure(np.ones((1, pair.examples)))[:, 0], np.concatenate(drawn)

@@ -79,9 +79,18 @@ def find_gain(comparisons: Sequence[Comparison]) -> Comparison | None:
 
 
 def pair_runs(
-    task: Task, split: str, first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], *, draws: int = 2_000
+    task: Task,
+    split: str,
+    first: tuple[str, Sequence[Run]],
+    second: tuple[str, Sequence[Run]],
+    *,
+    draws: int = 2_000,
+    share: bool = False,
 ) -> Comparison:
-    """Compare two groups of runs, each with its name, seed by seed and example by example."""
+    """Compare two groups of runs, each with its name, seed by seed and example by example.
+
+    With `share`, `difference` is what the first keeps of the second's score, in per cent.
+    """
     plain = _mean_score(first[1], split) - _mean_score(second[1], split)
     kept = [[run for run in runs if run.predictions is not None] for _, runs in (first, second)]
     if not kept[0] or not kept[1]:
@@ -94,7 +103,7 @@ def pair_runs(
         return Comparison(first[0], second[0], None, plain, OTHER_ROWS)
     logits, cut, one = [one.decided for one in aligned], len(kept[0]), aligned[0]
     arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
-    difference = contrast([arms], draws=draws)
+    difference = contrast([arms], draws=draws, share=share)
     return Comparison(first[0], second[0], difference, difference.difference)
 
 
@@ -141,6 +150,15 @@ def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:
         return None
     scores = [run.score(experiment.split) for run in experiment.finished(arm)]
     return mean_sd([100 * value / whole.mean for value in scores if value is not None])
+
+
+def retention_interval(experiment: Experiment, arm: str, of: str, *, draws: int = 2_000) -> Difference | None:
+    """Give retention with its interval over rows and seeds; None where the runs cannot be paired, or are few."""
+    if retention(experiment, arm, of) is None:
+        return None
+    pair = ((name, experiment.finished(name)) for name in (arm, of))
+    found = pair_runs(experiment.task, experiment.split, *pair, draws=draws, share=True).difference
+    return None if found is None or found.sign is None or not np.isfinite(found.high) else found
 
 
 class Choice(BaseModel):

@@ -16,7 +16,7 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment, load_experiment
 from kdlora.report.deferred import deferral_blocks
-from kdlora.report.findings import Comparison, compare_arms, find_gain, is_teacher_given, retention
+from kdlora.report.findings import Comparison, compare_arms, find_gain, is_teacher_given, retention, retention_interval
 from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.page import Block, Code, Page, Paragraph, Prose, Report, Section, Tile, engine, write_page
 from kdlora.report.plots import Series, arm_style, learning_curves
@@ -64,7 +64,7 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
-    short: list[Block | None] = [_tiles(experiment, comparisons), *cautions]
+    short: list[Block | None] = [_tiles(experiment, comparisons, draws), *cautions]
     runs = {arm: experiment.finished(arm) for arm in experiment.arms}
     curves = [Series.of(arm_title(arm), arm_style(arm), [run.record for run in own]) for arm, own in runs.items()]
     training = learning_curves(curves, title="Validation score", value="score on validation", identity="curve")
@@ -76,7 +76,7 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     explained = tuple(f"{arm_title(arm)}: {told[arm]}." for arm in experiment.arms if arm in told)
     sections = (
         Section("In short", "short", short),
-        Section("Score", "score", score_blocks(experiment, comparisons, links)),
+        Section("Score", "score", score_blocks(experiment, comparisons, links, draws)),
         Section("Cost", "cost", cost_blocks(experiment, links)),
         Section("As shipped", "shipped", shipped_blocks(experiment, links)),
         Section("What may be acted on", "deferring", deferral_blocks(experiment)),
@@ -194,7 +194,7 @@ def _constant_seeds(experiment: Experiment) -> list[int]:
     ]
 
 
-def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[Tile, ...]:
+def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], draws: int) -> tuple[Tile, ...]:
     """Collect the figures that decide, each beside what it is compared with; none without a student."""
     arm, taught_by = experiment.student_arm, experiment.teacher_arm
     if arm is None:
@@ -205,6 +205,8 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[T
         tiles = [Tile("Score", plus_minus(score), score_title(experiment.task))]
     else:
         both = f"{plus_minus(score)} of {plus_minus(teacher)}"
+        if reach := retention_interval(experiment, arm, taught_by, draws=draws):
+            both += f"; 95% interval of the share {points(reach.low)} to {points(reach.high)}%"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both)]
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
         runs = [experiment.finished(name) for name in (arm, taught_by)]

@@ -15,7 +15,7 @@ from kdlora.config import ARMS as ALL_ARMS
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run, headline_split
-from kdlora.report.findings import Comparison, retention
+from kdlora.report.findings import Comparison, retention, retention_interval
 from kdlora.report.page import Block, Cell, Figure, Link, Row, Table, strong
 from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
 from kdlora.report.plots import Series, Style, arm_style, differences, score_against_cost
@@ -144,11 +144,13 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return float(np.mean(kept)) if kept and len(kept) == len(values) else None
 
 
-def score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], links: Links) -> list[Block | None]:
+def score_blocks(
+    experiment: Experiment, comparisons: Sequence[Comparison], links: Links, draws: int
+) -> list[Block | None]:
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
         _score_table(experiment, links),
-        _claims_table(experiment, links) if experiment.shows_paper else None,
+        _claims_table(experiment, links, draws) if experiment.shows_paper else None,
         _difference_table(comparisons, links) if comparisons else None,
         differences(paired, "Differences with their intervals"),
     ]
@@ -266,14 +268,16 @@ def _hardware(experiment: Experiment) -> str:
     return "Measured on " + "; ".join(dict.fromkeys(map(told, records)))
 
 
-def _claims_table(experiment: Experiment, links: Links) -> Table | None:
+def _claims_table(experiment: Experiment, links: Links, draws: int) -> Table | None:
     arm = experiment.student_arm
     if arm is None:
         return None
 
     def here(claim: Claim) -> Cell:
         if claim.of == "score":
-            return links.derived(plus_minus(retention(experiment, arm, claim.than), unit="%"))
+            reach = retention_interval(experiment, arm, claim.than, draws=draws)
+            told = f" ({points(reach.low)} to {points(reach.high)}%)" if reach else ""
+            return links.derived(plus_minus(retention(experiment, arm, claim.than), unit="%") + told)
         return links.derived(share(saving(experiment, _CLAIMED[claim.of], arm=arm, than=claim.than)))
 
     rows: list[Row] = []
@@ -282,7 +286,8 @@ def _claims_table(experiment: Experiment, links: Links) -> Table | None:
         rows.append((claim.text, here(claim), f"{claim.stated}%", *in_tables))
     columns = ("claim", "here", "paper says", *(f"its tables, {title}" for title in FAMILY_TITLES.values()))
     note = (
-        "Shares of score: each seed against the other arm’s mean. Memory: peak of training here, of the GPU in the "
+        "Shares of score: each seed against the other arm’s mean, with a 95% interval over rows and seeds. "
+        "Memory: peak of training here, of the GPU in the "
         "paper. Time: median latency of one text here, CoLA’s validation set in the paper. "
         "A minus means that it costs more."
     )

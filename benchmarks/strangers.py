@@ -3,12 +3,14 @@
     python benchmarks/strangers.py prepare --data SHARED --models DIR --out OUT
     python benchmarks/strangers.py run --out OUT [--sets NAME ...] [--pairs NAME ...] [--minutes 30]
     python benchmarks/strangers.py report --out OUT
+    python benchmarks/strangers.py keep --out OUT --to DIR
 
 `prepare` writes the sets that the plan (strangers.yaml, or --plan FILE) declares as CSV and JSON Lines, and the plan
 beside them. `run` carries out what is not finished, the cheapest sets first; after --minutes it stops, in the middle of
 a training too, which goes on from there next time; the exit code is 75 if work is left, 1 if an experiment failed.
 Several processes may share one --out. Of a finished experiment records, predictions and the teacher stay, other weights
-go (not with --keep). A changed product wants another --out: its figures are not to be mixed with these.
+go (not with --keep). A changed product wants another --out: its figures are not to be mixed with these. `keep` copies what `report`
+reads, predictions included, which is little.
 """
 
 from __future__ import annotations
@@ -164,12 +166,29 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def keep(options: argparse.Namespace) -> int:
+    """Copy what tables are made of, without models and texts."""
+    runs = "runs/*/*/*"
+    for pattern in ("*.*", f"{runs}.json", f"{runs}/results.json", f"{runs}/runs/*/predictions.parquet"):
+        for file in options.out.glob(pattern):
+            place = options.to / file.relative_to(options.out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    return 0
+
+
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
     places: dict[str, Any] = {"type": Path, "required": True}
-    for action, names in ((prepare, ("data", "models", "out")), (run, ("out",)), (report, ("out",))):
+    verbs_and_places = (
+        (prepare, ("data", "models", "out")),
+        (run, ("out",)),
+        (report, ("out",)),
+        (keep, ("out", "to")),
+    )
+    for action, names in verbs_and_places:
         verb = verbs.add_parser(action.__name__)
         verb.set_defaults(action=action)
         for name in names:
@@ -181,7 +200,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
                 verb.add_argument(f"--{name}", nargs="+")
             verb.add_argument("--minutes", type=float, default=1e6)
             verb.add_argument("--keep", action="store_true", help="keep all weights")
-        else:
+        elif action is report:
             verb.add_argument("--draws", type=int, default=2_000)
     return parser.parse_args(arguments)
 

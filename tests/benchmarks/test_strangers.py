@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,18 @@ def test_what_is_kept_of_one_teacher_speaks_of_every_students_seed(tmp_path, cap
         place = prepared / "runs/small/mood" / name
         make_experiment(place, arms=(arm,), seeds=seeds, test_split=True)
         place.with_suffix(".json").write_text('{"finished": true, "seconds": 9, "shipped": ["kd-lora", 0]}')
+    capsys.readouterr()
     options = read_options(["report", f"--out={prepared}", "--draws=200"])
     assert options.action(options) == 0
     told = capsys.readouterr().out
     assert re.search(r"\| mood \| .* \| 9\d\.\d% \([89]\d\.\d to [ 19]\d{1,2}\.\d\) of teacher: `fft` \|", told), told
     assert "n = 1" not in told
+    options = read_options(["keep", f"--out={prepared}", f"--to={tmp_path / 'kept'}"])
+    assert options.action(options) == 0
+    shutil.rmtree(prepared)
+    options = read_options(["report", f"--out={tmp_path / 'kept'}", "--draws=200"])
+    assert options.action(options) == 0
+    assert capsys.readouterr().out == told, "a table must not need what was not kept"
 
 
 def test_a_further_pass_begins_with_the_student_that_it_names(tmp_path):

@@ -9,8 +9,8 @@
 beside them. `run` carries out what is not finished, the cheapest sets first; after --minutes it stops, in the middle of
 a training too, which goes on from there next time; the exit code is 75 if work is left, 1 if an experiment failed.
 Several processes may share one --out. Of a finished experiment records, predictions and the teacher stay, other weights
-go (not with --keep). A changed product wants another --out: its figures are not to be mixed with these. `keep` copies what `report`
-reads, predictions included, which is little.
+go (not with --keep). A changed product wants another --out: its figures are not to be mixed with these.
+`keep` copies what `report` reads, predictions included, which is little.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,10 @@ class Pair(_Part):
     rows: int | None = None
     seeds: tuple[int, ...] | None = None
 
+    def sides(self, names: Sequence[str]) -> list[str]:
+        """Give those of a contrast's sides whose settings this pair has."""
+        return [name for name in names if name.split("/")[0] in self.settings]
+
 
 class Settings(_Part):
     """A recipe: what is laid over the bare config; the product's defaults where it sets nothing."""
@@ -106,12 +110,13 @@ class Settings(_Part):
 
 
 class Contrast(_Part):
-    """What is subtracted from what: sides `settings/arm`, of several the best on test."""
+    """What is subtracted from what: sides `settings/arm`; of several that a pair has the best on test."""
 
     first: tuple[str, ...]
     second: tuple[str, ...]
     share: bool = False
-    """Not the difference: what the first keeps of the second in per cent, where one seed of it stands for all."""
+    """Not the difference: what the first keeps of the second in per cent, where one seed of it stands for all.
+    Its mean is over the sets of all pairs."""
 
 
 class Plan(_Part):

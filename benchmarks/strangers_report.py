@@ -21,7 +21,7 @@ from kdlora.report.wording import signed
 
 Figures = dict[str, Any]
 Runs = list[tuple[RunRecord, Predictions]]
-HALVES = ("tuning", "reported", "all")
+HALVES = ("tuning", "reported")
 _LEGEND = """\
 Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. int8: score and
 texts a second of the shipped student, quantised, and how many times those of the teacher in PyTorch. Differences in
@@ -40,7 +40,7 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
             continue
         cells[pair, dataset] = {"pair": pair, "set": dataset, "half": plan.sets[dataset].half, **cell, "contrasts": {}}
         for name, own in plan.contrasts.items():
-            sides = [_best_side(cell, names) for names in (own.first, own.second)]
+            sides = [_best_side(cell, plan.pairs[pair].sides(names)) for names in (own.first, own.second)]
             if None not in sides:
                 first, second = ({record.seed: found for record, found in runs[str(side)]} for side in sides)
                 if own.share and len(second) == 1:
@@ -50,8 +50,8 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
                     continue
                 kept = {"first": sides[0], "second": sides[1], "seeds": len(paired.first)}
                 cells[pair, dataset]["contrasts"][name] = _estimate([paired], draws, 0.95, own.share) | kept
-                for half in (plan.sets[dataset].half, *["all"] * own.share):
-                    pairs.setdefault((pair, half, name), []).append(paired)
+                for group in ((pair, plan.sets[dataset].half), *[("", "all")] * own.share):
+                    pairs.setdefault((*group, name), []).append(paired)
     levels = {"reported": 1 - 0.05 / count_claims(plan)}
     means = [
         {"pair": pair, "half": half, "contrast": name, **_estimate(parts, draws, level, plan.contrasts[name].share)}
@@ -121,7 +121,7 @@ def _best_side(cell: Figures, names: Sequence[str]) -> str | None:
     """Choose the side with the best mean on test, once all are there; `settings/shipped` is what the product chose."""
     known = {f"{name}/shipped": own["shipped"] for name, own in cell["experiments"].items() if own["shipped"]}
     sides = [f"{name.partition('/')[0]}/{known[name][0]}" if name in known else name for name in names]
-    if any(side not in cell["sides"] for side in sides):
+    if not sides or any(side not in cell["sides"] for side in sides):
         return None
     return max(sides, key=lambda side: float(np.mean([run["test"] for run in cell["sides"][side]])))
 
@@ -133,10 +133,10 @@ def _estimate(pairs: Sequence[PairedArms], draws: int, level: float, share: bool
 
 
 def count_claims(plan: Plan) -> int:
-    """Count contrasts x pairs that have a reported set and the contrasts' settings: what Bonferroni corrects for."""
-    needed = [{side.split("/")[0] for side in (*own.first, *own.second)} for own in plan.contrasts.values()]
+    """Count contrasts x pairs that have a reported set and settings of both sides: what Bonferroni corrects for."""
     pairs = [own for own in plan.pairs.values() if any(plan.sets[name].half == "reported" for name in own.sets)]
-    return max(1, sum(settings <= set(own.settings) for own in pairs for settings in needed))
+    both = (pair.sides(own.first) and pair.sides(own.second) for pair in pairs for own in plan.contrasts.values())
+    return max(1, sum(map(bool, both)))
 
 
 def render(plan: Plan, figures: Figures) -> str:
@@ -151,6 +151,7 @@ def render(plan: Plan, figures: Figures) -> str:
         means = [mean for mean in figures["means"] if mean["pair"] == name]
         lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", _score_table(own), ""]
         lines.append(_contrast_table(plan, own, means))
+    lines += [f"{own['contrast']}, mean of all pairs: {_difference(own)}." for own in figures["means"] if not own["pair"]]
     lines.append(_LEGEND.format(count_claims(plan), 100 - 5 / count_claims(plan)))
     return "\n".join(lines)
 

@@ -96,12 +96,21 @@ def test_a_name_that_the_plan_does_not_declare_is_refused(tmp_path):
 def test_what_is_kept_of_one_teacher_speaks_of_every_students_seed(tmp_path, capsys):
     """Paired by seed alone, two of three students would be left out, and a mean of them said nothing of seeds."""
     write_sources(tmp_path)
-    taught = "teacher: {arms: [fft], config: {run: {seeds: [0]}}}\n  default: {arms: [kd-lora], teacher_of: teacher}"
+    taught = (
+        "teacher: {arms: [fft], config: {run: {seeds: [0]}}}\n  default: {arms: [kd-lora], teacher_of: teacher}\n"
+        "  once: {arms: [fft], config: {run: {seeds: [0]}}}\n  by: {arms: [kd-lora], teacher_of: once}"
+    )
     plan = SMALL.partition("settings:\n  default")[0].replace("settings: [default]", "settings: [teacher, default]")
-    kept = "{first: [default/kd-lora], second: [teacher/fft], share: true}"
-    prepared = prepare(tmp_path, f"{plan}settings:\n  {taught}\ncontrasts:\n  kept: {kept}\n")
-    for name, arm, seeds in (("teacher", "fft", (0,)), ("default", "kd-lora", (0, 1, 2))):
-        place = prepared / "runs/small/mood" / name
+    other = "  other: {teacher: big, student: little, sets: [mood], settings: [once, by]}\n"
+    kept = "{first: [default/kd-lora, by/kd-lora], second: [teacher/fft, once/fft], share: true}"
+    prepared = prepare(tmp_path, f"{plan}{other}settings:\n  {taught}\ncontrasts:\n  kept: {kept}\n")
+    for name, arm, seeds in (
+        ("small/mood/teacher", "fft", (0,)),
+        ("small/mood/default", "kd-lora", (0, 1, 2)),
+        ("other/mood/once", "fft", (0,)),
+        ("other/mood/by", "kd-lora", (0, 1, 2)),
+    ):
+        place = prepared / "runs" / name
         make_experiment(place, arms=(arm,), seeds=seeds, test_split=True)
         place.with_suffix(".json").write_text('{"finished": true, "seconds": 9, "shipped": ["kd-lora", 0]}')
     capsys.readouterr()
@@ -109,6 +118,7 @@ def test_what_is_kept_of_one_teacher_speaks_of_every_students_seed(tmp_path, cap
     assert options.action(options) == 0
     told = capsys.readouterr().out
     assert re.search(r"\| mood \| .* \| 9\d\.\d% \([89]\d\.\d to [ 19]\d{1,2}\.\d\) of teacher: `fft` \|", told), told
+    assert re.search(r"\nkept, mean of all pairs: 9\d\.\d% \([89]\d\.\d to [ 19]\d{1,2}\.\d\), 2 sets\.", told), told
     assert "n = 1" not in told
     options = read_options(["keep", f"--out={prepared}", f"--to={tmp_path / 'kept'}"])
     assert options.action(options) == 0

@@ -179,6 +179,8 @@ def test_a_split_of_few_entities_is_told_of_and_one_of_none_refused(tmp_path):
     none = write_conll(tmp_path / "none.conll", [{"words": ["just", "words"], "tags": ["O", "O"]}])
     few = write_lines(tmp_path / "few.jsonl", tagged_rows(3))
     assert "the validation split holds no entities" in refused(train=train, validation=none)
+    one = write_conll(tmp_path / "one.conll", [{"words": ["in", "Rome"], "tags": ["O", "B-PLACE"]}])
+    assert any("The test split holds 1 entity;" in note for note in load(train=train, test=one).notes)
     splits = load(train=train, validation=few, test=none)
     told = [note.split(";")[0] for note in splits.notes if "a score on so few" in note]
     count = sum(tag.startswith("B-") for row in tagged_rows(3) for tag in row["tags"])

@@ -186,6 +186,16 @@ def test_missing_arms_are_said_to_be_missing(tmp_path, arms, expected):
     _check(report.html)
 
 
+def test_an_experiment_without_students_is_not_waited_for(tmp_path):
+    """“No answer yet” of teachers that were measured by themselves, though nothing is missing."""
+    layout = make_experiment(tmp_path / "teachers", arms=("fft", "lora"), seeds=(0,))
+    for arm in ("fft", "lora"):
+        edit_record(layout.run(arm, 0).record, config={"run": {"arms": ["fft", "lora"]}})
+    told = _opening(_report(layout.root))
+    assert re.match(r"teachers has no student, so .* teacher: .* scores \d\d\.\d, .* scores \d\d\.\d\. For a", told)
+    assert "answer yet" not in told
+
+
 def test_one_seed_gives_no_verdict(tmp_path):
     """A single seed, or the only one that did not fail, must not look like evidence."""
     failed = [(arm, seed) for arm in ARMS if arm != "fft" for seed in (1, 2)]

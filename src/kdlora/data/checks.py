@@ -47,12 +47,12 @@ def check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[s
 def check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
     """Refuse a validation split whose score cannot show what was learnt; note where a score says little."""
     for split, rows in scored.items():
-        labels, found, more = label_array(rows), len(rows), "rows"
+        labels, found, one, more = label_array(rows), len(rows), "row", "rows"
         if reading.task.kind == "multi-label":
-            found, more = int(labels.any(axis=1).sum()), "rows with labels"
+            found, one, more = int(labels.any(axis=1).sum()), "row with labels", "rows with labels"
         elif reading.task.kind == "tokens":
-            found, more = int(np.sum(labels % 2 == 1)), "entities"  # each has one `B-`, whose tag is odd
-        holds = f"{found or 'no'} {more}"
+            found, one, more = int(np.sum(labels % 2 == 1)), "entity", "entities"  # each has one `B-`, whose tag is odd
+        holds = f"{found or 'no'} {one if found == 1 else more}"
         if reading.task.kind == "regression" and not np.ptp(labels):
             found, more, holds = 0, "rows of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if split == "validation":

@@ -154,6 +154,10 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         if one != taught_by and (score := experiment.score(one)) is not None
     }
     facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
+    asked = {one for run in experiment.runs for one in run.record.config.get("run", {}).get("arms", ())}
+    scores = ((arm_title(one), experiment.score(one)) for one in experiment.arms)
+    alone = asked and asked.isdisjoint(STUDENT_ARMS)
+    facts["no_student"] = [(title, score) for title, score in scores if score is not None] if alone else []
     if experiment.choice is not None:
         subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
         verb = verb if experiment.is_shipped else " would ship by these runs"

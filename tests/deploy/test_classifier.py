@@ -86,7 +86,7 @@ def test_threads_share_a_classifier(exported):
     swapped = [(second, first) for first, second in PAIRS]
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits(swapped)).max() > 1e-2
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits([a for a, _ in PAIRS])).max() > 1e-2
-    assert all(arrays["token_type_ids"].max() == 1 for _, arrays in model.batches(PAIRS))
+    assert all(arrays["token_type_ids"].max() == 1 for arrays in model.batches(PAIRS))
 
 
 @pytest.mark.usefixtures("traced_once")

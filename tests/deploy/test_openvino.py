@@ -13,6 +13,7 @@ from kdlora.deploy import runtimes
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import EXPORT_RECORD, Way, read_model_folder
+from kdlora.deploy.network import find_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
 from kdlora.deploy.stream import predict_file
@@ -93,8 +94,8 @@ def test_an_export_for_it_alone_has_its_files_alone(classifier_folder, traced_on
         write_web_page(named, tmp_path / "page")
 
 
-def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):
-    """A precision that is asked for and quietly another one."""
+def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, classifier_folder, tmp_path, monkeypatch):
+    """A precision that is asked for and quietly another one, or that `auto` finds no runtime for."""
     from kdlora.deploy import openvino_backend
 
     with pytest.raises(ModelError, match="runtime='openvino'"):
@@ -106,6 +107,16 @@ def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, mo
     monkeypatch.setattr(openvino_backend, "has_bf16", lambda: False)
     with pytest.raises(ModelError, match=r"needs a processor|openvino-bf16 is not among its stages"):
         Classifier.load(folder, precision="bf16", runtime="openvino")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    record = json.loads((copy / EXPORT_RECORD).read_text())
+    record |= {"stages": [*record["stages"], {"stage": "openvino-bf16"}]}
+    (copy / EXPORT_RECORD).write_text(json.dumps(seal(record)))
+    found = find_model(Way(copy, "auto", "bf16"))
+    assert (found.backend, found.precision) == ("openvino", "bf16")
+    with pytest.raises(ModelError, match="needs a processor"):
+        Classifier.load(copy / "model.onnx", precision="bf16", runtime="auto")
+    with pytest.raises(ModelError, match="run `kdlora export` first"):
+        Classifier.load(classifier_folder(), precision="bf16", runtime="auto")
 
 
 def test_weights_that_were_exchanged_are_refused(folder, classifier_folder, tmp_path):

@@ -271,7 +271,7 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exported, monkeypatc
     with pytest.raises(ConfigError, match="the host is empty"):  # for the system it is all addresses
         serve(["."], host="")
     monkeypatch.setattr(
-        "kdlora.deploy.serving.load_model", None
+        "kdlora.deploy.serving.model_type", None
     )  # a mistyped host, or a port in use, was told after minutes of loading
     with (
         socket.create_server(("127.0.0.1", 0)) as other,

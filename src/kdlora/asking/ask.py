@@ -33,8 +33,8 @@ from kdlora.asking.server import Server, read_key
 from kdlora.configfile import expand_home, expand_target
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
-from kdlora.deploy.folder import DECISIONS, MEASURED, Way, read_model_folder
-from kdlora.deploy.network import find_way
+from kdlora.deploy.folder import DECISIONS, MEASURED, Way
+from kdlora.deploy.network import find_model
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.records import Asked
 from kdlora.system.integrity import hash_files
@@ -251,7 +251,7 @@ class _Asking:
         audited = settings.audit if isinstance(settings.audit, int) else None
         by = None
         if settings.select_by is not None:  # its card and decisions choose no row
-            model = read_model_folder(find_way(Way(Path(settings.select_by)))).path
+            model = find_model(Way(Path(settings.select_by))).path
             found = hash_files(model, [model])
             by = {name: digest for name, digest in found.items() if name not in ("README.md", DECISIONS, MEASURED)}
         return {

@@ -156,7 +156,8 @@ def read_model_folder(model: str | Path | Way, *, max_length: int | None = None)
     runtime = "openvino" if place.suffix == ".xml" else runtime
     folder = _with_config(place if named is None else place.parent)
     refuse_links_out(folder)
-    if runtime == "auto" and (folder / OPENVINO_INT8).is_file() and not any(folder.glob("*.onnx")):
+    of_openvino = (folder / OPENVINO_INT8).is_file() and not any(folder.glob("*.onnx"))
+    if runtime == "auto" and (of_openvino or precision == "bf16"):  # the only one that runs it
         runtime = "openvino"
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, {**CONFIG, TEMPERATURE_KEY: _TEMPERATURE}, digests)

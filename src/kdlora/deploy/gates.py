@@ -65,15 +65,15 @@ class LabelledTexts:
         if len(self.labels) != count or not count:
             raise DataError(f"expected one label a {what}, got {len(self.labels)} labels for {count} {what}s.")
 
+    def shift(self, task: Task, logits: np.ndarray) -> np.ndarray:
+        """Move logits so that their usual decisions are those by the thresholds."""
+        return shift_logits(logits, task.label_names, self.thresholds)
+
     @property
     def offsets(self) -> np.ndarray | None:
         """Where the words of each text begin among those of all; None where a text has one label."""
         words = [text for text in self.texts if isinstance(text, Words)]
         return word_offsets(words) if words else None
-
-    def shift(self, task: Task, logits: np.ndarray) -> np.ndarray:
-        """Move logits so that their usual decisions are those by the thresholds."""
-        return shift_logits(logits, task.label_names, self.thresholds)
 
     def score(self, task: Task, logits: np.ndarray) -> float:
         """Score the logits of the labelled texts, with which they begin, 0..100."""
@@ -183,10 +183,12 @@ class Checks:
             if not difference <= allowed:
                 faults.append(f"logits differ by {difference:.2e}, more than {allowed:.1e}")
         if gate.agreement is not None:
-            several = self.task.kind == "multi-label"
-            decisions = (self.logits > 0).sum() + (after > 0).sum() if several else len(after)
-            if self.task.kind == "tokens" and self.score is None:  # most words are none, and no score sees what is lost
-                agreement, decisions = _agreement_on_entities(self.task, self.logits, after, self.offsets)
+            decisions = len(after)
+            # Most words are no entity, and without labels no score sees what is lost.
+            if self.task.kind == "multi-label" or (self.task.kind == "tokens" and self.score is None):
+                agreement, decisions = _dice(
+                    *(predict_labels(self.task, one, self.offsets) for one in (self.logits, after))
+                )
             one_may_differ = gate.agreement < 1 and decisions >= _FEW
             least = min(gate.agreement, 1 - 1 / decisions) if one_may_differ else gate.agreement
             if not agreement >= least - 1e-9:
@@ -236,11 +238,8 @@ def check_texts(texts: Sequence[Any], kind: str, noun: str) -> list[Any]:
     return [check(text, f"{noun} {row}") for row, text in enumerate(texts)]
 
 
-def _agreement_on_entities(
-    task: Task, before: np.ndarray, after: np.ndarray, offsets: np.ndarray | None
-) -> tuple[float, int]:
-    """Give the share of equal tags among those that are not `O` (Dice), and how many there are, of both."""
-    first, second = (predict_labels(task, logits, offsets) for logits in (before, after))
+def _dice(first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
+    """Give the share of equal decisions among the labels that are given, or the tags but `O`, and their number."""
     count = int((first > 0).sum() + (second > 0).sum())
     return float(2 * ((first == second) & (first > 0)).sum() / count) if count else 1.0, count
 
@@ -253,5 +252,5 @@ def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray, offsets
         allowed = max(_REGRESSION_SHARE * float(first.std()), 1e-6 * float(np.abs(first).max()))
         return float((np.abs(first - second) <= allowed).mean())
     if task.kind == "multi-label":
-        return float(2 * (first & second).sum() / given) if (given := first.sum() + second.sum()) else 1.0
+        return _dice(first, second)[0]
     return float((first == second).mean())

@@ -71,6 +71,7 @@ class Network(ABC):
         if (folder.kind == "tokens") != self.marks_entities:
             raise ModelError(f"{folder.path}: {_OF_TEXTS if self.marks_entities else _OF_WORDS}")
         self.decisions = Decisions() if decisions is None else decisions
+        self.label_names = folder.label_names
         self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
         if not {"input_ids"} <= set(self.input_names) <= set(INPUTS):
             taken = ", ".join(self.input_names)
@@ -122,8 +123,8 @@ class Network(ABC):
         """
         if decisions not in get_args(Which):
             raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
-        way = find_way(Way(Path(folder), runtime, precision, batch_size), revision)
-        described = read_model_folder(way, max_length=max_length)
+        way = Way(Path(folder), runtime, precision, batch_size)
+        described = find_model(way, revision=revision, max_length=max_length)
         return cls.open(described, threads=threads, verify=verify, decisions=decisions)
 
     from_pretrained = load
@@ -133,7 +134,22 @@ class Network(ABC):
         cls, folder: ModelFolder, *, threads: int | None = None, verify: bool = True, decisions: Which = "all"
     ) -> Self:
         """Load a folder that was read before, with the settings of `load`."""
-        return cls(folder, open_backend(folder, threads=threads, verify=verify), read_decisions(folder, decisions))
+        if threads is not None and threads < 1:
+            raise ModelError(f"threads must be at least 1, got {threads}.")
+        if folder.backend == "onnx":
+            backend: Backend = OnnxBackend(folder, threads=threads, verify=verify)
+        elif folder.backend == "openvino":  # each runtime is imported here, so that no other has to be installed
+            with extras_named("the runtime OpenVINO"):
+                from kdlora.deploy.openvino_backend import OpenvinoBackend
+
+            backend = OpenvinoBackend(folder, threads=threads, verify=verify)
+        else:
+            export = "EXPERIMENT/student-onnx, USER/REPO/onnx"
+            with extras_named(f"{folder.path}: a PyTorch model, unlike an export ({export}),"):
+                from kdlora.deploy.torch_backend import TorchBackend
+
+            backend = TorchBackend(folder, threads=threads)
+        return cls(folder, backend, read_decisions(folder, decisions))
 
     def __repr__(self) -> str:
         folder, name = self.folder, str(self.folder.file or self.folder.path)
@@ -141,10 +157,6 @@ class Network(ABC):
             f"{type(self).__name__}({name!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
             f"{folder.precision}, {folder.size_bytes / 1e6:.1f} MB, at most {folder.max_length} tokens)"
         )
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return self.folder.label_names
 
     def encode(self, texts: Sequence[Any]) -> Iterator[Encoding]:
         """Turn texts into tokens, special ones included; few encodings are in memory at a time."""
@@ -166,11 +178,11 @@ class Network(ABC):
     def _windows(self, texts: Sequence[Any]) -> list[Window]:
         """Cut checked texts into the windows that the model reads, one text after the other."""
 
-    def batches(self, texts: Sequence[Any]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
+    def batches(self, texts: Sequence[Any]) -> Iterator[dict[str, np.ndarray]]:
+        """Give the arrays that the model takes, texts or their windows of like length together."""
         windows = self._windows(self._check(texts))
         for rows in length_batches(windows, BATCH_SIZE):
-            yield rows, self._fill([windows[row] for row in rows])
+            yield self._fill([windows[row] for row in rows])
 
     def run_all(self, windows: Sequence[Window], batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
         """Compute logits of windows, those of like length together, and say which ones these are of."""
@@ -216,8 +228,8 @@ class Network(ABC):
         return shift_logits(logits, self.label_names, self.decisions.thresholds, self.folder.temperature)
 
 
-def find_way(way: Way, revision: str | None = None) -> Way:
-    """Find the folder, of a model of the Hub too, and what runs it."""
+def find_model(way: Way, *, revision: str | None = None, max_length: int | None = None) -> ModelFolder:
+    """Read the folder, of a model of the Hub too, as it is run."""
     if not way.folder.exists():
         from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
 
@@ -230,25 +242,7 @@ def find_way(way: Way, revision: str | None = None) -> Way:
         described = read_model_folder(way)
         way = fastest_way(described.path, way.precision, way.batch_size)
         way = replace(way, runtime="openvino") if described.backend == "openvino" else way  # the only one that runs it
-    return way
-
-
-def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: bool = True) -> Backend:
-    """Open what runs a folder; each runtime is imported where it is used, so that no other has to be installed."""
-    if threads is not None and threads < 1:
-        raise ModelError(f"threads must be at least 1, got {threads}.")
-    if folder.backend == "onnx":
-        return OnnxBackend(folder, threads=threads, verify=verify)
-    if folder.backend == "openvino":
-        with extras_named("the runtime OpenVINO"):
-            from kdlora.deploy.openvino_backend import OpenvinoBackend
-
-        return OpenvinoBackend(folder, threads=threads, verify=verify)
-    export = "EXPERIMENT/student-onnx, USER/REPO/onnx"
-    with extras_named(f"{folder.path}: a PyTorch model, unlike an export ({export}),"):
-        from kdlora.deploy.torch_backend import TorchBackend
-
-    return TorchBackend(folder, threads=threads)
+    return read_model_folder(way, max_length=max_length)
 
 
 def length_batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:

@@ -139,7 +139,7 @@ def rank_products(file: Path, served: Model, texts: Sequence[Text | Words]) -> l
     model = ir.load(file)
     names = _add_rounding_switches(model.graph)
     session = open_session(ir.to_proto(model).SerializeToString(), f"{file} with switches", optimised=True)
-    batches = [arrays for _, arrays in served.batches(spread(texts, _ROWS))]
+    batches = [*served.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
         outputs = (session.run(None, {**batch, "rounded": rounded})[0] for batch in batches)
@@ -172,7 +172,7 @@ def quantise_statically(source: Path, to: Path, served: Model, texts: Sequence[T
     from kdlora.deploy.openvino_backend import import_untracked, openvino
 
     nncf = import_untracked("nncf")
-    rows = [arrays for text in texts for _, arrays in served.batches([text])]
+    rows = [arrays for text in texts for arrays in served.batches([text])]
     model, kind = openvino.Core().read_model(source), nncf.ModelType.TRANSFORMER
     with quiet("nncf"):
         found = nncf.quantize(model, nncf.Dataset(rows), model_type=kind, subset_size=len(rows))

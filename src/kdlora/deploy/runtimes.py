@@ -45,9 +45,8 @@ def ways_to_run(folder: Path) -> list[Way]:
     if importlib.util.find_spec("openvino") is not None:
         from kdlora.deploy.openvino_backend import has_bf16
 
-        ways.append(Way(folder, "openvino", "fp32"))
-        ways += [Way(folder, "openvino", "bf16")] if has_bf16() else []
-        ways.append(Way(folder, "openvino", "int8"))
+        half: tuple[Precision, ...] = ("bf16",) if has_bf16() else ()
+        ways += [Way(folder, "openvino", precision) for precision in ("fp32", *half, "int8")]
     found = []
     for way in ways:
         with contextlib.suppress(ModelError):  # no such file, not passed, or thresholds or a promise of another way

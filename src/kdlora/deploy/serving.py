@@ -29,11 +29,11 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kdlora.deploy import Runtime
-from kdlora.deploy.folder import Way, read_model_folder
+from kdlora.deploy.folder import Way
 from kdlora.deploy.hub import locate_export
-from kdlora.deploy.network import find_way
+from kdlora.deploy.network import find_model
 from kdlora.deploy.predict import Text, check_one, check_text
-from kdlora.deploy.tagger import Answer, Model, load_model
+from kdlora.deploy.tagger import Answer, Model, model_type
 from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.system.environment import default_threads
 
@@ -317,11 +317,14 @@ def serve(
         raise ConfigError(f"serve: threads must be at least 1, got {threads}")
     if not host.strip():  # which the system takes for all addresses
         raise ConfigError("serve: the host is empty; expected 127.0.0.1, or 0.0.0.0 for all addresses of this machine")
-    ways = {name: find_way(Way(path, runtime)) for name, path in name_models(models).items()}
+    folders = {name: find_model(Way(path, runtime)) for name, path in name_models(models).items()}
     many = threads or default_threads()  # a batch for each thread: in one batch for all, they wait for each other
-    at_once = {name: 1 if read_model_folder(way).backend == "openvino" else many for name, way in ways.items()}
+    at_once = {name: 1 if one.backend == "openvino" else many for name, one in folders.items()}
     with _bind(host, port) as listener:  # before the models are loaded, which may be minutes
-        loaded = {name: load_model(way, threads=threads if at_once[name] == 1 else 1) for name, way in ways.items()}
+        loaded: dict[str, Model] = {
+            name: model_type(one).open(one, threads=threads if at_once[name] == 1 else 1)
+            for name, one in folders.items()
+        }
         settings = uvicorn.Config(
             make_app(loaded, limits, at_once),
             http=_Protocol,

@@ -13,7 +13,7 @@ from kdlora.data.tags import Words, decode, entity_bounds, go_on, split_words, t
 from kdlora.data.windows import hide_symbols, read_windows
 from kdlora.deploy.decisions import Decisions, Which
 from kdlora.deploy.folder import CONFIG_FILE, OPENVINO_INT8, ModelFolder, Way, read_model_folder
-from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, find_way
+from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, find_model
 from kdlora.deploy.predict import Classifier, Prediction, check_one, iterate_texts
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
@@ -152,7 +152,7 @@ def load_model(
     folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None, decisions: Which = "all"
 ) -> Model:
     """Load a classifier or a tagger, as the folder says."""
-    described = read_model_folder(find_way(Way.of(folder)), max_length=max_length)
+    described = find_model(Way.of(folder), max_length=max_length)
     return model_type(described).open(described, threads=threads, decisions=decisions)
 
 

@@ -95,7 +95,11 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
             "then name that FOLDER."
         )
     classifier = Classifier.load(place)
-    if fault := _find_fault(classifier):
+    with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8", errors="replace")
+    if with_table or classifier.folder.windows is not None:
+        fault = (
+            "its SentencePiece tokenizer has a table of characters" if with_table else "it reads long texts in windows"
+        )
         raise ModelError(f"{place}: {fault}, and the page cannot do that; use `kdlora serve`.")
     check_page(target)
     parts = {name: content for package in _PACKAGES for name, content in _read_package(package).items()}
@@ -111,14 +115,6 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
         write_json_atomic(work / _SETTINGS, _describe(classifier, Path(model).resolve().name))
         check_page(target)  # once more: somebody may have put a file there meanwhile
     return WebPage(target, file.name, sum(one.stat().st_size for one in target.iterdir()))
-
-
-def _find_fault(classifier: Classifier) -> str:
-    """Say what of a model a browser cannot do as Python does; nothing where there is nothing."""
-    if classifier.folder.windows is not None:
-        return "it reads long texts in windows"
-    with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8", errors="replace")
-    return "its SentencePiece tokenizer has a table of characters" if with_table else ""
 
 
 def check_page(target: Path) -> None:

@@ -130,7 +130,8 @@ class Children:
     def forget(self) -> None:
         """Leave the server to the process that started it; this one was forked from it."""
         for server in self.servers:
-            server.leave()
+            server.requests.close()
+            server.process.returncode = 0  # else Python warns that it runs
         self.servers, self.interrupted, self._lock = [], threading.Event(), threading.Lock()
 
 
@@ -153,7 +154,7 @@ class Server:
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-        self._requests = cast("IO[bytes]", self.process.stdin)
+        self.requests = cast("IO[bytes]", self.process.stdin)
         self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
 
@@ -178,7 +179,7 @@ class Server:
     def _send(self, *parts: bytes) -> None:
         with contextlib.suppress(OSError):  # it died, as `_hear` tells
             for part in parts:
-                _write(self._requests.fileno(), part)
+                _write(self.requests.fileno(), part)
 
     def converse(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
@@ -212,18 +213,13 @@ class Server:
     def close(self) -> None:
         """End it, and a child that may still run, by closing its input; kill it if need be."""
         with contextlib.suppress(OSError):
-            self._requests.close()
+            self.requests.close()
         try:
             self.process.wait(timeout=_SERVER_SECONDS if self.was_asked else 0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         remove(self.scratch)
-
-    def leave(self) -> None:
-        """Let go of it, since it is no child of this process."""
-        self._requests.close()
-        self.process.returncode = 0  # else Python warns that it runs
 
 
 _shared = Children()

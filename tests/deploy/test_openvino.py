@@ -49,7 +49,8 @@ def test_every_stage_is_judged_in_its_own_runtime(folder):
     assert np.abs(fp32.predict_logits(TEXTS) - exact).max() < 1e-4
     int8 = Classifier.load(folder, runtime="openvino")
     assert int8.folder.precision == "int8"
-    assert 0.8 < np.corrcoef(int8.predict_logits(TEXTS).ravel(), exact.ravel())[0, 1] < 0.9999999
+    # Random weights are sensitive: 0.76 on a processor without VNNI.
+    assert 0.6 < np.corrcoef(int8.predict_logits(TEXTS).ravel(), exact.ravel())[0, 1] < 0.9999999
     assert np.array_equal(
         int8.predict_logits(TEXTS), Classifier.load(folder / int8.folder.file.name).predict_logits(TEXTS)
     )

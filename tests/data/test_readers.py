@@ -200,6 +200,9 @@ def test_second_files_need_the_labels_of_training(csv_file):
         assert "Did you mean 'good'" in message
     named = {"label_names": ["bad", "good", "god"]}
     assert "validation split has labels that training lacks: 'god'" in load_refused(named, train=path, validation=other)
+    many = csv_file("d.csv", text=list(map(str, range(40))), label=[f"class {number}" for number in range(40)])
+    named = {"label_names": ["bad", "good", *(f"class {number}" for number in range(40))]}
+    assert "'class 9' and 30 more. Add" in load_refused(named, train=path, validation=many)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[s
         raise DataError(f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}")
     for split, rows in scored.items():
         if (strange := used_labels(task, rows) & ~known).any():
-            lacking = ", ".join(repr(names[column]) for column in np.flatnonzero(strange))
+            lacking = listed(repr(names[column]) for column in np.flatnonzero(strange))
             raise DataError(
                 f"the {split} split has labels that training lacks: {lacking}. Add training rows of them.{limited}"
             )

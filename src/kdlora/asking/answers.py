@@ -167,7 +167,6 @@ class Answers:
         return np.array(rows, np.float64).reshape(-1, self._labels)
 
     def refuse_useless(self) -> None:
-        """Refuse to go on where none of the first rows has an answer."""
         if not self.good and self.done >= _FIRST_UNANSWERED:
             raise DataError(
                 f"none of the first {self.done} rows has an answer ({self.unanswered()[0][1]}); check the model, and "
@@ -176,7 +175,6 @@ class Answers:
             )
 
     def keep(self, key: Key, found: np.ndarray | str) -> None:
-        """Keep the probabilities of a row, or why there are none."""
         said: dict[str, Any] = (
             {"unanswered": found} if isinstance(found, str) else {"probabilities": found.round(7).tolist()}
         )

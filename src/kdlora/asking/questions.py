@@ -49,7 +49,6 @@ class Questions:
     def __init__(
         self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], settings: AskSettings
     ) -> None:
-        """Take the labels in the table's order."""
         self.name = str(template or "default prompt")
         self.names, self.votes, self._examples = list(labels), bool(settings.votes), examples
         self._answer_tokens = settings.answer_tokens

@@ -50,7 +50,6 @@ class Reply:
 
     @property
     def reason(self) -> str:
-        """Say why it is no answer to a row."""
         return self.refused or f"no label: {self.text!r}"
 
 

@@ -254,7 +254,6 @@ def _refuse_quoting(raw: RawTable) -> None:
 
 
 def _encoding_error(file: Path) -> DataError:
-    """Name the first line that is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

@@ -129,7 +129,6 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
 
 
 def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, Integers]:
-    """Give the values of a column of lists, and where each row begins."""
     lists = raw.table[column]
     if (position := first_true(pc.is_null(lists))) is not None:
         raise DataError(f"{raw.where(position)}: no {what} in column {column!r}; remove the row, or give it some")

@@ -9,12 +9,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from kdlora.asking.asksettings import AskSettings
 from kdlora.errors import ArtifactError, DataError
@@ -142,7 +142,7 @@ class Answers:
             found = line.probabilities
             if found is not None and (min(found, default=0) < 0 or not 0.99 < sum(found) < 1.01):
                 raise ValueError
-        except (ValidationError, ValueError):
+        except ValueError:  # pydantic's is one
             raise ArtifactError(
                 f"{self.path} has a damaged line ({text[:40]!r}...); delete that line, and its row is asked again"
             ) from None
@@ -152,10 +152,8 @@ class Answers:
         self.spent += line.spent
         if line.id is None:
             return
-        key = Key(line.prompt, line.split, line.id)
-        self.found.pop(key, None)
-        self.good += line.probabilities is not None
-        values = line.probabilities
+        values, key = line.probabilities, Key(line.prompt, line.split, line.id)
+        self.good += values is not None
         self.found[key] = line.unanswered if values is None else np.array(values, np.float32)
 
     def unanswered(self) -> list[tuple[Key, str]]:
@@ -169,7 +167,6 @@ class Answers:
         return np.array(rows, np.float64).reshape(-1, self._labels)
 
     def refuse_useless(self) -> None:
-        """Refuse to go on where none of the first rows has an answer."""
         if not self.good and self.done >= _FIRST_UNANSWERED:
             raise DataError(
                 f"none of the first {self.done} rows has an answer ({self.unanswered()[0][1]}); check the model, and "
@@ -178,7 +175,6 @@ class Answers:
             )
 
     def keep(self, key: Key, found: np.ndarray | str) -> None:
-        """Keep the probabilities of a row, or why there are none."""
         said: dict[str, Any] = (
             {"unanswered": found} if isinstance(found, str) else {"probabilities": found.round(7).tolist()}
         )
@@ -196,22 +192,37 @@ class Answers:
             os.fsync(self._file.fileno())
             self._synchronised = now
 
-    async def hold(self, requests: int, tokens: tuple[int, int]) -> np.ndarray:
-        """Wait until all requests of a row fit the budget beside the rows that are begun; give what is held for it."""
+    @contextlib.asynccontextmanager
+    async def hold(self, requests: int, tokens: tuple[int, int]) -> AsyncIterator[None]:
+        """Begin a row where the budget has room for all of its requests: one that is not ended is paid for nothing."""
+        held = await self._room(requests, tokens, is_row=True)
+        self._held = self._held + held
+        try:
+            yield
+        finally:
+            self._held = self._held - held
+            self._changed.set()
+
+    async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
+        """Wait until a request surely fits the budget, whatever those under way cost; give the tokens it is counted by.
+
+        These are its own, and as many more as an answer had at most.
+        """
+        _, read, written = (await self._room(1, tokens, is_row=False)).tolist()
+        self._under_way += 1
+        self._append(_Line(spent=(1, read, written)))
+        return read, written
+
+    async def _room(self, requests: int, tokens: tuple[int, int], *, is_row: bool) -> np.ndarray:
+        """Wait until requests, or all of a row beside those of the rows that are begun, fit the budget."""
         while True:
-            held = requests * np.array((1, *(self._beyond + tokens)))
-            if self._fits(self.spent + self._held + held):
-                break
-            if not self._held.any():
+            wanted = requests * np.array((1, *(self._beyond + tokens)))
+            if self._fits(self.spent + wanted + (self._held if is_row else 0)):
+                return wanted
+            if not (self._held.any() if is_row else self._under_way):
                 raise BudgetSpentError
             self._changed.clear()
             await self._changed.wait()
-        self._held = self._held + held
-        return held
-
-    def release(self, held: np.ndarray) -> None:
-        self._held = self._held - held
-        self._changed.set()
 
     def _fits(self, spent: np.ndarray) -> bool:
         settings = self._settings
@@ -219,23 +230,6 @@ class Answers:
         requests, read, written = spent.tolist()
         cost = settings.cost(read, written) or 0
         return all(one <= limit for one, limit in zip((requests, read + written, cost), limits, strict=True))
-
-    async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
-        """Wait until a request surely fits the budget, whatever those under way cost; give the tokens it is counted by.
-
-        These are its own, and as many more as an answer had at most.
-        """
-        while True:
-            reserved = tuple((self._beyond + tokens).tolist())
-            if self._fits(self.spent + np.array((1, *reserved))):
-                break
-            if not self._under_way:
-                raise BudgetSpentError
-            self._changed.clear()
-            await self._changed.wait()
-        self._under_way += 1
-        self._append(_Line(spent=(1, *reserved)))
-        return reserved
 
     def settle(self, tokens: tuple[int, int], reserved: tuple[int, int], used: tuple[int, int]) -> None:
         self._under_way -= 1

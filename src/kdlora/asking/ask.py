@@ -170,7 +170,6 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
 
 
 def _refuse_replacing(folder: Path, sources: Iterable[object]) -> None:
-    """Refuse rows that lie where the answered ones are written."""
     for one in sources:
         source = Path(os.path.realpath(expand_home(str(one))))
         if source.parent == folder and source.name in _WRITTEN:

@@ -49,7 +49,6 @@ class Questions:
     def __init__(
         self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], settings: AskSettings
     ) -> None:
-        """Take the labels in the table's order."""
         self.name = str(template or "default prompt")
         self.names, self.votes, self._examples = list(labels), bool(settings.votes), examples
         self._answer_tokens = settings.answer_tokens
@@ -71,9 +70,7 @@ class Questions:
             raise ConfigError(f"{file}: the prompt has an unknown field {name!r}; there are {known}")
         if "text" not in found:
             raise ConfigError(f"{file}: the prompt never shows {{{{ text }}}}, so nobody could answer it")
-        most = settings.top_logprobs
-        votes, is_named = settings.votes, settings.codes == "names"
-        self.groups = [_named(labels, most, votes)] if is_named else _lettered(labels, most, votes)
+        self.groups = [_named(labels, settings)] if settings.codes == "names" else _lettered(labels, settings)
 
     @cached_property
     def choices(self) -> list[Option]:
@@ -119,26 +116,26 @@ class Questions:
                 )
 
 
-def _lettered(labels: Mapping[str, str], most: int, votes: int) -> list[list[Option]]:
+def _lettered(labels: Mapping[str, str], settings: AskSettings) -> list[list[Option]]:
     """Give the options of each question: of the only one, or of those within the groups of many labels."""
-    count, most = len(labels), min(most, len(CODES))
-    parts = 1 if votes or count <= most else -(-count // most)
+    count, most = len(labels), min(settings.top_logprobs, len(CODES))
+    parts = 1 if settings.votes or count <= most else -(-count // most)
     if parts > most:
         raise ConfigError(
             f"{count} labels are too many for {most} likely tokens, even in two steps ({most * most}); raise "
             "top_logprobs if the server shows more, or ask with votes"
         )
     named = [(name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
-    groups = []
-    for places in np.array_split(np.arange(count), parts):
-        codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
-        groups.append([Option(code, *named[place]) for code, place in zip(codes, places, strict=False)])
-    return groups
+    codes = CODES if count <= len(CODES) * parts else [str(number + 1) for number in range(count)]
+    return [
+        [Option(code, *named[place]) for code, place in zip(codes, places, strict=False)]
+        for places in np.array_split(np.arange(count), parts)
+    ]
 
 
-def _named(labels: Mapping[str, str], most: int, votes: int) -> list[Option]:
+def _named(labels: Mapping[str, str], settings: AskSettings) -> list[Option]:
     """Give options whose codes are the labels' names, each to be told by its first token."""
-    if len(labels) > most:
+    if len(labels) > (most := settings.top_logprobs):
         raise ConfigError(f"codes: names is for as many labels as the server shows ({most}), not {len(labels)}")
     begun: dict[str, str] = {}
     for name in labels:
@@ -149,7 +146,7 @@ def _named(labels: Mapping[str, str], most: int, votes: int) -> list[Option]:
                 "rename one by --labels, or use letters"
             )
     for one, other in itertools.permutations(filter(str.isdigit, begun), 2):
-        if other.startswith(one) and not votes:  # as one of the tokens 1 and 0
+        if other.startswith(one) and not settings.votes:  # as one of the tokens 1 and 0
             told = f"{begun[other]!r} from {begun[one]!r}, which may be its first token"
             raise ConfigError(f"codes: names cannot tell {told}; rename one by --labels, or use letters")
     return [Option(name, name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
@@ -186,12 +183,10 @@ def _meant(said: str, options: Sequence[Option]) -> list[int]:
     names, said = [option.name.strip(_AROUND).casefold() for option in options], said.casefold()
     if said in names:
         return [names.index(said)]
-    return [place for place, name in enumerate(names) if said and name.startswith(said) and _tells(said, name)]
-
-
-def _tells(said: str, name: str) -> bool:
-    """Say whether the beginning of a name is no word of a refusal, such as the letters of "I cannot" and "a text"."""
-    return len(said) > 1 or not (said.isascii() and said.isalpha()) or name.split()[0] == said
+    begun = [place for place, name in enumerate(names) if said and name.startswith(said)]
+    if len(said) == 1 and said.isascii() and said.isalpha():  # it may be a word of a refusal: "I cannot", "a text"
+        return [place for place in begun if names[place].split()[0] == said]
+    return begun
 
 
 def read_vote(answer: str, options: Sequence[Option]) -> int | None:

@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -50,7 +50,6 @@ class Reply:
 
     @property
     def reason(self) -> str:
-        """Say why it is no answer to a row."""
         return self.refused or f"no label: {self.text!r}"
 
 
@@ -83,14 +82,8 @@ class Server:
         self._limit, self._left_out = "max_tokens", frozenset[str]()
         self._optional = {"seed", "temperature"} if settings.heat == 1 else {"seed"}  # 1 is their default
 
-    @contextlib.asynccontextmanager
-    async def row(self, prompt: str, requests: int) -> AsyncIterator[None]:
-        """Begin a row where the budget has room for all of its requests: one that is not ended is paid for nothing."""
-        held = await self._budget.hold(requests, self._count(prompt))
-        try:
-            yield
-        finally:
-            self._budget.release(held)
+    def row(self, prompt: str, requests: int) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._budget.hold(requests, self._count(prompt))
 
     def _count(self, prompt: str) -> tuple[int, int]:
         return len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written
@@ -144,7 +137,13 @@ class Server:
                 self._budget.settle(tokens, reserved, used)
             attempt += 1
             if attempt >= patience:
-                raise self._gave_up(attempt, problem)
+                where = f"no answer from {self._settings.url}"
+                if not self.answered:
+                    raise ConfigError(f"{where}: {problem}. Check the address (base_url), or try again later")
+                raise ConnectionError(
+                    f"{where} after {attempt} attempts: {problem}. The answers so far are kept; the same command "
+                    "goes on"
+                )
             await self._hold_off(attempt, wait)
 
     async def _request(self, prompt: str, vote: int | None) -> str:
@@ -183,15 +182,6 @@ class Server:
         if status in _AGAIN or status >= 500:
             return None
         return Reply(refused=f"{REFUSED}: {said}", cut=_CUT in whole)
-
-    def _gave_up(self, attempts: int, problem: str) -> Exception:
-        where = self._settings.url
-        if not self.answered:
-            return ConfigError(f"no answer from {where}: {problem}. Check the address (base_url), or try again later")
-        return ConnectionError(
-            f"no answer from {where} after {attempts} attempts: {problem}. The answers so far are kept; the same "
-            "command goes on"
-        )
 
     async def _hold_off(self, attempt: int, wait: float | None) -> None:
         """Wait as long as the server says, and let everybody wait; else twice as long each time."""

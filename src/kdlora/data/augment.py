@@ -100,18 +100,15 @@ def stored_copies(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)):
-            _write(keep_unscored(augment_texts(rows, copies, seed=seed), scored), file)
+            made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
+            schema = made.features.arrow_schema
+            # Given a path, the writer closes the file some time later, and Windows renames no open file.
+            with atomic_file(file) as part, part.open("wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for table in slice_rows(made, made.column_names):
+                    writer.write_table(table.cast(schema))
             write_text_atomic(digest, hash_file(file))
     stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     return make_dataset(stored, rows.select_columns(stored.column_names).features)
-
-
-def _write(made: Dataset, file: Path) -> None:
-    schema = made.features.arrow_schema
-    # Given a path, the writer closes the file some time later, and Windows renames no open file.
-    with atomic_file(file) as temporary, temporary.open("wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for table in slice_rows(made, made.column_names):
-            writer.write_table(table.cast(schema))
 
 
 def _words_in_a_row(rows: Dataset) -> tuple[list[Any], dict[str, list[int]]]:

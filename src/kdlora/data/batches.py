@@ -86,7 +86,6 @@ def tokenise(
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
-    """Turn some texts, or the two columns of pairs, into token ids."""
     kept = [name for name in tokenizer.model_input_names if name in INPUTS]
     # verbose=False: over-long inputs are expected here, counted, and cut below.
     encoded = tokenizer(*rows.values(), truncation=False, verbose=False, return_attention_mask=False)

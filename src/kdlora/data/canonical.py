@@ -61,7 +61,11 @@ class Reading:
         columns = self.columns(source, labelled=labelled)
         raw = source.read(columns.all)
         if source.benchmark:
-            total, raw = raw.table.num_rows, raw.drop(_corrupt_rows(raw, columns))
+            # GLUE's own files and Hub splits contain rows without text or label.
+            hidden, texts = pa.array(["", "-", "-1", "-1.0", None]), raw.table.select(columns.text).columns
+            corrupt = [is_blank(text.cast(pa.string())) for text in texts]
+            corrupt += [pc.is_in(raw.table[label].cast(pa.string()), hidden) for label in columns.label]
+            total, raw = raw.table.num_rows, raw.drop(reduce(pc.or_, corrupt))
             if not raw.table.num_rows:
                 raise DataError(f"{source.name}: none of its {total} rows has both text and label")
             if dropped := total - raw.table.num_rows:
@@ -161,13 +165,6 @@ def shared_texts(task: Task, rows: Dataset, kept: Integers, drawn: Integers) -> 
                 "known ones. Where new ones count, give data.validation (and data.test) with others."
             )
     return notes
-
-
-def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
-    """Find the rows without text or label that GLUE's own files and Hub splits contain."""
-    hidden = pa.array(["", "-", "-1", "-1.0", None])
-    blank = [is_blank(raw.table[column].cast(pa.string())) for column in columns.text]
-    return reduce(pc.or_, blank + [pc.is_in(raw.table[column].cast(pa.string()), hidden) for column in columns.label])
 
 
 def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:

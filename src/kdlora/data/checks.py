@@ -56,8 +56,12 @@ def check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
         if reading.task.kind == "regression" and not np.ptp(labels):
             found, more, holds = 0, "rows of several values", f"one value only, {labels[0]:g} (rows: {len(rows)})"
         if split == "validation":
-            missing = _unmeasured(reading.task, rows)
-            if not found or missing:
+            lacking = [] if reading.task.kind == "regression" else _lacking_labels(reading.task, rows)
+            wanted = (metric.partition(":")[2] for metric in reading.task.metrics if not metric.startswith("cost:"))
+            missing = next((f"no row with {name!r}, which the score is of" for name in wanted if name in lacking), "")
+            if reading.task.kind == "single-label" and len(lacking) == reading.task.num_labels - 1:
+                missing = f"one class only, {next(one for one in reading.task.label_names if one not in lacking)!r}"
+            if not found or missing:  # then every model has the same score
                 raise DataError(
                     f"the validation split holds {missing or holds}, so that a score on it cannot show what a model "
                     f"has learnt. Give it {'others' if missing else more}; where it was drawn, give more such training "
@@ -67,17 +71,6 @@ def check_scored(reading: Reading, scored: Mapping[str, Dataset]) -> None:
             reading.notes.append(f"The {split} split holds {holds}; a score on so few says little.")
         if reading.task.kind != "regression":
             reading.notes += doubts_of_labels(reading.task, rows, f"The {split} split")
-
-
-def _unmeasured(task: Task, rows: Dataset) -> str:
-    """Say what rows lack without which every model has the same score; nothing where they lack nothing."""
-    if task.kind == "regression":
-        return ""
-    lacking = _lacking_labels(task, rows)
-    if task.kind == "single-label" and len(lacking) == task.num_labels - 1:
-        return f"one class only, {next(name for name in task.label_names if name not in lacking)!r}"
-    wanted = (metric.partition(":")[2] for metric in task.metrics if not metric.startswith("cost:"))
-    return next((f"no row with {name!r}, which the score is of" for name in wanted if name in lacking), "")
 
 
 def _lacking_labels(task: Task, rows: Dataset) -> list[str]:

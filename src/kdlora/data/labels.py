@@ -315,7 +315,17 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     decimal = pc.match_substring_regex(distinct, DECIMAL)
     if pc.all(decimal).as_py():
         return _kind_of_decimals(raw, column)
-    return _kind_of_names(raw, column, distinct, decimal)
+    if 2 * pc.sum(decimal).as_py() > len(distinct):
+        strange = distinct.filter(pc.invert(decimal))[0].as_py()
+        position = pc.index(raw.table[column].cast(pa.string()), strange).as_py()
+        raise DataError(
+            f"{raw.where(position)}: the label {column!r} is {strange!r}, other rows have numbers; correct it, or set "
+            "task.kind: single-label if these are names"
+        )
+    if len(distinct) > min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5)):
+        told = "Is it the label? Set task.label to another column, or task.kind: single-label if these are classes"
+        raise _holds(raw, column, f"{len(distinct)} texts in {raw.table.num_rows} rows. {told}")
+    return "single-label"
 
 
 def _kind_of_decimals(raw: RawTable, column: str) -> Kind:
@@ -324,21 +334,6 @@ def _kind_of_decimals(raw: RawTable, column: str) -> Kind:
         return "regression"
     first = raw.table[column][0].as_py()
     raise _holds(raw, column, f"whole numbers as decimals (such as {first}), classes or a quantity; {_SET_KIND}")
-
-
-def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.Array) -> Kind:
-    if 2 * pc.sum(decimal).as_py() > len(distinct):
-        strange = distinct.filter(pc.invert(decimal))[0].as_py()
-        position = pc.index(raw.table[column].cast(pa.string()), strange).as_py()
-        raise DataError(
-            f"{raw.where(position)}: the label {column!r} is {strange!r}, other rows have numbers; correct it, or set "
-            "task.kind: single-label if these are names"
-        )
-    most = min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5))
-    if len(distinct) > most:
-        told = "Is it the label? Set task.label to another column, or task.kind: single-label if these are classes"
-        raise _holds(raw, column, f"{len(distinct)} texts in {raw.table.num_rows} rows. {told}")
-    return "single-label"
 
 
 def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple[str, ...] | None) -> tuple[str, ...]:

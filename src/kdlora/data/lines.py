@@ -105,15 +105,13 @@ def read_rows(
     """
     lines = _Lines(stream, name)
     if form in ("csv", "tsv"):
-        return _read_delimited(lines, form, name, header)
+        return _read_delimited(lines, form, header)
     if form == "conll":
-        return _read_conll(lines, name)
+        return _read_conll(lines)
     return (("text",) if form == "text" else ()), _read_lines(lines, form, number)
 
 
-def _read_delimited(
-    lines: _Lines, form: Format, name: str, header: Sequence[str]
-) -> tuple[Sequence[str], Iterator[Numbered]]:
+def _read_delimited(lines: _Lines, form: Format, header: Sequence[str]) -> tuple[Sequence[str], Iterator[Numbered]]:
     """Read CSV, quoted, with the delimiter of its header, or TSV, never quoted."""
     csv.field_size_limit(MOST_CHARACTERS)
     try:
@@ -132,14 +130,15 @@ def _read_delimited(
         )
         columns = header or next(reader)
     except (csv.Error, RowError) as error:
-        raise DataError(f"{name}: {error}; expected a header line.") from None
+        raise DataError(f"{lines.name}: {error}; expected a header line.") from None
     if not columns:
-        raise DataError(f"{name}: expected a header line with the column names, got an empty file or blank lines.")
-    return columns, _delimited_rows(filter(None, reader), lines, columns, form, delimiter, name)
+        told = "expected a header line with the column names, got an empty file or blank lines."
+        raise DataError(f"{lines.name}: {told}")
+    return columns, _delimited_rows(filter(None, reader), lines, columns, form, delimiter)
 
 
 def _delimited_rows(
-    rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str, name: str
+    rows: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str
 ) -> Iterator[Numbered]:
     width = len(columns)
     advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
@@ -158,7 +157,7 @@ def _delimited_rows(
                 "each quote, and double one inside a text"
             )
             if lines.ended and lines.number > begun + 1:  # whatever rows followed are in that value
-                raise DataError(f"{name}, line {begun + 1}: {found}") from None
+                raise DataError(f"{lines.name}, line {begun + 1}: {found}") from None
             yield number, found
             continue
         if width > 1 and values[1:] == columns[1:] and values[0].lstrip("\ufeff") == columns[0].lstrip("\ufeff"):
@@ -167,7 +166,7 @@ def _delimited_rows(
             inner = delimiter.join(values).split("\n")[1:-1] if lines.number - begun > _SWALLOWED else []
             if width > 1 and len(inner) >= _SWALLOWED and all(one.count(delimiter) == width - 1 for one in inner):
                 told = "%s: lines %d to %d are one row by their quotes, though each looks like a row; double each quote"
-                logger.warning(f"{told} inside a text", name, begun + 1, lines.number)
+                logger.warning(f"{told} inside a text", lines.name, begun + 1, lines.number)
             yield number, dict(zip(columns, values, strict=True))
         else:
             shown = f"{delimiter.join(values):.{_SHOWN}}"
@@ -175,15 +174,15 @@ def _delimited_rows(
             yield number, f"{found}. {advice}"
 
 
-def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbered]]:
+def _read_conll(lines: _Lines) -> tuple[Sequence[str], Iterator[Numbered]]:
     """Read a word and its columns a line, an empty line after each sentence; the first word shows what divides them."""
     try:
         head = next((line for line in lines if not _ends_sentence(line) and not _is_comment(line)), "")
     except RowError as error:
-        raise DataError(f"{name}: {error}; expected a word and its tag.") from None
+        raise DataError(f"{lines.name}: {error}; expected a word and its tag.") from None
     if not head:
         raise DataError(
-            f"{name} holds no words; expected a word and its tag a line, and an empty line after a sentence"
+            f"{lines.name} holds no words; expected a word and its tag a line, and an empty line after a sentence"
         )
     divider = re.compile("\t" if "\t" in head.rstrip() else "[ \t]+")
     width = len(divider.split(head.rstrip()))
@@ -289,7 +288,6 @@ def json_fault(error: Exception) -> str:
 
 
 def as_object(value: Any) -> Mapping[str, Any] | str:
-    """Give an object, or say what is wrong with what is none."""
     if isinstance(value, dict):
         return value
     return f'expected a JSON object such as {{"text": ..., "label": ...}}, found {type(value).__name__}'

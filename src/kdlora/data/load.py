@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
@@ -258,29 +259,27 @@ def draw_texts(
     if len(first) < 2:
         return number, first[:0]
     classes = row_classes(task, rows)
-    _, drawn = split_rows(len(first), fraction, seed, None if classes is None else classes[first])
-    is_drawn = np.isin(number, drawn)
+    is_drawn = np.isin(number, draw_rows(len(first), fraction, seed, None if classes is None else classes[first]))
     if classes is not None:  # equal texts may have different labels
         is_drawn &= ~np.isin(number, number[~np.isin(classes, classes[~is_drawn])])
-    kept, _ = _give_back(task, rows, np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn))
-    is_drawn &= ~np.isin(number, number[kept])
+    is_drawn &= ~np.isin(number, number[_needed_rows(task, rows, is_drawn)])
     return np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
 
 
-def _give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
-    """Put a drawn row back where no row that was kept has some label of it; classes are drawn with that in mind."""
-    if task.kind not in ("multi-label", "tokens") or not len(drawn):
-        return kept, drawn
-    rows, back = train.select(drawn), list[int]()
-    lacking = used_labels(task, rows) & ~used_labels(task, train.select(kept))
-    for row, label in zip(drawn.tolist(), read_column(rows, "label"), strict=True) if lacking.any() else ():
+def _needed_rows(task: Task, rows: Dataset, is_drawn: npt.NDArray[np.bool_]) -> list[int]:
+    """Number the drawn rows that have a label which no kept row has; classes are drawn with that in mind."""
+    places, needed = np.flatnonzero(is_drawn), list[int]()
+    if task.kind not in ("multi-label", "tokens") or not len(places):
+        return needed
+    drawn = rows.select(places)
+    lacking = used_labels(task, drawn) & ~used_labels(task, rows.select(np.flatnonzero(~is_drawn)))
+    for row, label in zip(places.tolist(), read_column(drawn, "label"), strict=True) if lacking.any() else ():
         values = np.array(label.as_py())
         own = (values[values > 0] - 1) // 2 if task.kind == "tokens" else np.flatnonzero(values)
         if lacking[own].any():
             lacking[own] = False
-            back.append(row)
-    returned = np.array(back, np.int64)
-    return np.union1d(kept, returned), np.setdiff1d(drawn, returned)
+            needed.append(row)
+    return needed
 
 
 def _first(reading: Reading, rows: Dataset, limit: int | None, what: str, key: str) -> Dataset:
@@ -324,7 +323,7 @@ def _unlabelled(
     return kept.remove_columns("group") if "group" in kept.column_names else kept
 
 
-def split_rows(rows: int, fraction: float, seed: int, classes: Integers | None = None) -> tuple[Integers, Integers]:
+def draw_rows(rows: int, fraction: float, seed: int, classes: Integers | None = None) -> Integers:
     """Draw the rows of a validation split.
 
     With classes, each gives its share (largest remainders first) and keeps a row to train on; a class with two rows or
@@ -333,15 +332,11 @@ def split_rows(rows: int, fraction: float, seed: int, classes: Integers | None =
     draw = np.random.default_rng(seed)
     total = min(rows - 1, max(1, round(rows * fraction)))
     if classes is None:
-        chosen = draw.permutation(rows)[:total]
-    else:
-        _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
-        by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
-        shares = _shares(counts, total, fraction, draw)
-        chosen = np.concatenate([draw.permutation(own)[:share] for own, share in zip(by_class, shares, strict=True)])
-    in_validation = np.zeros(rows, dtype=bool)
-    in_validation[chosen] = True
-    return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
+        return draw.permutation(rows)[:total]
+    _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    shares = _shares(counts, total, fraction, draw)
+    return np.concatenate([draw.permutation(own)[:share] for own, share in zip(by_class, shares, strict=True)])
 
 
 def _shares(counts: Integers, total: int, fraction: float, draw: np.random.Generator) -> Integers:

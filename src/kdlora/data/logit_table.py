@@ -117,7 +117,6 @@ class LogitStore(BaseModel):
 
     @property
     def remedy(self) -> str:
-        """What mends a store that is not whole."""
         return (
             f"Run the command that made {self.folder} again, which computes what is missing, or delete the folder "
             "first if that does not help"
@@ -247,17 +246,14 @@ def read_logits(columns: Sequence[pa.Array | pa.ChunkedArray]) -> tuple[np.ndarr
 
 
 def as_lists(values: pa.Array, offsets: np.ndarray) -> pa.Array:
-    """Give a list an example, of the values of its words."""
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
 def as_offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Give the offsets of the words of examples that have so many."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def write_table(path: Path, columns: Mapping[str, pa.Array]) -> str:
-    """Write a file atomically, and give its SHA-256."""
     table = pa.table(dict(columns))
     return write_tables(path, table.schema, [table])
 

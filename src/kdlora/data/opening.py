@@ -118,7 +118,6 @@ def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str,
 
 
 def _open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]]:
-    """Open the files of a task: the sources of each split by group."""
     inside = {entry.name.casefold(): entry for entry in path.iterdir()}
     names = [name.casefold() for name in (glue.folder, glue.name)]
     folder = next((inside[name] for name in names if name in inside and inside[name].is_dir()), path)
@@ -189,7 +188,6 @@ def _with_hub_columns(source: Source, glue: GlueTask | None) -> Source:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 

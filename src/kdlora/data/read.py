@@ -100,7 +100,15 @@ def open_file(
 ) -> Source:
     """Open a data file by its extension; `header` names columns, `every_key` looks for them in all JSON rows."""
     file = Path(path)
-    _check_file(file, key)
+    if file.is_dir():
+        raise DataError(f"{file} ({key}) is a folder; expected a file ({', '.join(EXTENSIONS)})")
+    if not file.exists():
+        siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise DataError(f"{file} ({key}) does not exist; check the path.{did_you_mean(file.name, siblings)}")
+    if not file.is_file():
+        raise DataError(f"{file} ({key}) is a pipe or a device, which cannot be read twice; write it to a file first")
+    if not file.stat().st_size:
+        raise DataError(f"{file} ({key}) is empty (0 bytes); expected a header and examples")
     extension = file.suffix.lower()
     form = FORMATS.get(extension)
     if form == "parquet":
@@ -154,18 +162,6 @@ def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
     position: int = pc.index(mask, True).as_py()
     return None if position < 0 else position
-
-
-def _check_file(file: Path, key: str) -> None:
-    if file.is_dir():
-        raise DataError(f"{file} ({key}) is a folder; expected a file ({', '.join(EXTENSIONS)})")
-    if not file.exists():
-        siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"{file} ({key}) does not exist; check the path.{did_you_mean(file.name, siblings)}")
-    if not file.is_file():
-        raise DataError(f"{file} ({key}) is a pipe or a device, which cannot be read twice; write it to a file first")
-    if not file.stat().st_size:
-        raise DataError(f"{file} ({key}) is empty (0 bytes); expected a header and examples")
 
 
 @dataclass(frozen=True)
@@ -258,7 +254,6 @@ def _refuse_quoting(raw: RawTable) -> None:
 
 
 def _encoding_error(file: Path) -> DataError:
-    """Name the first line that is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

@@ -65,7 +65,6 @@ class Words(NamedTuple):
 
 
 def tag_names(types: Sequence[str]) -> tuple[str, ...]:
-    """Name the tags of these types, in the order of their numbers."""
     return (OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI"))
 
 
@@ -120,7 +119,6 @@ def normalise(
 
 
 def rows_with(words: npt.NDArray[np.bool_], offsets: Integers) -> Integers:
-    """Number the rows that have such a word."""
     return np.unique(np.searchsorted(offsets, np.flatnonzero(words), side="right") - 1)
 
 

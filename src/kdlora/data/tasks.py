@@ -119,9 +119,8 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
-        unset = {
-            name for name in ("windows", "coded") if not getattr(self, name)
-        }  # as earlier versions wrote it, for hashes
+        # As earlier versions wrote it, for hashes.
+        unset = {name for name in ("windows", "coded") if not getattr(self, name)}
         return {"name": self.name} | _STORED.dump_python(self, mode="json", exclude=unset, warnings=False)
 
     @classmethod

@@ -102,7 +102,14 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     if is_text(input_type):
         cut: list[bool] = []
         rows = spool(_batches_of_texts(raw, text, label, cut), raw.source)
-        _check_edges(raw.source, sum(cut), len(cut), notes)
+        note = f"{raw.source}: {sum(cut)} of {len(cut)} spans begin or end inside a word; are offsets characters, and "
+        note += "ends exclusive?"
+        if sum(cut) >= _MANY and 2 * sum(cut) > len(cut):
+            raise DataError(
+                f"{note} Those of JavaScript count an emoji twice, and those in bytes an é. Correct them, or, where "
+                "entities are parts of words, give lists of words and tags"
+            )
+        notes += [note] * any(cut)
         return rows
     if not is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
         raise DataError(f"{raw.source}: the column {text!r} holds {input_type!s:.80}; {_EXPECTED}")
@@ -121,20 +128,7 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     return spool(_batches_of_words(flat, offsets), raw.source)
 
 
-def _check_edges(source: str, cut: int, spans: int, notes: list[str]) -> None:
-    """Note the spans that begin or end inside a word; where most do, their offsets are not those of characters."""
-    note = f"{source}: {cut} of {spans} spans begin or end inside a word; are offsets characters, and ends exclusive?"
-    if cut >= _MANY and 2 * cut > spans:
-        raise DataError(
-            f"{note} Those of JavaScript count an emoji twice, and those in bytes an é. Correct them, or, where "
-            "entities are parts of words, give lists of words and tags"
-        )
-    if cut:
-        notes.append(note)
-
-
 def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, Integers]:
-    """Give the values of a column of lists, and where each row begins."""
     lists = raw.table[column]
     if (position := first_true(pc.is_null(lists))) is not None:
         raise DataError(f"{raw.where(position)}: no {what} in column {column!r}; remove the row, or give it some")

@@ -33,7 +33,7 @@ class WindowSettings:
 
     def cut(self, special: npt.ArrayLike, max_length: int) -> tuple[list[Ints], bool]:
         """Give the tokens of each window of an encoded text, and say whether more are left; see `read_windows`."""
-        frame = _Frame.of(special, max_length)
+        frame = _Frame(special, max_length)
         if (stride := frame.room // OVERLAP if self.stride is None else self.stride) >= frame.room:
             raise ConfigError(
                 f"data.window_stride is {stride}, but a window of max_length {max_length} holds {frame.room} tokens of "
@@ -86,9 +86,8 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
 
     Begin and end of the text are no edges. `offsets` (tokens, 2) and `special` are what a tokenizer says of the text.
     """
-    frame = _Frame.of(special, max_length)
-    own = slice(frame.lead, frame.lead + frame.count)
-    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[own], starts, ends)
+    frame = _Frame(special, max_length)
+    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[frame.lead : frame.end], starts, ends)
     begins = frame.begins(frame.room // OVERLAP)
     middles = (begins[1:] + begins[:-1] + frame.room - 1) / 2  # from there on the next window's edge is farther
     window = np.maximum.accumulate(np.where(first < 0, 0, np.searchsorted(middles, first)))
@@ -108,22 +107,14 @@ def hide_symbols(text: str, starts: Sequence[int], read: Windows, tokens: Sequen
             read.place[word] = -1
 
 
-@dataclass(frozen=True)
 class _Frame:
     """The tokens of an encoded text: special ones, `count` of its own, special ones; a window holds `room` of these."""
 
-    size: int
-    lead: int
-    count: int
-    room: int
-
-    @classmethod
-    def of(cls, special: npt.ArrayLike, max_length: int) -> _Frame:
-        """Find them by which tokens are special."""
-        own = np.flatnonzero(~np.asarray(special, np.bool_))
-        size = np.size(special)
-        lead, trail = (int(own[0]), size - 1 - int(own[-1])) if len(own) else (size, 0)
-        return cls(size, lead, size - lead - trail, max(1, max_length - lead - trail))
+    def __init__(self, special: npt.ArrayLike, max_length: int) -> None:
+        self.size, own = np.size(special), np.flatnonzero(~np.asarray(special, np.bool_))
+        self.lead, self.end = (int(own[0]), int(own[-1]) + 1) if len(own) else (self.size, self.size)
+        self.count = self.end - self.lead
+        self.room = max(1, max_length - self.size + self.count)
 
     def begins(self, stride: int) -> Ints:
         """Give the first token of each window, of which neighbours share so many; the last one ends with the text."""
@@ -134,12 +125,8 @@ class _Frame:
 
     def windows(self, begins: Ints) -> list[Ints]:
         """Give the tokens of windows by the first one of each, with the special ones at both ends."""
-        outer, end = np.arange(self.size), self.lead + self.count
-        last = self.lead + np.minimum(begins + self.room, self.count)
-        return [
-            np.concatenate((outer[: self.lead], outer[self.lead + begin : stop], outer[end:]))
-            for begin, stop in zip(begins, last, strict=True)
-        ]
+        lead, own, trail = np.split(np.arange(self.size), [self.lead, self.end])
+        return [np.concatenate((lead, own[begin : begin + self.room], trail)) for begin in begins]
 
 
 def _first_tokens(offsets: Ints, starts: Any, ends: Any) -> Ints:

@@ -76,7 +76,6 @@ def _cut_slice(rows: pa.Table) -> pa.RecordBatch:
 
 
 def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:
-    """Say of each word of tokenised rows whether the model sees it."""
     return np.asarray(pc.list_flatten(read_column(dataset, "places")).to_numpy() >= 0)
 
 

@@ -200,9 +200,8 @@ class LossSums:
     def check(self, learning_rate: float) -> None:
         """Stop a training that has diverged. Waits for the device."""
         if (step := int(self.first_bad)) >= 0:
-            raise DivergedError(
-                diverged(f"the loss or its gradients are not finite numbers at step {step}", learning_rate), step
-            )
+            told = f"the loss or its gradients are not finite numbers at step {step}"
+            raise DivergedError(diverged(told, learning_rate), step)
 
 
 def term_means(sums: Tensor) -> dict[str, float]:

@@ -77,13 +77,12 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     if given:  # words that are not answered stay without
         seen = ~np.isnan(logits).all(axis=1) | (offsets is None)
         logits[seen] = _as_logits(logits[seen], task, cells.column("id").filter(pa.array(seen)), file)
-    ingredients = {"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}
     return TeacherLogits(
         ids=table.column("id"),
         logits=logits.astype(np.float32, copy=False),
         offsets=offsets,
         label_names=task.label_names,
-        fingerprint=hash_json(ingredients),
+        fingerprint=hash_json({"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}),
         source=str(file),
         from_probabilities=given,
     )
@@ -172,13 +171,8 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
 
 def _names_labels(columns: Sequence[str], task: Task) -> bool:
     """Say whether a table names one label a row, or a word, in place of a column for each label."""
-    others = [column for column in columns if column not in RESERVED]
-    return (
-        task.kind in ("single-label", "tokens")
-        and "label" in columns
-        and "label" not in task.label_names
-        and not others
-    )
+    fits = task.kind in ("single-label", "tokens") and "label" in columns and "label" not in task.label_names
+    return fits and all(column in RESERVED for column in columns)
 
 
 def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from strangers_plan import DataSet, Plan
 
-from kdlora.data.load import split_rows
+from kdlora.data.load import draw_rows
 
 Row = dict[str, Any]
 
@@ -132,7 +132,7 @@ def _draw_test(own: DataSet, rows: list[Row], seed: int) -> tuple[list[Row], lis
     """Draw test rows; rows of one group stay together."""
     names = [row.get("group", str(place)).partition("_")[0] for place, row in enumerate(rows)]
     groups = list(dict.fromkeys(names))
-    _, drawn = split_rows(len(groups), own.test_share, seed)
+    drawn = draw_rows(len(groups), own.test_share, seed)
     chosen = {groups[place] for place in drawn}
     sides = [[row for row, name in zip(rows, names, strict=True) if (name in chosen) is side] for side in (False, True)]
     return sides[0], sides[1]
@@ -144,7 +144,7 @@ def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[i
         return list(range(len(rows)))
     labels = [row[own.label] for row in rows] if own.columns and own.mixed == 1 else []
     classes = None if not labels or _numbers(labels) else np.unique(labels, return_inverse=True)[1]
-    return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
+    return sorted(draw_rows(len(rows), limit / len(rows), seed, classes).tolist())
 
 
 def _write(file: Path, own: DataSet, rows: list[Row]) -> None:

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 from strangers_plan import Job, Plan, plan_jobs
 
 from kdlora.data.tasks import Task
+from kdlora.errors import counted
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results
@@ -151,7 +152,8 @@ def render(plan: Plan, figures: Figures) -> str:
         means = [mean for mean in figures["means"] if mean["pair"] == name]
         lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", _score_table(own), ""]
         lines.append(_contrast_table(plan, own, means))
-    lines += [f"{own['contrast']}, mean of all pairs: {_difference(own)}." for own in figures["means"] if not own["pair"]]
+    of_all = [mean for mean in figures["means"] if not mean["pair"]]
+    lines += [f"{mean['contrast']}, mean of all pairs: {_difference(mean)}." for mean in of_all]
     lines.append(_LEGEND.format(count_claims(plan), 100 - 5 / count_claims(plan)))
     return "\n".join(lines)
 
@@ -217,7 +219,8 @@ def _difference(one: Figures | None) -> str:
         return "–"
     value, low, high = (signed(one[name], plus=not one["share"]) for name in ("difference", "low", "high"))
     text = f"{value}{'%' * one['share']} ({low} to {high})"
-    text += (
-        f" {'of' if one['share'] else 'over'} {_short(one['second'])}" if "second" in one else f", {one['sets']} sets"
-    )
+    if "second" in one:
+        text += f" {'of' if one['share'] else 'over'} {_short(one['second'])}"
+    else:
+        text += f", {counted(one['sets'], 'set')}"
     return text + (", n = 1" if one.get("seeds") == 1 else "")

@@ -68,7 +68,6 @@ def compute_metrics(
 
 
 def score(task: Task, metrics: dict[str, float]) -> float:
-    """Condense a task's metrics into its main figure."""
     missing = [name for name in task.metrics if name not in metrics]
     if missing or not task.metrics:
         raise ValueError(f"expected the metrics {list(task.metrics)}, found {sorted(metrics)}")
@@ -93,7 +92,6 @@ def fit_shift(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[float
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """List the metrics that are computed for a task: its score metrics, then those of its kind."""
     of_types = (f"{what}:{kind}" for kind in task.label_types for what in ("precision", "recall", "f1"))
     always: dict[str, tuple[str, ...]] = {
         "single-label": ("accuracy", "f1" if len(task.label_names) == 2 else "macro_f1"),
@@ -153,7 +151,6 @@ def _refuse_non_finite(values: np.ndarray, what: str, remedy: str) -> None:
 
 
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
-    """Prepare one metric of one model, in closed form from counts."""
     if task.kind == "tokens":
         return weighted_entities(name, outputs, task.label_types)
     decided, classes = predict_labels(task, outputs), len(task.label_names)
@@ -168,22 +165,19 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "single-label", "macro_f1":
             said, wanted = _by_class(decided, classes), _by_class(targets, classes)
             hits = _by_class(targets, classes, 2.0 * (decided == targets))
-            return _mean_ratio(hits, lambda counts: said(counts) + wanted(counts), occurring_only=True)
+            return _mean_ratio(hits, lambda counts: said(counts) + wanted(counts))
         case "single-label", "matthews":
             return _matthews(1.0 * (decided == targets), _by_class(decided, classes), _by_class(targets, classes))
         case "single-label", "balanced_accuracy":
             hits = _by_class(targets, classes, 1.0 * (decided == targets))
-            return _mean_ratio(hits, _by_class(targets, classes), occurring_only=True)
+            return _mean_ratio(hits, _by_class(targets, classes))
         case "single-label", "cost":
             costs = np.asarray(json.loads(label))
             return _mean_of(1 - costs[targets, decided] / (costs.max() or 1.0))
         case "single-label" | "multi-label", "average_precision":
             return mean_precision([curve_of(task, column, outputs, targets) for column in range(classes)])
-        case "multi-label", "micro_f1":
-            return _pooled_f1(decided, targets)
-        case "multi-label", "macro_f1":
-            both, either = 2.0 * decided * targets, 1.0 * (decided + targets)
-            return _mean_ratio(lambda counts: counts @ both, lambda counts: counts @ either, occurring_only=False)
+        case "multi-label", "micro_f1" | "macro_f1":
+            return _f1(decided, targets, pooled=base == "micro_f1")
         case "multi-label", "subset_accuracy":
             return _mean_of((decided == targets).all(axis=1))
         case "regression", "mse":
@@ -204,10 +198,12 @@ def _mean_of(values: np.ndarray) -> Weighted:
     return lambda counts: (counts @ column) / counts.sum(axis=1)
 
 
-def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
-    hits = (decided * targets).sum(axis=1).astype(np.float64)
-    marked = (decided + targets).sum(axis=1).astype(np.float64)
-    return lambda counts: ratio(2.0 * (counts @ hits), counts @ marked)
+def _f1(decided: np.ndarray, targets: np.ndarray, *, pooled: bool) -> Weighted:
+    """F1 of columns of 0 and 1: of all together, or its mean over them."""
+    both, either = 2.0 * decided * targets, 1.0 * decided + targets
+    if pooled:
+        both, either = both.sum(axis=1, keepdims=True), either.sum(axis=1, keepdims=True)
+    return lambda counts: ratio(counts @ both, counts @ either).mean(axis=1)
 
 
 def _by_class(values: np.ndarray, classes: int, worth: np.ndarray | float = 1.0) -> Weighted:
@@ -218,15 +214,12 @@ def _by_class(values: np.ndarray, classes: int, worth: np.ndarray | float = 1.0)
     return lambda counts: np.asarray(counts @ marks)
 
 
-def _mean_ratio(above: Weighted, below: Weighted, *, occurring_only: bool) -> Weighted:
-    """Mean of the columns' ratios of sums, over all columns or over those that have something below."""
+def _mean_ratio(above: Weighted, below: Weighted) -> Weighted:
+    """Mean of the columns' ratios of sums, over those that have something below."""
 
     def measure(counts: np.ndarray) -> np.ndarray:
         seen = below(counts)
-        scores = ratio(above(counts), seen)
-        if not occurring_only:
-            return np.asarray(scores.mean(axis=1))
-        return np.asarray(scores.sum(axis=1) / (seen > 0).sum(axis=1))
+        return np.asarray(ratio(above(counts), seen).sum(axis=1) / (seen > 0).sum(axis=1))
 
     return measure
 
@@ -235,7 +228,7 @@ def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: 
     if base == "f1":
         both = (predict_labels(task, outputs), targets)
         said, wanted = (one == column if task.kind == "single-label" else one[:, column] for one in both)
-        return _pooled_f1(said[:, None].astype(np.int64), wanted[:, None].astype(np.int64))
+        return _f1(said[:, None], wanted[:, None], pooled=False)
     curve = curve_of(task, column, outputs, targets)
     if base == "average_precision":
         return mean_precision([curve])

@@ -78,8 +78,8 @@ def _collect_cell(jobs: Sequence[Job], out: Path, states: Mapping[Job, Figures])
         best = max(own, key=lambda job: np.mean([record.score or 0.0 for record, _ in runs[job]]))
         seconds = sum(states[job]["seconds"] for job in own)
         cell["experiments"][settings] = states[best] | {"point": dict(best.point), "seconds": seconds}
-        if shipped := read_shipped(ExperimentLayout(out / "runs" / best.name)):
-            cell["int8"] = _int8_figures(shipped)
+        shipped = read_shipped(ExperimentLayout(out / "runs" / best.name))
+        cell["int8"] = _int8_figures(shipped) or cell["int8"]
         for record, predictions in runs[best]:
             found.setdefault(f"{settings}/{record.arm}", []).append((record, predictions))
             task = Task.from_dict(record.task)

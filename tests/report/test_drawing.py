@@ -148,7 +148,7 @@ def test_figures_are_written_as_people_read_them():
     assert [signed(-0.04), signed(0.04), signed(-1.25, 2), signed(3)] == ["0.0", "0.0", "−1.25", "+3.0"]
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
     assert [share(99.97), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
-    assert [change(100, after, "fewer") for after in (61, 99.7, 100.4, 102)] == [
+    assert [change(saved, "fewer") for saved in (39, 0.3, -0.4, -2)] == [
         *("39% fewer than", "about as many as", "about as many as", "2% more than"),
     ]
     assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 500), (1, 0))] == ["200×", "15.0×", "0.002×", "–"]

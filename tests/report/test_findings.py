@@ -13,7 +13,7 @@ from kdlora.configfile import build_config
 from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task
 from kdlora.evidence.defer import Deferring, stated
-from kdlora.evidence.predictions import read_examples, read_predictions
+from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.evidence.stats import Difference
@@ -22,9 +22,8 @@ from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
 from kdlora.report.deferred import tell_refusals
 from kdlora.report.findings import Comparison, _reason, align, choose_student, compare_arms, read_choice
-from kdlora.report.outputs import OUTCOMES, Outputs, _label_confusions, _quotations, count_labels, outcomes
+from kdlora.report.outputs import OUTCOMES, _label_confusions, _quotations, count_labels, outcomes
 from kdlora.report.paper import family_of
-from kdlora.report.plots import arm_style
 from kdlora.report.report import make_report
 
 
@@ -184,16 +183,16 @@ def test_f1_of_two_classes_is_told_with_its_label(tmp_path):
 def test_a_class_without_rows_is_no_row_of_zeros():
     """0% of a class that no row has reads as a class that the student never gets right."""
     task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
-    outputs = Outputs(task, "KD-LoRA", arm_style("kd-lora"), *((np.eye(3)[[0, 1, 2]],),) * 2, np.array([0, 1, 1]))
-    assert _label_confusions(outputs)[0].rows[2] == ("c", "–", "–", "–")
+    run = Predictions(("0", "1", "2"), ("test",) * 3, np.eye(3), task.label_names, np.array([0, 1, 1]))
+    assert _label_confusions(task, "kd-lora", [run])[0].rows[2] == ("c", "–", "–", "–")
 
 
 def test_the_figures_of_an_only_label_are_of_the_label():
     """Of one label scikit-learn gives the figures of its absence: 86 for a model that never says it."""
     task = Task("multi-label", ("text",), ("urgent",), ("urgent",), ("micro_f1",))
-    never = (np.full((4, 1), -1.0),)
-    found = Outputs(task, "KD-LoRA", arm_style("kd-lora"), never, never, np.array([[1], [0], [0], [0]]))
-    assert count_labels(found).tolist() == [[[0, 0, 1]]]
+    never = np.full((4, 1), -1.0)
+    run = Predictions(tuple("0123"), ("test",) * 4, never, task.label_names, np.array([[1], [0], [0], [0]]))
+    assert count_labels(task, [run]).tolist() == [[[0, 0, 1]]]
 
 
 def test_quoted_probabilities_are_those_of_the_models(tmp_path):

@@ -24,7 +24,7 @@ from kdlora.evidence.records import Asked, read_record
 from kdlora.report.collect import load_experiment
 from kdlora.report.compare import compare
 from kdlora.report.report import Report, make_report
-from kdlora.report.tables import Links, arm_table
+from kdlora.report.tables import arm_table
 from kdlora.system.integrity import seal
 
 HOSTILE = (
@@ -543,7 +543,8 @@ def test_links_to_another_drive(tmp_path, monkeypatch):
         raise ValueError("path is on mount 'C:', start on mount 'D:'")
 
     monkeypatch.setattr("os.path.relpath", refuse)
-    assert Links(tmp_path).file(tmp_path / "a run.json") == f"{tmp_path.resolve().as_uri()}/a%20run.json"
+    experiment = load_experiment(make_experiment(tmp_path / "e", arms=("fft",), seeds=(0,), rows=2).root)
+    assert experiment.href(tmp_path / "a run.json") == f"{tmp_path.resolve().as_uri()}/a%20run.json"
 
 
 @pytest.mark.drawn

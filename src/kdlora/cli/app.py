@@ -70,7 +70,6 @@ def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any]
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs: dataclasses as objects, what JSON does not know as text."""
     from pydantic_core import to_jsonable_python
 
     plain = functools.partial(to_jsonable_python, fallback=str)
@@ -110,7 +109,6 @@ def counting(show: Show) -> Callable[[int, int | None], None]:
 
 
 def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Let the shell complete one of these names."""
     return lambda incomplete: [name for name in list_names() if name.startswith(incomplete)]
 
 

@@ -45,7 +45,6 @@ class Predictions:
         return self.take([row for row, key in enumerate(keys) if key == (split, group)])
 
     def take(self, rows: Sequence[int]) -> Predictions:
-        """Take rows in a given order, and their words with them."""
         chosen, offsets = np.asarray(rows, np.int64), None
         if self.offsets is not None:
             lengths = np.diff(self.offsets)[chosen]

@@ -195,12 +195,10 @@ class ExperimentLayout:
 
     @property
     def shared(self) -> Path:
-        """The folder of what all runs have in common."""
         return self.shared_folder or self.root
 
     @property
     def teacher(self) -> Path:
-        """The one teacher and its logits."""
         return self.shared_teacher or self.root / "teacher"
 
     @property

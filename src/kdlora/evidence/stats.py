@@ -30,7 +30,6 @@ class MeanSd:
 
 
 def mean_sd(values: Iterable[float | None]) -> MeanSd | None:
-    """Summarise the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
     return MeanSd(float(np.mean(known)), spread) if known else None

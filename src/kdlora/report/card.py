@@ -21,16 +21,9 @@ FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""
 
 _HUB_METRICS = {
-    "accuracy": "accuracy",
-    "f1": "f1",
-    "macro_f1": "f1",
-    "micro_f1": "f1",
-    "matthews": "matthews_correlation",
-    "pearson": "pearsonr",
-    "spearman": "spearmanr",
-    "entity_f1": "f1",
-    "entity_precision": "precision",
-    "entity_recall": "recall",
+    **dict.fromkeys(("f1", "macro_f1", "micro_f1", "entity_f1"), "f1"),
+    **{"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"},
+    **{"accuracy": "accuracy", "entity_precision": "precision", "entity_recall": "recall"},
 }
 """Our metric's name to the id that the Hub knows it by."""
 
@@ -125,7 +118,6 @@ def _hub_id(source: str | None) -> str | None:
 
 
 def _short(source: str | None) -> str:
-    """Name a local model by its folder, so that a card carries no path of the machine."""
     return _hub_id(source) or model_title(source)
 
 

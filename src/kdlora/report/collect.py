@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote
 
 from kdlora.config import ARMS
 from kdlora.configfile import load_config
@@ -17,6 +19,7 @@ from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.foreign import read_json
 from kdlora.report.findings import Choice, choose_student, is_teacher_given, read_choice
+from kdlora.report.page import Link
 from kdlora.report.shipped import Shipped, read_shipped
 from kdlora.system.ownership import refuse_links
 
@@ -39,13 +42,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: arms × seeds on one task, and figures of the exported student."""
+    """One experiment: arms × seeds on one task, and figures of the exported student, for a report in a folder."""
 
     name: str
     task: Task
     layout: ExperimentLayout
     runs: tuple[Run, ...]
-    shipped: Shipped | None = None
+    shipped: Shipped
+    base: Path
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -66,11 +70,9 @@ class Experiment:
         return tuple(run for run in self.runs if run.record.status != "finished")
 
     def score(self, arm: str) -> MeanSd | None:
-        """Summarise an arm's score over its seeds; None where no run of it finished."""
         return mean_sd(run.score(self.split) for run in self.finished(arm))
 
     def predictions(self, arm: str) -> list[Predictions]:
-        """Give what the finished runs of an arm predicted on the headline's split, where it was kept."""
         return [run.predictions.only(self.split) for run in self.finished(arm) if run.predictions is not None]
 
     @property
@@ -126,6 +128,17 @@ class Experiment:
         except ArtifactError:
             return {}
 
+    def href(self, path: Path) -> str:
+        """Give a link that works from the folder in which the report lies."""
+        try:
+            return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
+        except ValueError:  # on another drive of Windows
+            return path.resolve().as_uri()
+
+    def links(self, runs: Sequence[Run]) -> tuple[Link, ...]:
+        told = ((run, run.record) for run in runs)
+        return tuple(Link(str(one.seed), self.href(run.path), f"{one.arm}, seed {one.seed}") for run, one in told)
+
 
 def headline_split(records: Iterable[RunRecord]) -> str:
     """Choose the split of the headline: test where every finished run with a score has it, else validation.
@@ -142,7 +155,8 @@ def headline_split(records: Iterable[RunRecord]) -> str:
     return "test" if scored and all(one.test_score is not None for one in scored) else "validation"
 
 
-def load_experiment(folder: Path) -> Experiment:
+def load_experiment(folder: Path, base: Path | None = None) -> Experiment:
+    """Read an experiment, for a report in the folder `base`, by default its own."""
     layout = ExperimentLayout(folder)
     order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
     found = sorted(layout.runs.glob("*/run.json"))
@@ -159,11 +173,10 @@ def load_experiment(folder: Path) -> Experiment:
     if any(task != tasks[0] for task in tasks):
         raise ArtifactError(f"{layout.root}: its runs are of different tasks; keep each task in a folder of its own")
     name = records[0][0].experiment or layout.root.name
-    return Experiment(name, tasks[0], layout, runs, read_shipped(layout))
+    return Experiment(name, tasks[0], layout, runs, read_shipped(layout), base or folder)
 
 
 def load_run(record: RunRecord, place: RunLayout) -> Run:
-    """Read a run's predictions too, where it made any, and say what could not be read."""
     kept = place.predictions.exists() or any(path.endswith(place.predictions.name) for path in record.files)
     if record.status != "finished" or not kept:
         return Run(record, place.record)
@@ -179,11 +192,11 @@ def load_run(record: RunRecord, place: RunLayout) -> Run:
         return Run(record, place.record, fault=fault)
 
 
-def load_single_run(place: RunLayout) -> Experiment:
+def load_single_run(place: RunLayout, base: Path) -> Experiment:
     refuse_links(place.root)
     run = load_run(read_record(place.record), place)
     name = f"{run.record.experiment}: {place.root.name}"
-    return Experiment(name, _task_of(run), ExperimentLayout(place.root.parent.parent), (run,))
+    return Experiment(name, _task_of(run), ExperimentLayout(place.root.parent.parent), (run,), Shipped(), base)
 
 
 def _task_of(run: Run) -> Task:

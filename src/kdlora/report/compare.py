@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from kdlora.report.page import (
     strong,
     write_page,
 )
-from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
-from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, UNLIKE, Links, compared, cost_plots
+from kdlora.report.plots import Series, Style, differences, learning_curves
+from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, UNLIKE, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
 _OTHER_TEXTS = "not paired: other texts of the same ids"
@@ -71,16 +72,15 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         >>> report = compare(["runs/reviews"], out="runs/compared")
     """
     base = expand_home(out) if out is not None else Path.cwd()
-    page = _page(_load(folders), base, draws)
+    page = _page(_load(folders, base), draws)
     return render(page) if out is None else write_page(page, base / "compare.md", base / "compare.html")
 
 
-def _load(folders: Sequence[Path | str]) -> list[Experiment]:
-    """Read experiments and single runs; those of the same name are told apart by folder and number."""
+def _load(folders: Sequence[Path | str], base: Path) -> list[Experiment]:
     places = [RunLayout(folder) for folder in dict.fromkeys(map(expand_home, folders))]
     if not places:
         raise ArtifactError("expected at least one experiment or run folder, got none")
-    found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
+    found = [load_single_run(one, base) if one.record.is_file() else load_experiment(one.root, base) for one in places]
     names = [experiment.name for experiment in found]
     return [
         replace(one, name=f"{one.name} ({one.layout.root.name}, {number})") if names.count(one.name) > 1 else one
@@ -88,7 +88,7 @@ def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     ]
 
 
-def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
+def _page(experiments: Sequence[Experiment], draws: int) -> Page:
     candidates = [
         Candidate(
             one.name if len(one.runs) == 1 else f"{one.name}: {arm_title(arm)}", one, arm, one.finished(arm), score
@@ -107,7 +107,7 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
         for one in experiments
         for run in one.unfinished
     ]
-    blocks = [*states, _table(candidates, reference, paired, Links(base)), *_plots(candidates, paired)]
+    blocks = [*states, _table(candidates, reference, paired), *_plots(candidates, paired)]
     lead = _lead(candidates, reference, paired)
     return Page(f"Comparison with {reference.name}", "comparison", lead, (Section("All rows", "rows", blocks),))
 
@@ -129,9 +129,9 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
 
 def _differ(one: Experiment, other: Experiment) -> bool:
     """Say whether two experiments have other texts under an id: row numbers are ids of any file."""
-    theirs = {key: (found.text, found.text_pair) for key, found in other.examples.items() if key[0] == one.split}
-    mine = ((theirs.get(key), (found.text, found.text_pair)) for key, found in one.examples.items())
-    return any(there is not None and there != here for there, here in mine)
+    shared = (key for key in one.examples.keys() & other.examples.keys() if key[0] == one.split)
+    texts = ([(found.text, found.text_pair) for found in (one.examples[key], other.examples[key])] for key in shared)
+    return any(mine != theirs for mine, theirs in texts)
 
 
 def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:
@@ -158,7 +158,7 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
     )
 
 
-def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison], links: Links) -> Table:
+def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Table:
     rows: list[Row] = []
     for one in candidates:
         name, score, difference = one.name, plus_minus(one.score), ("reference", "–", "–")
@@ -168,41 +168,36 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
             difference = compared(paired[one.name])
         costs = (cost.text(one.runs) for cost in _COSTS.values())
         model = model_title(one.runs[0].record.model)
-        rows.append((name, model, Cell(score, links.to_all(one.runs)), *difference, *costs))
+        rows.append((name, model, Cell(score, one.experiment.links(one.runs)), *difference, *costs))
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
+    unlike = "" if TIME.is_alike(*(one.runs for one in candidates)) else UNLIKE
     note = "± is the sample standard deviation over seeds. Differences are in points, over shared seeds. "
-    note += INTERVALS
-    note += "" if TIME.is_alike(*(one.runs for one in candidates)) else UNLIKE
     titles = {score_title(one.experiment.task) for one in candidates}
     splits = {one.experiment.split for one in candidates}
     caption = f"Score: {' or '.join(sorted(titles))}, 0 to 100, on {' or '.join(sorted(splits))}"
-    return Table(caption, columns, tuple(rows), text_columns=2, note=note)
+    return Table(caption, columns, tuple(rows), text_columns=2, note=f"{note}{INTERVALS}{unlike}")
 
 
 def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
-    """Draw the students' scores over the texts that they learnt from, where these differ."""
     split = group[0].experiment.split
-    curves: dict[tuple[str, bool, str, str], list[tuple[float, float]]] = {}
-    for one in group:
+    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
+    for one in (one for one in group if one.arm in STUDENT_ARMS):
         distilled = one.arm in DISTILLED_ARMS
-        for record, score in ((run.record, run.score(split)) for run in one.runs if one.arm in STUDENT_ARMS):
+        for record, score in ((run.record, run.score(split)) for run in one.runs):
             teacher, rows = record.config.get("teacher") or {}, record.rows
             alone = distilled and (record.config.get("distil") or {}).get("alpha") == 0
-            source = Path(str(teacher.get("probabilities") or record.teacher_model))
-            key = one.arm, alone, "/".join(source.parts[-2:]) if distilled else "", model_title(record.model)
+            source = Path(str(teacher.get("probabilities") or record.teacher_model)).parts[-2:] if distilled else ()
+            key = arm_title(one.arm), "no labels" if alone else "", "/".join(source), model_title(record.model)
             texts = rows.get("train", 0) + (rows.get("unlabelled", 0) if distilled else 0)  # copies are no texts
             if score is not None:
                 curves.setdefault(key, []).append((texts, score))
     if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
-    taught_by, models = ({key[place] for key in curves} - {""} for place in (2, 3))
-    drawn, arms = [], [key[0] for key in curves]
-    for place, ((arm, alone, source_of, model), points) in enumerate(curves.items()):
-        style = arm_style(arm) if arms.count(arm) == 1 else Style(place)
-        style = replace(style, dashed=alone)
-        parts = [arm_title(arm), "no labels" if alone else ""]
-        parts += [source_of if len(taught_by) > 1 else "", model if len(models) > 1 else ""]
-        drawn.append(Series(", ".join(filter(None, parts)), style, tuple(points)))
+    told = [True, True, *(len({key[place] for key in curves} - {""}) > 1 for place in (2, 3))]
+    drawn = [
+        Series(", ".join(filter(None, compress(key, told))), Style(place, dashed=bool(key[1])), tuple(points))
+        for place, (key, points) in enumerate(curves.items())
+    ]
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
     return learning_curves(drawn, title=title, value=f"score on {split}", identity=identity, across=across, of="run")
 
@@ -220,7 +215,4 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
         drawn += cost_plots(rows, shown.split, f"task-{number}", suffix)
         drawn.append(_text_curve(group, f"task-{number}-texts", suffix))
     known = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
-    return [
-        *drawn,
-        differences(known, "Differences from the reference", right="better than the reference"),
-    ]
+    return [*drawn, differences(known, "Differences from the reference", right="better than the reference")]

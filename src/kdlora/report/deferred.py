@@ -14,7 +14,7 @@ from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named
 from kdlora.report.shipped import read_part
-from kdlora.report.wording import arm_title
+from kdlora.report.wording import arm_title, shown
 
 _SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5, "student, OpenVINO int8": 7}
 """What ships, and its colour; the other models of a plot are arms."""
@@ -22,10 +22,6 @@ _SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5, "student, Open
 
 def _with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
 
 
 def _judged_on(found: Thresholds) -> str:
@@ -57,7 +53,6 @@ def threshold_table(found: Thresholds) -> Table:
 
 
 def deferral_blocks(experiment: Experiment) -> list[Block | None]:
-    """Show what `kdlora thresholds` and `kdlora defer` found; nothing where they have not been called."""
     fitted, fault = read_part(experiment.layout.thresholds, Thresholds, "Run kdlora thresholds again.")
     found, other = read_part(experiment.layout.deferral, Deferral, "Run kdlora defer again.")
     blocks: list[Block | None] = [Paragraph(told, "warning") for told in (fault, other) if told]
@@ -105,7 +100,6 @@ def decision_sentences(layout: ExperimentLayout, record: RunRecord) -> list[str]
 
 
 def tell_refusals(models: Sequence[Deferring]) -> str:
-    """Say why nothing can be promised of some models, each reason once."""
     reasons: dict[str, list[str]] = {}
     for model in models:
         reasons.setdefault(model.reason, []).append(model.name)
@@ -113,10 +107,9 @@ def tell_refusals(models: Sequence[Deferring]) -> str:
 
 
 def deferral_tables(found: Deferral) -> list[Table]:
-    """Show what each model would have to hand on; and, where some were given, what it does with unknown texts."""
     columns: dict[str, Callable[[Deferring], str]] = {
         "model": lambda one: _title(one.name),
-        "answers": lambda one: _share(one.promise.coverage if one.promise else None),
+        "answers": lambda one: shown(one.promise.coverage if one.promise else None, ".1%"),
         "wrong among them": lambda one: f"{one.promise.wrong} of {one.promise.answered}" if one.promise else "–",
         f"least {found.sureness}": _threshold,
         "error, mean over coverages": lambda one: f"{one.area:.2%}",
@@ -129,7 +122,7 @@ def deferral_tables(found: Deferral) -> list[Table]:
     note = " ".join([*parts, tell_refusals(found.models)]).strip()
     tables = [Table.of("What may be acted on", found.models, columns, note=note)]
     rows = tuple(
-        (_title(one.name), met.sureness, _share(met.coverage), _share(met.deferred), _share(met.told_apart))
+        (_title(one.name), met.sureness, *(shown(part, ".1%") for part in (met.coverage, met.deferred, met.told_apart)))
         for one in found.models
         for met in one.unknown
     )

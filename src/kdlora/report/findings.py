@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,36 +46,30 @@ class Comparison:
     def title(self) -> str:
         return f"{arm_title(self.first)} − {arm_title(self.second)}"
 
-    @property
-    def turned(self) -> Comparison:
-        one = self.difference
-        if one is not None:
-            one = replace(one, difference=-one.difference, low=-one.high, high=-one.low)
-        return Comparison(self.second, self.first, one, -self.plain, self.reason)
-
 
 def compare_arms(experiment: Experiment, *, draws: int) -> list[Comparison]:
-    """Hold the shipped arm against every other, its control first; then each other distilled arm against its own."""
+    """Hold the shipped arm against every other, its control first; then each other distilled arm against its own.
+
+    A control stands second, so that the difference is what distillation adds.
+    """
     arm = experiment.student_arm
     if arm is None:
         return []
     others = [other for other in experiment.arms if other != arm and experiment.finished(other)]
-    pairs = [(arm, other) for other in sorted(others, key=lambda other: other != CONTROLS.get(arm))]
+    pairs = [(other, arm) if CONTROLS.get(other) == arm else (arm, other) for other in others]
+    pairs.sort(key=lambda pair: pair != (arm, CONTROLS.get(arm)))
     pairs += [pair for pair in CONTROLS.items() if arm not in pair and set(pair) <= set(others)]
-    return [
-        pair_runs(experiment.task, experiment.split, *((name, experiment.finished(name)) for name in pair), draws=draws)
-        for pair in pairs
-    ]
+    return [_pair(experiment, pair, draws) for pair in pairs]
+
+
+def _pair(experiment: Experiment, arms: tuple[str, str], draws: int, *, share: bool = False) -> Comparison:
+    first, second = ((arm, experiment.finished(arm)) for arm in arms)
+    return pair_runs(experiment.task, experiment.split, first, second, draws=draws, share=share)
 
 
 def find_gain(comparisons: Sequence[Comparison]) -> Comparison | None:
     """Find what distillation adds, a distilled arm over its control; that of the shipped arm before any other."""
-    for one in comparisons:
-        if CONTROLS.get(one.first) == one.second:
-            return one
-        if CONTROLS.get(one.second) == one.first:
-            return one.turned
-    return None
+    return next((one for one in comparisons if CONTROLS.get(one.first) == one.second), None)
 
 
 def pair_runs(
@@ -152,12 +146,11 @@ def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:
     return mean_sd([100 * value / whole.mean for value in scores if value is not None])
 
 
-def retention_interval(experiment: Experiment, arm: str, of: str, *, draws: int = 2_000) -> Difference | None:
+def retention_interval(experiment: Experiment, arm: str, of: str, *, draws: int) -> Difference | None:
     """Give retention with its interval over rows and seeds; None where the runs cannot be paired, or are few."""
     if retention(experiment, arm, of) is None:
         return None
-    pair = ((name, experiment.finished(name)) for name in (arm, of))
-    found = pair_runs(experiment.task, experiment.split, *pair, draws=draws, share=True).difference
+    found = _pair(experiment, (arm, of), draws, share=True).difference
     return None if found is None or found.sign is None or not np.isfinite(found.high) else found
 
 
@@ -177,12 +170,10 @@ class Choice(BaseModel):
 
 
 def read_choice(path: Path) -> Choice | None:
-    """Read the experiment's `shipped.json`; None where nothing was shipped, or the file cannot be read."""
     return read_part(path, Choice, "")[0]
 
 
 def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
-    """Choose among the student arms with a finished run; the choice does not name its files yet."""
     finished = [run for run in runs if run.record.status == "finished"]
     arms: dict[str, list[Run]] = {
         arm: own for arm in STUDENT_ARMS if (own := [run for run in finished if run.record.arm == arm])
@@ -198,9 +189,8 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
 
     def is_near(arm: str) -> bool:
         found = None if arm == best else weigh(arm, best)
-        if arm == best or found is None or found.difference is None:
-            return arm == best
-        return found.difference.p > _NEAR or found.difference.difference > 0  # on the seeds of both
+        one = None if found is None else found.difference
+        return arm == best if one is None else one.p > _NEAR or one.difference > 0  # on the seeds of both
 
     best = max(means, key=lambda name: (round(means[name], 6), name in DISTILLED_ARMS, name == "kd-fft"))
     arm = next((name for name in ("kd-fft", "kd-lora") if name in means and is_near(name)), best)

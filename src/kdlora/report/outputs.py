@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Pieces, Quotation, Row, Table
-from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter, shorten
+from kdlora.report.plots import PALETTE, arm_style, draw, named, padded, scatter, shorten
 from kdlora.report.wording import MINUS, arm_title, of_seeds, plus_minus
 
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
@@ -28,116 +27,93 @@ Texts = dict[tuple[str, str], ExampleText]
 _GUIDE: dict[str, Any] = {"color": PALETTE["soft"], "linestyle": "--", "linewidth": 1.2, "zorder": 1}
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Logits of one arm, one array for each seed, with the labels of the same rows."""
-
-    task: Task
-    name: str
-    style: Style
-    logits: tuple[np.ndarray, ...]  # moved so that a label of several is said above 0
-    raw: tuple[np.ndarray, ...]  # those of a word that a model did not see are no numbers
-    labels: np.ndarray
-    offsets: np.ndarray | None = None  # where each row's words begin, in a task of tokens
+Runs = Sequence[Predictions]
+"""Of one arm, one for each seed, of the same rows in the same order."""
 
 
 def error_blocks(experiment: Experiment) -> list[Block]:
-    """Show every class, confusions or residuals of the shipped arm, and calibration."""
-    arm, task = experiment.student_arm, experiment.task
+    arm, teacher, task = experiment.student_arm, experiment.teacher_arm, experiment.task
     if arm is None:
         return []
     control = (CONTROLS | {own: taught for taught, own in CONTROLS.items()}).get(arm, "")
-    teacher, student, other = (_outputs(experiment, one) for one in (experiment.teacher_arm, arm, control))
-    if student is None:
+    arms = {one: runs for one in (teacher, arm, control) if (runs := align(experiment.predictions(one)))}
+    if arm not in arms:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
-        return [_residual_plot(student)]
-    calibration = experiment.shipped.benchmark.calibration if experiment.shipped else None
+        return [_residual_plot(task, arm, arms[arm][0])]
+    calibration = experiment.shipped.benchmark.calibration
     decided = ["fitted thresholds"] if experiment.layout.thresholds.exists() else []
     decided += ["the temperature"] if calibration and calibration.temperature != 1 else []
     told = f"These figures are without {' and '.join(decided)}, by which the shipped student answers."
     blocks: list[Block] = [Paragraph(told, "note")] if decided else []
-    blocks.append(_class_table([one for one in (teacher, student, other) if one is not None]))
+    blocks.append(_class_table(task, arms))
     if task.kind == "tokens":
-        found = [outcomes(task, tags, student.labels, np.asarray(student.offsets)) for tags in _decisions(student)]
-        confusions = np.mean([taken for _, taken, _ in found], axis=0)
-        blocks += [outcome_table(task, student.name, found), *_confusion_table(student, confusions, task.label_types)]
+        blocks += _entity_tables(task, arm, arms[arm])
     elif task.kind == "single-label":
-        blocks += _label_confusions(student)
-    return [*blocks, _calibration_plot([one for one in (teacher, student) if one is not None])]
+        blocks += _label_confusions(task, arm, arms[arm])
+    return [*blocks, _calibration_plot(task, {one: runs for one, runs in arms.items() if one != control})]
 
 
-def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
-    aligned = align(experiment.predictions(arm))
-    if aligned is None:
-        return None
-    decided, raw = (tuple(one) for one in zip(*((one.decided, one.logits) for one in aligned), strict=True))
-    return Outputs(experiment.task, arm_title(arm), arm_style(arm), decided, raw, aligned[0].labels, aligned[0].offsets)
+def _decisions(task: Task, runs: Runs) -> list[np.ndarray]:
+    return [predict_labels(task, one.decided, one.offsets) for one in runs]
 
 
-def _decisions(outputs: Outputs) -> list[np.ndarray]:
-    return [predict_labels(outputs.task, one, outputs.offsets) for one in outputs.logits]
-
-
-def _label_confusions(outputs: Outputs) -> list[Table]:
-    """Show the confusion matrix; of many labels the most frequent confusions."""
+def _label_confusions(task: Task, arm: str, runs: Runs) -> list[Table]:
     from sklearn.metrics import confusion_matrix  # half a second, which no training waits for
 
-    names = outputs.task.label_names
-    places = range(len(names))
-    counts = np.mean([confusion_matrix(outputs.labels, one, labels=places) for one in _decisions(outputs)], axis=0)
+    names, said = task.label_names, _decisions(task, runs)
+    counts = np.mean([confusion_matrix(runs[0].labels, one, labels=range(len(names))) for one in said], axis=0)
     if len(names) > _MOST_CLASSES:
-        return _confusion_table(outputs, counts, names)
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows = tuple(
-        (name, *(f"{share:.0f}%" if own.any() else "–" for share in own))
-        for name, own in zip(names, shares, strict=True)
-    )
-    caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
-    note = f"Shares of a row; – where no row has the label. {of_seeds(len(outputs.logits))}"
+        return _confusion_table(arm, runs, counts, names)
+    rows = tuple((name, *_shares(own)) for name, own in zip(names, counts, strict=True))
+    caption = f"Confusion matrix of {arm_title(arm)}: labels in rows, decisions in columns"
+    note = f"Shares of a row; – where no row has the label. {of_seeds(len(runs))}"
     return [Table(caption, ("label", *names), rows, note=note, side=True)]
 
 
-def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
+def _shares(counts: np.ndarray) -> list[str]:
+    total = counts.sum()
+    return [f"{count / total:.0%}" if total else "–" for count in counts]
+
+
+def _confusion_table(arm: str, runs: Runs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_MOST_PAIRS]
     rows = tuple(
-        (names[label], names[decision], f"{wrong:.1f}", f"{100 * wrong / totals[label]:.0f}%")
+        (names[label], names[decision], f"{wrong:.1f}", f"{wrong / totals[label]:.0%}")
         for label, decision in (divmod(int(place), len(names)) for place in order)
         if (wrong := counts[label, decision]) > 0
     )
     columns = ("label", "taken for", "rows", "of the label's rows")
-    if outputs.offsets is not None:
+    if runs[0].offsets is not None:
         columns = ("type", "taken for", "entities", "of those that were found")
-    caption = f"Most frequent confusions of {outputs.name}"
-    found = Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)), side=True)
-    return [found] if rows else []
+    caption = f"Most frequent confusions of {arm_title(arm)}"
+    return [Table(caption, columns, rows, text_columns=2, note=of_seeds(len(runs)), side=True)] if rows else []
 
 
-def _class_table(arms: Sequence[Outputs]) -> Table:
-    """List precision, recall and F1 of every label, and its rows: of the teacher, of what ships, and of its control."""
-    task, counts = arms[0].task, [count_labels(arm) for arm in arms]
+def _class_table(task: Task, arms: Mapping[str, Runs]) -> Table:
+    counts = {arm_title(arm): count_labels(task, runs) for arm, runs in arms.items()}
     names, what = task.label_names, ("label", "rows")
     if task.kind == "tokens":
         names, what = task.label_types, ("type", "entities")
     rows: list[Row] = []
     for place, name in enumerate(names):
-        for arm, own in zip(arms, counts, strict=True):
-            support = counts[0][0, place, 2]
+        for arm, own in counts.items():
+            support = own[0, place, 2]
             figures = [plus_minus(mean_sd(100 * seeds)) for seeds in entity_rates(own[:, place])]
-            rows.append((name, arm.name, str(support), *(figures if support else ["–"] * 3)))
+            rows.append((name, arm, str(support), *(figures if support else ["–"] * 3)))
     told = f"Per cent, mean ± standard deviation over seeds; {what[1]} are those that have the {what[0]}."
     columns = (what[0], "model", what[1], "precision", "recall", "F1")
     return Table(f"Every {what[0]}", columns, tuple(rows), text_columns=2, note=told, compact=True)
 
 
-def count_labels(outputs: Outputs) -> Integers:
+def count_labels(task: Task, runs: Runs) -> Integers:
     """Count right, predicted and wanted rows of each label, or entities of each type: (seeds, labels, 3)."""
-    task, labels, found = outputs.task, outputs.labels, []
-    for logits, said in zip(outputs.logits, _decisions(outputs), strict=True):
+    labels, found = runs[0].labels, []
+    for one, said in zip(runs, _decisions(task, runs), strict=True):
         if task.kind == "tokens":
-            found.append(counts_from_logits(task.label_names, logits, labels, outputs.offsets).sum(axis=0))
+            found.append(counts_from_logits(task.label_names, one.decided, labels, one.offsets).sum(axis=0))
         elif task.kind == "multi-label":
             had = labels.astype(np.int64)
             found.append(np.stack([(said * had).sum(axis=0), said.sum(axis=0), had.sum(axis=0)], axis=-1))
@@ -147,9 +123,9 @@ def count_labels(outputs: Outputs) -> Integers:
     return np.array(found)
 
 
-def _residual_plot(outputs: Outputs) -> Figure:
-    predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
-    residuals, quantity = predicted - true, shorten(outputs.task.label_names[0], 30)
+def _residual_plot(task: Task, arm: str, run: Predictions) -> Figure:
+    predicted, true = run.decided[:, 0].astype(float), run.labels.astype(float)
+    residuals, quantity = predicted - true, shorten(task.label_names[0], 30)
     size = np.abs(residuals)
     shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
     least = 1e-6 * float(np.abs(true).max()) or 1.0
@@ -158,7 +134,7 @@ def _residual_plot(outputs: Outputs) -> Figure:
     def paint(axes: Any) -> None:
         axes.plot(limits, limits, **_GUIDE)
         points = list(zip(true[shown], predicted[shown], strict=True))
-        scatter(axes, points, outputs.style, radius=3, alpha=0.4, linewidths=0)
+        scatter(axes, points, arm_style(arm), radius=3, alpha=0.4, linewidths=0)
         axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
 
     said = (
@@ -168,37 +144,39 @@ def _residual_plot(outputs: Outputs) -> Figure:
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
     caption = f"{said} One seed; on the line, prediction and label agree.{part}"
-    title = f"Predictions of {outputs.name} against labels"
+    title = f"Predictions of {arm_title(arm)} against labels"
     return draw(paint, title, said, "residuals", caption=caption, height=360)
 
 
-def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
-    task = arms[0].task
+def _calibration_plot(task: Task, arms: Mapping[str, Runs]) -> Figure:
     start = 0.5 if task.kind == "multi-label" or task.num_labels == 2 else 0.0
-    errors = [plus_minus(mean_sd([100 * _reliability(task, one, arm.labels).error for one in arm.raw])) for arm in arms]
+    errors = {
+        arm: plus_minus(mean_sd([100 * _reliability(task, [one]).error for one in runs])) for arm, runs in arms.items()
+    }
 
     def paint(axes: Any) -> None:
         axes.plot([start, 1], [start, 1], **_GUIDE)
         lowest = start
-        for arm, error in zip(arms, errors, strict=True):
-            pooled = _reliability(task, np.concatenate(arm.raw), np.concatenate([arm.labels] * len(arm.raw)))
+        for arm, runs in arms.items():
+            pooled, style = _reliability(task, runs), arm_style(arm)
             confidence = np.maximum(pooled.confidence, start)
             sizes = (6 + 12 * np.sqrt(pooled.count / pooled.count.sum())) ** 2
-            colour, label = arm.style.colour, named(f"{arm.name}, ECE {error}%")
-            axes.plot(confidence, pooled.accuracy, color=colour, linewidth=2.2)
-            marks = {"marker": arm.style.marker, "edgecolors": PALETTE["card"], "zorder": 3, "label": label}
-            axes.scatter(confidence, pooled.accuracy, sizes, colour, **marks)
+            axes.plot(confidence, pooled.accuracy, color=style.colour, linewidth=2.2)
+            marks = {"marker": style.marker, "edgecolors": PALETTE["card"], "zorder": 3}
+            label = named(f"{arm_title(arm)}, ECE {errors[arm]}%")
+            axes.scatter(confidence, pooled.accuracy, sizes, style.colour, label=label, **marks)
             lowest = min(lowest, *pooled.accuracy)
         axes.set(xlim=(start, 1.02), ylim=(np.floor(10 * lowest) / 10 - 0.03, 1.03))
         axes.set(xlabel="confidence of the decision", ylabel="share of right decisions")
 
-    said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
+    said = "; ".join(f"{arm_title(arm)} {error}%" for arm, error in errors.items())
     caption = "On the line, confidence equals accuracy. Marks grow with the share of decisions; bins of width 0.1."
     description = f"Expected calibration error: {said}."
     return draw(paint, "Calibration", description, "calibration", caption=caption, height=360)
 
 
-def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:
+def _reliability(task: Task, runs: Runs) -> Reliability:
+    logits, labels = (np.concatenate(parts) for parts in zip(*((one.logits, one.labels) for one in runs), strict=True))
     if task.kind == "tokens":  # words that have a label, and that the model saw
         kept = (labels >= 0) & np.isfinite(logits).all(axis=1)
         logits, labels = logits[kept], labels[kept]
@@ -206,7 +184,6 @@ def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliabil
 
 
 def example_blocks(experiment: Experiment) -> list[Block]:
-    """Quote where the teacher, and the mean over the shipped arm's seeds, differ most; or say why not."""
     arm, task, found = experiment.student_arm, experiment.task, list[Quotation]()
     if arm is None:
         return []
@@ -298,24 +275,20 @@ def outcomes(
     return found, taken, np.bincount(kinds[~met], minlength=types)
 
 
-def outcome_table(task: Task, name: str, counts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Table:
-    """List what becomes of each type's entities, as shares of them; counts are of each seed."""
-    found, invented = (np.mean([one[place] for one in counts], axis=0) for place in (0, 2))
-    totals = found.sum(axis=1)
+def _entity_tables(task: Task, arm: str, runs: Runs) -> list[Table]:
+    counts = [outcomes(task, tags, runs[0].labels, np.asarray(runs[0].offsets)) for tags in _decisions(task, runs)]
+    found, taken, invented = (np.mean(part, axis=0) for part in zip(*counts, strict=True))
     rows = tuple(
-        (kind, f"{totals[row]:.0f}", *(_share(value, totals[row]) for value in found[row]), f"{invented[row]:.1f}")
-        for row, kind in enumerate(task.label_types)
+        (kind, f"{own.sum():.0f}", *_shares(own), f"{added:.1f}")
+        for kind, own, added in zip(task.label_types, found, invented, strict=True)
     )
     note = (
         "An entity that is not right has another type, other edges, or both, or nothing is found where it is. Invented "
-        f"are those found where none is. {of_seeds(len(counts))}"
+        f"are those found where none is. {of_seeds(len(runs))}"
     )
     columns = ("type", "entities", *OUTCOMES, "invented")
-    return Table(f"What becomes of entities, by {name}", columns, rows, note=note)
-
-
-def _share(value: float, total: float) -> str:
-    return f"{100 * value / total:.0f}%" if total else "–"
+    table = Table(f"What becomes of entities, by {arm_title(arm)}", columns, rows, note=note)
+    return [table, *_confusion_table(arm, runs, taken, task.label_types)]
 
 
 def _span_quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> list[Quotation]:
@@ -346,20 +319,15 @@ def _quote(example: ExampleText, spans: dict[str, list[Span]], identity: str) ->
     apart = set(spans["teacher"]) ^ set(spans["student"])
     low = max(0, min((span.start for span in apart), default=0) - _BEFORE) if len(example.text) > _LONGEST_MARKED else 0
     high = min(len(example.text), low + _LONGEST_MARKED)
-    spans = {side: [one for one in own if one.end > low and one.start < high] for side, own in spans.items()}
-    facts = {
-        side: ", ".join(f"{example.text[one.start : one.end]} ({one.type})" for one in own) or "none"
-        for side, own in spans.items()
-    }
-    text = "… " * (low > 0) + example.text[low:high] + " …" * (high < len(example.text))
     marked = {side: _parts(example.text, own, low, high) for side, own in spans.items()}
-    return Quotation(text, None, {"id": identity} | facts, marked)
+    facts = {side: ", ".join(f"{text} ({kind})" for text, kind in own if kind) for side, own in marked.items()}
+    text = "".join(piece for piece, _ in marked["label"])
+    return Quotation(text, None, {"id": identity} | {side: told or "none" for side, told in facts.items()}, marked)
 
 
 def _parts(text: str, spans: Sequence[Span], low: int, high: int) -> Pieces:
-    """Cut a stretch of a text into pieces, each with its type or none."""
     parts, place = [("… ", "")] if low else [], low
-    for span in spans:
+    for span in (one for one in spans if one.end > low and one.start < high):
         start, end = max(low, span.start), min(high, span.end)
         parts += [(text[place:start], ""), (text[start:end], span.type)]
         place = end

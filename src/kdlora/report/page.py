@@ -262,7 +262,6 @@ def to_csv(lines: Iterable[Sequence[Any]]) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Write a table as LaTeX for the package booktabs; links are left to the pages."""
     import pandas as pd
 
     lines = [[_plain(text) for text in row] for row in table.texts()]

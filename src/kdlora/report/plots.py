@@ -186,7 +186,6 @@ def padded(values: Sequence[float], *, margin: float, least: float = 1.0) -> tup
 
 
 def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score: str, identity: str) -> Figure | None:
-    """Plot every run, and the mean ± standard deviation of arms with several."""
     drawn = [one for one in series if one.points]
     if not drawn:
         return None
@@ -289,7 +288,6 @@ def _paint_curve(axes: Any, curve: Series, epochs: dict[float, list[float]]) -> 
 def differences(
     rows: Sequence[tuple[str, Difference]], title: str, *, right: str = "the first is better"
 ) -> Figure | None:
-    """Plot differences with their intervals, one below the other, around a line at zero."""
     if not rows:
         return None
 

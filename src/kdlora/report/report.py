@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.page import Block, Code, Page, Paragraph, Prose, Report, Section, Tile, engine, write_page
 from kdlora.report.plots import Series, arm_style, learning_curves
 from kdlora.report.shipped import shipped_blocks
-from kdlora.report.tables import MEMORY, PARAMETERS, TIME, Links, cost_blocks, run_table, saving, score_blocks
+from kdlora.report.tables import MEMORY, PARAMETERS, TIME, cost_blocks, run_table, saving, score_blocks
 from kdlora.report.wording import (
     ARMS,
     INTERVALS,
@@ -56,12 +55,11 @@ def make_report(experiment: Path | str, *, out: Path | str | None = None, draws:
         >>> report = make_report("runs/reviews")
     """
     layout = ExperimentLayout(expand_home(experiment if out is None else out))
-    page = _page(load_experiment(expand_home(experiment)), Links(layout.root), draws)
+    page = _page(load_experiment(expand_home(experiment), layout.root), draws)
     return write_page(page, layout.report_md, layout.report_html)
 
 
-def _page(experiment: Experiment, links: Links, draws: int) -> Page:
-    """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
+def _page(experiment: Experiment, draws: int) -> Page:
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
     short: list[Block | None] = [_tiles(experiment, comparisons, draws), *cautions]
@@ -76,14 +74,14 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     explained = tuple(f"{arm_title(arm)}: {told[arm]}." for arm in experiment.arms if arm in told)
     sections = (
         Section("In short", "short", short),
-        Section("Score", "score", score_blocks(experiment, comparisons, links, draws)),
-        Section("Cost", "cost", cost_blocks(experiment, links)),
-        Section("As shipped", "shipped", shipped_blocks(experiment, links)),
+        Section("Score", "score", score_blocks(experiment, comparisons, draws)),
+        Section("Cost", "cost", cost_blocks(experiment)),
+        Section("As shipped", "shipped", shipped_blocks(experiment)),
         Section("What may be acted on", "deferring", deferral_blocks(experiment)),
         Section("Training", "training", [training]),
         Section("What it gets wrong", "errors", error_blocks(experiment)),
         Section("Where teacher and student disagree most", "examples", example_blocks(experiment)),
-        Section("Runs", "runs", [run_table(experiment, links), explained]),
+        Section("Runs", "runs", [run_table(experiment), explained]),
         Section("How it was made", "made", _provenance(experiment)),
     )
     return Page(experiment.name, "report", answered, tuple(one for one in sections if any(one.blocks)))
@@ -117,7 +115,6 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[Prose, list[Paragraph]]:
-    """Say what ships and why, what it keeps, saves and gains; and then what limits all this."""
     environment = engine("prose")
     environment.filters |= {"figure": plus_minus, "signed": signed, "points": points, "span": span}
     environment.filters |= {"arm_title": arm_title, "share": share}
@@ -132,54 +129,42 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[
 
 def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:
     arm, taught_by, gain = experiment.student_arm, experiment.teacher_arm, find_gain(comparisons)
+    asked = {one for run in experiment.runs for one in run.record.config.get("run", {}).get("arms", ())}
+    others = [(score.mean, one) for one in ("lora", *STUDENT_ARMS) if (score := experiment.score(one)) is not None]
     facts: dict[str, object] = {
         "experiment": experiment,
         "arm": arm,
-        "teacher": experiment.score(taught_by),
-        "words": experiment.score("words"),
-        "score": experiment.score(arm) if arm else None,
-        "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms if one in STUDENT_ARMS), default=0),
+        "no_student_asked": asked and asked.isdisjoint(STUDENT_ARMS),
+        "most_seeds": max(len(experiment.finished(one)) for one in STUDENT_ARMS),
+        "best": max((one for one in others if one[1] != taught_by), key=lambda one: one[0], default=None),
         "given": is_teacher_given(experiment.runs),
         "own_labels": any(run.record.asked is not None and run.record.asked.own_labels for run in experiment.runs),
         "constant": _constant_seeds(experiment),
         "gain": gain,
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,
-        "scored_rows": None,
-        "tested": None,
     }
-    others: dict[str, float] = {
-        one: score.mean
-        for one in ("lora", *STUDENT_ARMS)
-        if one != taught_by and (score := experiment.score(one)) is not None
+    if arm is None or experiment.choice is None:
+        return facts
+    subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
+    pair = {arm, experiment.choice.against}
+    found = [one for one in comparisons if {one.first, one.second} == pair and one.difference]
+    tested = found if experiment.split == "test" and not (gain and {gain.first, gain.second} == pair) else []
+    metric, seeds = f"{score_title(experiment.task)} on {experiment.split}", len(experiment.finished(arm))
+    title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
+    fewer, less = (saving(experiment, cost, arm=arm, than=taught_by) for cost in (PARAMETERS, TIME))
+    less = None if fewer == 0 else less  # the times of models of one size differ by chance
+    told = ((fewer, "fewer", "parameters"), (less, "less", "time per text"))
+    return facts | {
+        "shipped": subject + (verb if experiment.is_shipped else " would ship by these runs"),
+        "reason": f"{reason.rpartition(' (')[0]}." if tested else reason,  # without its interval, which is validation's
+        "tested": next(iter(tested), None),
+        "scored": f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}",
+        "scored_rows": experiment.finished(arm)[0].record.rows.get(experiment.split),
+        "kept": retention(experiment, arm, taught_by),
+        "teacher_model": f"{title} (LoRA)" if title and taught_by == "lora" else title,
+        "savings": [one for one in told if one[0] and round(one[0])],
     }
-    facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
-    asked = {one for run in experiment.runs for one in run.record.config.get("run", {}).get("arms", ())}
-    scores = ((arm_title(one), experiment.score(one)) for one in experiment.arms)
-    alone = asked and asked.isdisjoint(STUDENT_ARMS)
-    facts["no_student"] = [(title, score) for title, score in scores if score is not None] if alone else []
-    if experiment.choice is not None:
-        subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
-        verb = verb if experiment.is_shipped else " would ship by these runs"
-        facts |= {"shipped": f"{subject}{verb}", "reason": reason}
-        pair = {arm, experiment.choice.against}
-        found = [one for one in comparisons if {one.first, one.second} == pair and one.difference]
-        is_gain = gain is not None and {gain.first, gain.second} == pair
-        if experiment.split == "test" and found and not is_gain:
-            facts |= {"tested": found[0], "reason": re.sub(r" \([^()]*\)\.$", ".", reason)}  # without its interval
-    if arm is not None:
-        seeds = len(experiment.finished(arm))
-        metric = f"{score_title(experiment.task)} on {experiment.split}"
-        facts["scored"] = f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
-        facts["scored_rows"] = experiment.finished(arm)[0].record.rows.get(experiment.split)
-        facts["kept"] = retention(experiment, arm, taught_by)
-        title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
-        facts["teacher_model"] = f"{title} (LoRA)" if title and taught_by == "lora" else title
-        fewer, less = (saving(experiment, cost, arm=arm, than=taught_by) for cost in (PARAMETERS, TIME))
-        less = None if fewer == 0 else less  # the times of models of one size differ by chance
-        told = ((fewer, "fewer", "parameters"), (less, "less", "time per text"))
-        facts["savings"] = [one for one in told if one[0] and round(one[0])]
-    return facts
 
 
 def _constant_seeds(experiment: Experiment) -> list[int]:
@@ -199,7 +184,6 @@ def _constant_seeds(experiment: Experiment) -> list[int]:
 
 
 def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], draws: int) -> tuple[Tile, ...]:
-    """Collect the figures that decide, each beside what it is compared with; none without a student."""
     arm, taught_by = experiment.student_arm, experiment.teacher_arm
     if arm is None:
         return ()
@@ -212,17 +196,24 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], draws: int
         if reach := retention_interval(experiment, arm, taught_by, draws=draws):
             both += f"; 95% interval of the share {points(reach.low)} to {points(reach.high)}%"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), both)]
-    for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
-        runs = [experiment.finished(name) for name in (arm, taught_by)]
-        one, whole = map(cost.mean, runs)
+    same_size = saving(experiment, PARAMETERS, arm=arm, than=taught_by) == 0
+    for label, cost, less in (
+        ("Parameters", PARAMETERS, "fewer"),
+        ("Time per text", TIME, "less"),
+        ("Training memory", MEMORY, "less"),
+    ):
+        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
+        saved = saving(experiment, cost, arm=arm, than=taught_by)
+        if not whole:
+            detail = "no figure of a teacher"
+        elif saved is None:
+            detail = "the teacher was measured on another machine, or with another number of threads"
+        elif cost is TIME and same_size:
+            detail = f"the teacher’s {cost.write(whole)}; times of models of one size differ by chance"
+        else:
+            detail = f"{change(saved, less)} the teacher’s {cost.write(whole)}"
         if one is not None:
-            less = "fewer" if cost is PARAMETERS else "less"
-            detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
-            if whole and cost is TIME and saving(experiment, PARAMETERS, arm=arm, than=taught_by) == 0:
-                detail = f"the teacher’s {cost.write(whole)}; times of models of one size differ by chance"
-            if whole and not cost.is_alike(*runs):
-                detail = "the teacher was measured on another machine, or with another number of threads"
-            tiles.append(Tile(label, cost.write(one), detail or "no figure of a teacher"))
+            tiles.append(Tile(label, cost.write(one), detail))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
         detail += "" if arm in (found.first, found.second) else f", of {arm_title(found.first)}"

@@ -15,15 +15,13 @@ from kdlora.errors import ArtifactError, counted
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json
 from kdlora.report.page import Block, Cell, Link, Paragraph, Prose, Table, Tile, html_table, strong
-from kdlora.report.wording import cores_of, milliseconds, points, signed, size, times
+from kdlora.report.wording import cores_of, milliseconds, points, shown, signed, size, times
 from kdlora.system.storage import plain_json
 
 if TYPE_CHECKING:
     from kdlora.report.collect import Experiment
-    from kdlora.report.tables import Links
 
 TEACHER = "teacher"
-"""Name of the teacher in a benchmark."""
 _BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 _STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": "ONNX, optimised"}
 _STAGES |= {"openvino": "OpenVINO", "openvino-bf16": "OpenVINO in bf16"}
@@ -97,7 +95,6 @@ class BenchmarkResult:
         )
 
     def table(self, links: tuple[Link, ...] = ()) -> Table:
-        """Put the models side by side, speeds as ratios to the teacher's, or to the first model's."""
         base = next((model for model in self.models if model.name == TEACHER), self.models[0])
         note = (
             f"{self.conditions() or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation "
@@ -165,18 +162,15 @@ class Export:
 class Shipped:
     """What lies in an experiment folder beside the student, and sentences on what cannot be read of it."""
 
-    benchmark: BenchmarkResult
-    export: Export
-    faults: tuple[str, ...]
+    benchmark: BenchmarkResult = BenchmarkResult()
+    export: Export = Export()
+    faults: tuple[str, ...] = ()
 
 
-def read_shipped(layout: ExperimentLayout) -> Shipped | None:
-    if not (layout.benchmark.exists() or layout.export_record.exists()):
-        return None
+def read_shipped(layout: ExperimentLayout) -> Shipped:
     benchmark, fault = read_part(layout.benchmark, BenchmarkResult, _RERUN)
     export, other = read_part(layout.export_record, Export, _RERUN)
-    faults = tuple(filter(None, (fault, other)))
-    return Shipped(benchmark or BenchmarkResult(), export or Export(), faults)
+    return Shipped(benchmark or BenchmarkResult(), export or Export(), tuple(filter(None, (fault, other))))
 
 
 def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:
@@ -192,20 +186,19 @@ def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:
         return None, f"{path.name}: not the figures of this version{where}: {first['msg']}. {remedy}"
 
 
-def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
+def shipped_blocks(experiment: Experiment) -> list[Block | None]:
     layout, shipped = experiment.layout, experiment.shipped
-    if shipped is None:
+    if not (layout.benchmark.exists() or layout.export_record.exists()):
         return []
     benchmark = shipped.benchmark
     blocks: list[Block | None] = [Paragraph(told, "warning") for told in (*shipped.faults, *benchmark.notes)]
     if (page := layout.page / "index.html").is_file():
         served = f"python -m http.server --bind 127.0.0.1 -d {layout.page.name}"
         how = f"a page for the browser, once its folder is served: {served}"
-        blocks.append((Tile("Try it", links.file(page), how, links.file(page)),))
+        blocks.append((Tile("Try it", experiment.href(page), how, experiment.href(page)),))
     if benchmark.models:
-        link = Link("benchmark.json", links.file(layout.benchmark))
-        blocks.append(benchmark.table((link,)))
-    blocks += _export_blocks(shipped.export, links.file(layout.export_record))
+        blocks.append(benchmark.table((Link("benchmark.json", experiment.href(layout.benchmark)),)))
+    blocks += _export_blocks(shipped.export, experiment.href(layout.export_record))
     if not layout.export_record.exists():
         told = "The student was not exported to ONNX: export.formats is empty, or the export failed, as the run said."
         blocks.append(Paragraph(told, "note"))
@@ -247,9 +240,7 @@ def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...
             "held to": lambda one: _stage_title(one.reference),
             "outcome": lambda one: strong("failed") if one.reason else "passed",
             "rows": lambda one: f"{one.rows:,}",
-            "largest logit difference": lambda one: (
-                "–" if one.largest_difference is None else f"{one.largest_difference:.2g}"
-            ),
+            "largest logit difference": lambda one: shown(one.largest_difference, ".2g"),
             "same decisions": lambda one: _share(one.agreement),
             "of labelled rows": lambda one: (
                 "–" if one.unseen is None else f"{_share(one.unseen)} ({one.labelled or 0:,} rows)"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
@@ -35,6 +33,7 @@ from kdlora.report.wording import (
     points,
     score_title,
     share,
+    shown,
     signed,
     size,
 )
@@ -112,26 +111,9 @@ _COSTS = (TRAINABLE, ADAPTER, HEAD, PARAMETERS, MEMORY, TIME, TIME_OF_32, DISK)
 _CLAIMED = {"total": PARAMETERS, "trainable": TRAINABLE, "memory_mb": MEMORY, "seconds": TIME}
 
 
-@dataclass(frozen=True)
-class Links:
-    """Makes links that work from the folder in which the report lies."""
-
-    base: Path
-
-    def file(self, path: Path) -> str:
-        try:
-            return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
-        except ValueError:  # on another drive of Windows
-            return path.resolve().as_uri()
-
-    def to_all(self, runs: Sequence[Run]) -> tuple[Link, ...]:
-        return tuple(
-            Link(str(run.record.seed), self.file(run.path), f"{run.record.arm}, seed {run.record.seed}") for run in runs
-        )
-
-    def derived(self, text: str) -> Cell:
-        """Make a cell of a figure that comes from several arms; it leads to the table of runs."""
-        return Cell(text, (Link("runs", "#runs"),) if text != "–" else ())
+def derived(text: str) -> Cell:
+    """Make a cell of a figure that comes from several arms; it leads to the table of runs."""
+    return Cell(text, (Link("runs", "#runs"),) if text != "–" else ())
 
 
 def published_row(title: str, values: Sequence[float | None]) -> Row:
@@ -144,19 +126,17 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return float(np.mean(kept)) if kept and len(kept) == len(values) else None
 
 
-def score_blocks(
-    experiment: Experiment, comparisons: Sequence[Comparison], links: Links, draws: int
-) -> list[Block | None]:
+def score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], draws: int) -> list[Block | None]:
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
-        _score_table(experiment, links),
-        _claims_table(experiment, links, draws) if experiment.shows_paper else None,
-        _difference_table(comparisons, links) if comparisons else None,
+        _score_table(experiment),
+        _claims_table(experiment, draws) if experiment.shows_paper else None,
+        _difference_table(comparisons) if comparisons else None,
         differences(paired, "Differences with their intervals"),
     ]
 
 
-def _score_table(experiment: Experiment, links: Links) -> Table:
+def _score_table(experiment: Experiment) -> Table:
     """Show the arms' scores; of a GLUE task in the form of the paper's Table 1, with the paper's rows for the task."""
     ours = [arm for arm in ARMS if experiment.task.name or arm in experiment.arms]
     arms = [*ours, *(arm for arm in experiment.arms if arm not in ARMS)]
@@ -164,8 +144,8 @@ def _score_table(experiment: Experiment, links: Links) -> Table:
     found = dict.fromkeys(name for run in experiment.runs for name in run.metrics(experiment.split))
     others = [name for name in found if name not in score and ":" not in name]  # beside the score's own, with groups
     title = strong("score, here" if task else "score")
-    rows: list[Row] = [(title, *(_score_cell(experiment, arm, links) for arm in arms))]
-    rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
+    rows: list[Row] = [(title, *(_score_cell(experiment, arm) for arm in arms))]
+    rows += [_metric_row(experiment, arms, name) for name in (*(score if len(score) > 1 else ()), *others)]
     published = [
         published_row(f"{FAMILY_TITLES[family]}{', ' if group else ''}{group}", [scores.get(arm) for arm in arms])
         for group in (("", "matched", "mismatched") if task == "mnli" else ("",))
@@ -175,16 +155,16 @@ def _score_table(experiment: Experiment, links: Links) -> Table:
     return Table(caption, ("", *map(arm_title, arms)), (*rows, *published), note=SEEDS_NOTE)
 
 
-def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
+def _score_cell(experiment: Experiment, arm: str) -> Cell:
     if runs := experiment.finished(arm):
-        return Cell(strong(plus_minus(experiment.score(arm))), links.to_all(runs))
+        return Cell(strong(plus_minus(experiment.score(arm))), experiment.links(runs))
     failed = [run for run in experiment.unfinished if run.record.arm == arm]
     if not failed:
         return Cell("–")
-    return Cell("failed" if failed[0].record.status == "failed" else "not finished", links.to_all(failed))
+    return Cell("failed" if failed[0].record.status == "failed" else "not finished", experiment.links(failed))
 
 
-def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: Links) -> Row:
+def _metric_row(experiment: Experiment, arms: Sequence[str], name: str) -> Row:
     """Show one metric of every arm; fractions as per cent, errors as they are."""
     runs = [experiment.finished(arm) for arm in arms]
     found = [[value for run in own if (value := run.metrics(experiment.split).get(name)) is not None] for own in runs]
@@ -194,23 +174,22 @@ def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: L
         scale, digits, unit = 1.0, max(3, 2 - math.floor(math.log10(least))), ""
     cells = [Cell(f"{metric_title(of_label(name, experiment.task))}{unit}")]
     for own, values in zip(runs, found, strict=True):
-        shown = plus_minus(mean_sd([scale * value for value in values]), digits) if values else "–"
-        cells.append(Cell(shown, links.to_all(own) if values else ()))
+        text = plus_minus(mean_sd(scale * value for value in values), digits)
+        cells.append(Cell(text, experiment.links(own) if values else ()))
     return tuple(cells)
 
 
-def cost_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
+def cost_blocks(experiment: Experiment) -> list[Block | None]:
     groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
-    return [_cost_table(experiment, links), _asked_table(experiment), *cost_plots(groups, experiment.split)]
+    return [_cost_table(experiment), _asked_table(experiment), *cost_plots(groups, experiment.split)]
 
 
-def _cost_table(experiment: Experiment, links: Links) -> Table:
-    """Show the arms' costs in the form of the paper's Table 2, with the paper's rows for the same models."""
+def _cost_table(experiment: Experiment) -> Table:
     rows: list[Row] = []
     for arm in experiment.arms:
         if runs := experiment.finished(arm):
             title = strong(arm_title(arm)) if arm == experiment.student_arm else arm_title(arm)
-            seeds = Cell("" if len(runs) > 1 else str(runs[0].record.seed), links.to_all(runs))
+            seeds = Cell("" if len(runs) > 1 else str(runs[0].record.seed), experiment.links(runs))
             rows.append((model_title(runs[0].record.model), title, *(cost.text(runs) for cost in _COSTS), seeds))
     record = experiment.runs[0].record
     published = COSTS.get(family_of(record.teacher_model, record.student_model) or "", {})
@@ -231,15 +210,14 @@ def _cost_table(experiment: Experiment, links: Links) -> Table:
 
 
 def _asked_table(experiment: Experiment) -> Table | None:
-    """Hold the time and price of a million texts by a language model that was asked against those by the student."""
     asked = next((run.record.asked for run in experiment.runs if run.record.asked is not None), None)
     if asked is None:
         return None
-    price = "–" if asked.cost_per_million is None else f"{asked.cost_per_million:,.2f}"
+    price = shown(asked.cost_per_million, ",.2f")
     rows = [_a_million(f"{model_title(asked.model)}, asked", experiment.score("fft"), asked.per_second, price)]
-    arm, shipped = experiment.student_arm, experiment.shipped
-    if shipped is not None and shipped.benchmark.models:
-        own = [model for model in shipped.benchmark.models if model.name != TEACHER]
+    arm, models = experiment.student_arm, experiment.shipped.benchmark.models
+    if models:
+        own = [model for model in models if model.name != TEACHER]
         rows += [_a_million(one.name, mean_sd([one.score]), one.texts_per_second) for one in own]
     elif arm is not None and (batch := TIME_OF_32.mean(experiment.finished(arm))):
         rows.append(_a_million(f"the student, {arm_title(arm)}", experiment.score(arm), 32_000 / batch))
@@ -268,7 +246,7 @@ def _hardware(experiment: Experiment) -> str:
     return "Measured on " + "; ".join(dict.fromkeys(map(told, records)))
 
 
-def _claims_table(experiment: Experiment, links: Links, draws: int) -> Table | None:
+def _claims_table(experiment: Experiment, draws: int) -> Table | None:
     arm = experiment.student_arm
     if arm is None:
         return None
@@ -277,8 +255,8 @@ def _claims_table(experiment: Experiment, links: Links, draws: int) -> Table | N
         if claim.of == "score":
             reach = retention_interval(experiment, arm, claim.than, draws=draws)
             told = f" ({points(reach.low)} to {points(reach.high)}%)" if reach else ""
-            return links.derived(plus_minus(retention(experiment, arm, claim.than), unit="%") + told)
-        return links.derived(share(saving(experiment, _CLAIMED[claim.of], arm=arm, than=claim.than)))
+            return derived(plus_minus(retention(experiment, arm, claim.than), unit="%") + told)
+        return derived(share(saving(experiment, _CLAIMED[claim.of], arm=arm, than=claim.than)))
 
     rows: list[Row] = []
     for claim in CLAIMS:
@@ -301,13 +279,13 @@ def compared(one: Comparison) -> tuple[str, str, str]:
     return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
 
 
-def _difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
+def _difference_table(comparisons: Sequence[Comparison]) -> Table:
     rows: list[Row] = []
     for one in comparisons:
         value, *rest = compared(one)
         found = one.difference
         counts = ("–", "–") if found is None else (str(found.n_examples), str(found.n_seeds))
-        rows.append((one.title, links.derived(value), *rest, *counts))
+        rows.append((one.title, derived(value), *rest, *counts))
     columns = ("difference", "points", "95% interval", "p", "examples", "seeds")
     draws = next((one.difference.draws for one in comparisons if one.difference), 0)
     note = f"{draws:,} draws over examples, for shared seeds; p is two-sided." if draws else ""
@@ -337,16 +315,13 @@ def arm_table(records: Sequence[RunRecord]) -> Table:
     return Table.of(f"score on the {split} split, 0 to 100{unlike}", arms, columns)
 
 
-def run_table(experiment: Experiment, links: Links) -> Table:
-    def optional(value: float | None, form: str) -> str:
-        return "–" if value is None else f"{value:{form}}"
-
+def run_table(experiment: Experiment) -> Table:
     def status(run: Run) -> str:
         one = run.record
         return f"failed: {one.error or 'no reason was recorded'}" if one.status == "failed" else one.status
 
     def name(run: Run) -> Cell:
-        link = Link(run.record.arm, links.file(run.path))
+        link = Link(run.record.arm, experiment.href(run.path))
         return Cell(f"{arm_title(run.record.arm)}, seed {run.record.seed}", (link,))
 
     return Table.of(
@@ -357,11 +332,11 @@ def run_table(experiment: Experiment, links: Links) -> Table:
             "model": lambda run: model_title(run.record.model),
             "status": status,
             "score": lambda run: points(run.score(experiment.split), 2),
-            "epoch kept": lambda run: optional(run.record.best_epoch, "g"),
+            "epoch kept": lambda run: shown(run.record.best_epoch, "g"),
             "trainable": lambda run: TRAINABLE.text([run]),
             "memory": lambda run: MEMORY.text([run]),
             "training": lambda run: duration(run.record.train_seconds),
-            "training texts/s": lambda run: optional(run.record.examples_per_second, ".0f"),
+            "training texts/s": lambda run: shown(run.record.examples_per_second, ".0f"),
             "batch 1": lambda run: TIME.text([run]),
         },
         text_columns=3,

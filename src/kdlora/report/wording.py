@@ -113,6 +113,10 @@ def span(difference: Difference) -> str:
     return f"{level} {interval(difference)}; n = {difference.n_seeds}{few}"
 
 
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
 def of_seeds(count: int) -> str:
     return f"Mean over {count} seeds." if count > 1 else "One seed."
 
@@ -139,32 +143,21 @@ def _scaled(steps: Sequence[tuple[float, float, str, str]], value: float | None)
     return f"{value / unit:{form}}{name}"
 
 
-count = partial(
-    _scaled,
-    (
-        (1e3, 1, ".0f", ""),
-        *((1e5, 1e3, ".3g", "\u00a0k"), (1e6, 1e3, ".0f", "\u00a0k")),
-        *((1e8, 1e6, ".3g", "\u00a0M"), (1e9, 1e6, ".0f", "\u00a0M")),
-        (inf, 1e9, ".3g", "\u00a0B"),
-    ),
-)
-"""Write a number of parameters: 66.4 M."""
+_COUNTS = ((999.5, 1.0, ""), (999.5e3, 1e3, "\u00a0k"), (999.5e6, 1e6, "\u00a0M"), (inf, 1e9, "\u00a0B"))
+count = partial(_scaled, tuple((below, unit, ".3g", name) for below, unit, name in _COUNTS))
 size = partial(_scaled, ((1e8, 1e6, ".1f", "\u00a0MB"), (1e9, 1e6, ".0f", "\u00a0MB"), (inf, 1e9, ".2f", "\u00a0GB")))
 """Write bytes as MB or GB (powers of ten, as disks and the paper do)."""
 milliseconds = partial(
     _scaled, tuple((below, 1, form, "\u00a0ms") for below, form in ((10, ".2f"), (100, ".1f"), (inf, ".0f")))
 )
-"""Write a latency."""
 duration = partial(_scaled, ((90, 1, ".1f", "\u00a0s"), (5400, 60, ".1f", "\u00a0min"), (inf, 3600, ".1f", "\u00a0h")))
-"""Write seconds, minutes or hours."""
 
 
-def change(before: float, after: float, less: str = "less") -> str:
-    """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
-    part = 100 * (after / before - 1)
-    if round(part) == 0:
+def change(saved: float, less: str) -> str:
+    """Say how much is saved, in per cent; of countable things it is "fewer"."""
+    if round(saved) == 0:
         return f"about as {'many' if less == 'fewer' else 'much'} as"
-    return f"{share(abs(part))} {less if part < 0 else 'more'} than"
+    return f"{share(abs(saved))} {less if saved > 0 else 'more'} than"
 
 
 def times(larger: float, smaller: float) -> str:

@@ -21,9 +21,16 @@ FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""
 
 _HUB_METRICS = {
-    **dict.fromkeys(("f1", "macro_f1", "micro_f1", "entity_f1"), "f1"),
-    **{"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"},
-    **{"accuracy": "accuracy", "entity_precision": "precision", "entity_recall": "recall"},
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "macro_f1": "f1",
+    "micro_f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "entity_f1": "f1",
+    "entity_precision": "precision",
+    "entity_recall": "recall",
 }
 """Our metric's name to the id that the Hub knows it by."""
 

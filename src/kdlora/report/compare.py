@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from kdlora.report.page import (
     strong,
     write_page,
 )
-from kdlora.report.plots import Series, Style, differences, learning_curves
+from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
 from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, UNLIKE, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
@@ -179,25 +178,29 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
 
 
 def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
+    """Draw the students' scores over the texts that they learnt from, where these differ."""
     split = group[0].experiment.split
-    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
-    for one in (one for one in group if one.arm in STUDENT_ARMS):
+    curves: dict[tuple[str, bool, str, str], list[tuple[float, float]]] = {}
+    for one in group:
         distilled = one.arm in DISTILLED_ARMS
-        for record, score in ((run.record, run.score(split)) for run in one.runs):
+        for record, score in ((run.record, run.score(split)) for run in one.runs if one.arm in STUDENT_ARMS):
             teacher, rows = record.config.get("teacher") or {}, record.rows
             alone = distilled and (record.config.get("distil") or {}).get("alpha") == 0
-            source = Path(str(teacher.get("probabilities") or record.teacher_model)).parts[-2:] if distilled else ()
-            key = arm_title(one.arm), "no labels" if alone else "", "/".join(source), model_title(record.model)
+            source = Path(str(teacher.get("probabilities") or record.teacher_model))
+            key = one.arm, alone, "/".join(source.parts[-2:]) if distilled else "", model_title(record.model)
             texts = rows.get("train", 0) + (rows.get("unlabelled", 0) if distilled else 0)  # copies are no texts
             if score is not None:
                 curves.setdefault(key, []).append((texts, score))
     if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
-    told = [True, True, *(len({key[place] for key in curves} - {""}) > 1 for place in (2, 3))]
-    drawn = [
-        Series(", ".join(filter(None, compress(key, told))), Style(place, dashed=bool(key[1])), tuple(points))
-        for place, (key, points) in enumerate(curves.items())
-    ]
+    taught_by, models = ({key[place] for key in curves} - {""} for place in (2, 3))
+    drawn, arms = [], [key[0] for key in curves]
+    for place, ((arm, alone, source_of, model), points) in enumerate(curves.items()):
+        style = arm_style(arm) if arms.count(arm) == 1 else Style(place)
+        style = replace(style, dashed=alone)
+        parts = [arm_title(arm), "no labels" if alone else ""]
+        parts += [source_of if len(taught_by) > 1 else "", model if len(models) > 1 else ""]
+        drawn.append(Series(", ".join(filter(None, parts)), style, tuple(points)))
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
     return learning_curves(drawn, title=title, value=f"score on {split}", identity=identity, across=across, of="run")
 

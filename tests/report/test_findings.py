@@ -204,6 +204,16 @@ def test_quoted_probabilities_are_those_of_the_models(tmp_path):
     assert _quotations(TAGS, shifted, found.examples) == _quotations(TAGS, aligned, found.examples)
 
 
+def test_examples_are_of_the_rows_whose_text_was_kept(tmp_path):
+    """Of a classifier whose first 32 rows had no text, the report said that both models agree on every word."""
+    found = load_experiment(make_experiment(tmp_path / "e", seeds=(0,)).root)
+    aligned = [found.predictions(arm)[0] for arm in ("fft", "kd-lora")]
+    distance = np.abs(np.diff([one.logits[:, 1] - one.logits[:, 0] for one in aligned], axis=0))[0]
+    kept = (aligned[0].split[0], aligned[0].ids[int(distance.argmin())])
+    told = _quotations(found.task, aligned, {kept: found.examples[kept]})
+    assert [one.facts["id"] for one in told] == [kept[1]]
+
+
 def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):
     """A choice by the test split makes its score too high; the NaN of a constant regression would win or crash."""
     layout = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "student-lora"), test_split=True)

@@ -191,7 +191,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
     teacher, students = experiment.teacher_predictions, experiment.predictions(arm)
     aligned = align([teacher, *students]) if teacher and students and experiment.examples else None
     if aligned is not None:
-        why = "teacher and student agree on every word"
+        why = "teacher and student agree on every word" if task.kind == "tokens" else why
         found = (_span_quotations if task.kind == "tokens" else _quotations)(task, aligned, experiment.examples)
     if not found:
         return [Paragraph(f"There are no examples to show: {why}.", "note")]
@@ -211,14 +211,14 @@ def _quotations(task: Task, aligned: Sequence[Predictions], texts: Texts) -> lis
         distance = (rel_entr(teacher, middle) + rel_entr(student, middle)).sum(axis=1)
     who = "student" if len(softened) == 1 else f"student, mean of {len(softened)} seeds"
     quotations: list[Quotation] = []
-    for row in np.argsort(-distance, kind="stable")[: 4 * _MOST_QUOTATIONS]:
-        example = texts.get((rows.split[row], rows.ids[row]))
-        if example is not None and len(quotations) < _MOST_QUOTATIONS:
-            facts = {"id": rows.ids[row], "label": _label(task, rows.labels[row])}
-            facts["teacher"] = _opinion(task, teacher[row], student[row])
-            facts[who] = _opinion(task, student[row], teacher[row])
-            pair = None if example.text_pair is None else _cut(example.text_pair)
-            quotations.append(Quotation(_cut(example.text), pair, facts))
+    keys = list(zip(rows.split, rows.ids, strict=True))
+    for row in [row for row in np.argsort(-distance, kind="stable") if keys[row] in texts][:_MOST_QUOTATIONS]:
+        example = texts[keys[row]]
+        facts = {"id": rows.ids[row], "label": _label(task, rows.labels[row])}
+        facts["teacher"] = _opinion(task, teacher[row], student[row])
+        facts[who] = _opinion(task, student[row], teacher[row])
+        pair = None if example.text_pair is None else _cut(example.text_pair)
+        quotations.append(Quotation(_cut(example.text), pair, facts))
     return quotations
 
 
